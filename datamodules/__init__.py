@@ -1,0 +1,8 @@
+"""Downstream tasks as LightningDataModules; `--data NAME` takes any class listed here."""
+
+from datamodules.base import Task
+from datamodules.digits import Digits
+from datamodules.image_folder import ImageFolder
+from datamodules.natural import CIFAR10
+
+__all__ = ["CIFAR10", "Digits", "ImageFolder", "Task"]

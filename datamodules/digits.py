@@ -1,0 +1,51 @@
+"""Handwritten digits that ship inside scikit-learn: real images without a download, the embedded default."""
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from sklearn.datasets import load_digits
+
+from datamodules.base import Task
+from datamodules.images import ArrayImages, Images, as_labels
+
+
+class Digits(Task):
+    """1,797 grey images of 8 x 8 pixels (UCI Optical Recognition of Handwritten Digits, test part), or some of them.
+
+    Validation and test are a seeded stratified fifth each.
+
+    Args:
+        digits: Which digits are the classes, for example `[5, 6, 7, 8, 9]`.
+        batch_size: See `Task`.
+        augmentation: See `Task`.
+        num_workers: See `Task`.
+        seed: See `Task`.
+
+    Raises:
+        MisconfigurationException: If there are fewer than two different digits, or one that is none.
+    """
+
+    name = "digits"
+
+    def __init__(
+        self,
+        digits: list[int] | None = None,
+        batch_size: int = 256,
+        augmentation: str = "none",
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__("", batch_size, augmentation, num_workers, seed)
+        self.digits = list(range(10)) if digits is None else digits
+        if len(set(self.digits)) != len(self.digits) or len(self.digits) < 2 or not set(self.digits) <= set(range(10)):
+            raise MisconfigurationException(
+                f"data.digits is {self.digits}; it must list at least two different digits from 0 to 9."
+            )
+        self.classes = [str(digit) for digit in self.digits]
+
+    def load(self) -> dict[str, Images]:
+        """Return the chosen digits, cut into splits."""
+        pixels, values = load_digits(return_X_y=True)
+        pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
+        place = {digit: label for label, digit in enumerate(self.digits)}
+        kept = [i for i, value in enumerate(values) if value in place]
+        images = ArrayImages(pixels[kept], as_labels([place[value] for value in values[kept]]))
+        return self.split_off(images, val=0.2, test=0.2)

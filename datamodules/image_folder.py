@@ -1,0 +1,84 @@
+"""One's own images: a folder of splits, each a folder of classes."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from datamodules.base import SPLITS, Task
+from datamodules.images import FileImages, Images
+
+
+class ImageFolder(Task):
+    """Images on disk as `root/<split>/<class>/<image>`; the task is named after the root.
+
+    `train/` must be there; `val/` and `test/` are optional, and each missing one is a seeded stratified fifth of
+    train. Classes are the sorted folder names and must be the same in every split.
+
+    Args:
+        root: Folder that holds `train/`.
+        batch_size: See `Task`.
+        augmentation: See `Task`.
+        num_workers: See `Task`.
+        seed: See `Task`.
+
+    Raises:
+        MisconfigurationException: If the folder is not laid out like that; the message names what is wrong.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 256,
+        augmentation: str = "paper",
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(root, batch_size, augmentation, num_workers, seed)
+        if not (self.root / "train").is_dir():
+            raise MisconfigurationException(
+                f"{self.root} has no folder train/; images belong into {self.root}/train/<class>/<image>."
+            )
+        self.name = self.root.resolve().name
+        self.classes = _classes(self.root / "train")
+        if len(self.classes) < 2:
+            raise MisconfigurationException(
+                f"{self.root / 'train'} holds {len(self.classes)} classes; a task needs at least two folders of images."
+            )
+
+    def load(self) -> dict[str, Images]:
+        """Return the splits that are there, and cut the others from train."""
+        images: dict[str, Images] = {s: self._read(self.root / s) for s in SPLITS if (self.root / s).is_dir()}
+        missing = {split: 0.2 for split in SPLITS if split not in images}
+        smallest = int(images["train"].labels.bincount().min())
+        if smallest <= len(missing):
+            name = self.classes[int(images["train"].labels.bincount().argmin())]
+            raise MisconfigurationException(
+                f"Class {name!r} of {self.root / 'train'} has {smallest} images; to cut {' and '.join(missing)} from "
+                f"train it needs at least {len(missing) + 1}."
+            )
+        return images | self.split_off(images["train"], **missing)
+
+    def _read(self, folder: Path) -> FileImages:
+        classes = _classes(folder)
+        if classes != self.classes:
+            absent, unknown = set(self.classes) - set(classes), set(classes) - set(self.classes)
+            said = [f"lacks {sorted(absent)[:5]}"] * bool(absent) + [f"adds {sorted(unknown)[:5]}"] * bool(unknown)
+            raise MisconfigurationException(
+                f"Classes must agree between splits: {folder} {' and '.join(said)}, compared with {self.root / 'train'}."
+            )
+        files, labels = [], []
+        for label, name in enumerate(classes):
+            found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                raise MisconfigurationException(
+                    f"{folder / name} holds no images; known endings are {', '.join(IMG_EXTENSIONS)}."
+                )
+            files += [str(path.relative_to(folder)) for path in found]
+            labels += [label] * len(found)
+        return FileImages(folder, files, torch.tensor(labels))
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,0 +1,131 @@
+"""Batches, one request at a time, so that the same images come together for any number of processes and workers.
+
+A sampler says which images it wants (`Request`), a data set answers with a whole `Batch`. A request carries the
+epoch, so that augmentation is a function of (seed, epoch, index) even in worker processes that never hear of epochs.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from datamodules.images import Images
+from datamodules.transforms import Transform
+
+
+class Request(NamedTuple):
+    """The images one process wants of one batch."""
+
+    indices: list[int]
+    """Places in the split."""
+    total: int
+    """Images in the whole batch, over all processes."""
+    epoch: int
+
+
+class Batch(NamedTuple):
+    """What one process sees of one batch."""
+
+    inputs: Tensor
+    """Images, shape (b, 3, H, W), or representations, shape (b, D)."""
+    labels: Tensor
+    """Class indices, shape (b,)."""
+    indices: Tensor
+    """Places in the split, shape (b,)."""
+    total: int
+    """Images in the whole batch, over all processes; b summed over them."""
+
+
+class Rows(Protocol):
+    """A matrix of representations, possibly larger than memory, whose rows are picked by a tensor of indices."""
+
+    def __getitem__(self, indices: Tensor) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+class RequestSampler(Sampler[Request]):
+    """Cuts a split into batches and gives this process every `processes`-th image of each.
+
+    Every process makes the same number of requests, also where a last batch has fewer images than there are
+    processes and some request is empty: all of them then reach the same collectives.
+
+    Args:
+        images: Images in the split.
+        batch_size: Images per batch, over all processes.
+        process: Rank of this process.
+        processes: Number of processes.
+        shuffle_seed: Seed of the order, drawn anew for every epoch; None keeps the order of the split.
+    """
+
+    def __init__(self, images: int, batch_size: int, process: int, processes: int, shuffle_seed: int | None) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.process = process
+        self.processes = processes
+        self.shuffle_seed = shuffle_seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of this epoch; the Trainer calls it before each one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.images // self.batch_size)
+
+    def __iter__(self) -> Iterator[Request]:
+        if self.shuffle_seed is None:
+            order = torch.arange(self.images)
+        else:
+            seed = zlib.crc32(f"{self.shuffle_seed}/{self.epoch}".encode())
+            order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed))
+        for batch in order.split(self.batch_size):
+            yield Request(batch[self.process :: self.processes].tolist(), len(batch), self.epoch)
+
+
+class ImageBatches(Dataset[Batch]):
+    """Answers requests with decoded and transformed images.
+
+    Args:
+        images: The split.
+        transform: From a PIL image to a tensor; may draw from torch's random numbers, which are seeded for each image
+            by (seed, epoch, index) and left as they were.
+        seed: Seed of the augmentation.
+        shape: Shape of one transformed image, for requests without images.
+    """
+
+    def __init__(self, images: Images, transform: Transform, seed: int, shape: tuple[int, int, int]) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.shape = shape
+
+    def __getitem__(self, request: Request) -> Batch:
+        inputs = torch.empty(len(request.indices), *self.shape)
+        with torch.random.fork_rng(devices=[]):
+            for place, index in enumerate(request.indices):
+                torch.manual_seed(zlib.crc32(f"{self.seed}/{request.epoch}/{index}".encode()))
+                inputs[place] = self.transform(self.images[index])
+        indices = torch.tensor(request.indices, dtype=torch.int64)
+        return Batch(inputs, self.images.labels[indices], indices, request.total)
+
+
+class RepresentationBatches(Dataset[Batch]):
+    """Answers requests with representations, at memory speed.
+
+    Args:
+        views: One matrix of representations per view of the images; epoch e sees view e modulo their number.
+        labels: Class indices, shape (n,).
+    """
+
+    def __init__(self, views: Sequence[Rows], labels: Tensor) -> None:
+        self.views = views
+        self.labels = labels
+
+    def __getitem__(self, request: Request) -> Batch:
+        indices = torch.tensor(request.indices, dtype=torch.int64)
+        inputs = self.views[request.epoch % len(self.views)][indices]
+        return Batch(inputs, self.labels[indices], indices, request.total)

@@ -1,0 +1,7 @@
+"""The frozen backbone, the bank of probes on its neurons, and what is measured from them."""
+
+from lightning_modules.backbone import FrozenBackbone
+from lightning_modules.pretraining import Pretraining
+from lightning_modules.redundancy_probe import RedundancyProbe
+
+__all__ = ["FrozenBackbone", "Pretraining", "RedundancyProbe"]

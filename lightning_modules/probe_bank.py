@@ -1,0 +1,211 @@
+"""Every masked linear probe of a run as one parameter, trained side by side with no more arithmetic than it takes.
+
+The subsets of one ordering nest, so the neurons between one subset and the next larger one serve all the larger
+probes: they are multiplied once, with the weights of all those probes stacked. A weight that a mask would hide is
+not stored at all, so neither momentum nor weight decay can touch it.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.subsets import Probe, order
+
+
+class Block(NamedTuple):
+    """The weights of one run of neurons, for all probes that see them."""
+
+    start: int
+    """First place in the orderings."""
+    stop: int
+    """One past the last place."""
+    probe: int
+    """The first probe, by size, that sees these neurons; all larger ones do too."""
+    weights: slice
+    """Where the weights lie in the flat parameter."""
+
+
+class Stack:
+    """Orderings with the same subset sizes, computed together.
+
+    Args:
+        probes: Places in the bank of the probes of each ordering, by ascending size, shape (G, m).
+        sizes: The m subset sizes, ascending.
+        classes: C.
+        offset: Where the stack's weights start in the flat parameter.
+    """
+
+    def __init__(self, probes: Tensor, sizes: Sequence[int], classes: int, offset: int) -> None:
+        self.probes = probes
+        self.sizes = sizes
+        self.classes = classes
+        groups, count = probes.shape
+        self.blocks: list[Block] = []
+        start = 0
+        for probe, stop in enumerate(sizes):
+            length = groups * (count - probe) * classes * (stop - start)
+            if length:
+                self.blocks.append(Block(start, stop, probe, slice(offset, offset + length)))
+            offset += length
+            start = stop
+        self.end = offset
+
+    def view(self, flat: Tensor, block: Block) -> Tensor:
+        """Return a block's weights, shape (G, probes that see it, C, neurons)."""
+        groups, count = self.probes.shape
+        return flat[block.weights].view(groups, count - block.probe, self.classes, block.stop - block.start)
+
+
+class _BankLogits(torch.autograd.Function):
+    """Logits of all stacks, one after the other, shape (P, C, B), from the flat weights and each stack's inputs.
+
+    Inputs are the representations in each ordering, shape (G, k, B). Written out because autograd would keep and add
+    one full-size gradient per block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, stacks: Sequence[Stack], *inputs: Tensor) -> Tensor:
+        results = []
+        for stack, columns in zip(stacks, inputs, strict=True):
+            groups, count = stack.probes.shape
+            logits = columns.new_zeros(groups, count, stack.classes, columns.shape[-1])
+            for block in stack.blocks:
+                weights = stack.view(flat, block).flatten(1, 2)
+                seen = logits[:, block.probe :]
+                seen += torch.bmm(weights, columns[:, block.start : block.stop]).view_as(seen)
+            results.append(logits.flatten(0, 1))
+        ctx.save_for_backward(*inputs)
+        ctx.stacks, ctx.shape = stacks, flat.shape
+        return torch.cat(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        flat = gradient.new_empty(ctx.shape)  # the blocks cover it
+        first = 0
+        for stack, columns in zip(ctx.stacks, ctx.saved_tensors, strict=True):
+            groups, count = stack.probes.shape
+            of_stack = gradient[first : first + groups * count].unflatten(0, (groups, count))
+            first += groups * count
+            for block in stack.blocks:
+                seen = of_stack[:, block.probe :].flatten(1, 2)
+                weights = stack.view(flat, block).flatten(1, 2)
+                torch.bmm(seen, columns[:, block.start : block.stop].transpose(1, 2), out=weights)
+        return flat, None, *[None] * len(ctx.saved_tensors)
+
+
+class ProbeBank(nn.Module):
+    """All probes of a run: P linear classifiers with C classes, each on its own subset of D neurons.
+
+    Each starts as `nn.Linear(k, C)` does by default, from random numbers seeded by its selection, size and seed, so
+    that it does not depend on its company. Logits are computed in the parameter's own precision (float32), whatever
+    the Trainer's.
+
+    Args:
+        probes: The probes.
+        width: D.
+        classes: C.
+    """
+
+    orders: Tensor
+
+    def __init__(self, probes: Sequence[Probe], width: int, classes: int) -> None:
+        super().__init__()
+        self.probes = list(probes)
+        self.width = width
+        self.classes = classes
+        self._stacks: list[Stack] = []
+        orderings: list[Tensor] = []
+        offset = 0
+        for sizes, members in _alike(self.probes).items():
+            stack = Stack(torch.tensor(members), sizes, classes, offset)
+            orderings.append(torch.cat([self._order(group, max(sizes)) for group in members]))
+            self._stacks.append(stack)
+            offset = stack.end
+        self.weight = nn.Parameter(torch.empty(offset))
+        self.bias = nn.Parameter(torch.empty(len(self.probes), classes))
+        self.register_buffer("orders", torch.cat(orderings), persistent=False)
+        self._place = torch.cat([stack.probes.flatten() for stack in self._stacks]).argsort()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every probe's initial weights: uniform within 1 / sqrt(k), as `nn.Linear` does by default."""
+        for index, probe in enumerate(self.probes):
+            seed = zlib.crc32(f"{probe.selection}/{probe.neurons}/{probe.seed}".encode())
+            generator = torch.Generator().manual_seed(seed)
+            bound = probe.neurons**-0.5
+            weight = torch.empty(self.classes, probe.neurons).uniform_(-bound, bound, generator=generator)
+            bias = torch.empty(self.classes).uniform_(-bound, bound, generator=generator)
+            self.set_probe(index, weight, bias)
+
+    def forward(self, representations: Tensor) -> Tensor:
+        """Return the logits of every probe, shape (P, C, B), for representations of shape (B, D)."""
+        with torch.autocast(representations.device.type, enabled=False):
+            columns = representations.to(self.weight.dtype).t().contiguous()
+            inputs, start = [], 0
+            for stack in self._stacks:
+                groups, size = len(stack.probes), max(stack.sizes)
+                rows = self.orders[start : start + groups * size]
+                start += groups * size
+                inputs.append(columns.index_select(0, rows).view(groups, size, -1))
+            logits = _BankLogits.apply(self.weight, self._stacks, *inputs)
+            return logits[self._place] + self.bias.unsqueeze(-1)
+
+    def subset(self, index: int) -> Tensor:
+        """Return the neurons that a probe sees, shape (k,)."""
+        probe = self.probes[index]
+        return order(probe.selection, self.width, probe.seed)[: probe.neurons]
+
+    @torch.no_grad()
+    def set_probe(self, index: int, weight: Tensor, bias: Tensor) -> None:
+        """Set one probe's weights, shape (C, k) in the order of its subset, and bias, shape (C,)."""
+        for piece, columns in self._pieces(self.weight, index):
+            piece.copy_(weight[:, columns])
+        self.bias[index] = bias
+
+    def get_probe(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return copies of one probe's weights, shape (C, k) in the order of its subset, and bias, shape (C,)."""
+        pieces = [piece for piece, _ in self._pieces(self.weight.detach(), index)]
+        return torch.cat(pieces, dim=1), self.bias[index].detach().clone()
+
+    @torch.no_grad()
+    def copy_probes(self, source: "ProbeBank", which: Tensor) -> None:
+        """Take the weights of the probes where `which`, shape (P,), is true from a bank of the same probes."""
+        for stack in self._stacks:
+            chosen = which.to(self.weight.device)[stack.probes.to(self.weight.device)]
+            for block in stack.blocks:
+                mine, theirs = stack.view(self.weight, block), stack.view(source.weight, block)
+                mine.copy_(torch.where(chosen[:, block.probe :, None, None], theirs, mine))
+        self.bias.copy_(torch.where(which.to(self.bias.device)[:, None], source.bias, self.bias))
+
+    def _pieces(self, flat: Tensor, index: int) -> Iterator[tuple[Tensor, slice]]:
+        """Yield a probe's parts of the flat parameter, shape (C, neurons), with their columns."""
+        for stack in self._stacks:
+            for group, rank in (stack.probes == index).nonzero().tolist():
+                for block in stack.blocks:
+                    if block.probe <= rank:
+                        yield stack.view(flat, block)[group, rank - block.probe], slice(block.start, block.stop)
+
+    def _order(self, group: Sequence[int], size: int) -> Tensor:
+        probe = self.probes[group[0]]
+        return order(probe.selection, self.width, probe.seed)[:size]
+
+
+def parameters_of(probes: Sequence[Probe], classes: int) -> int:
+    """Return how many weights and biases a bank of these probes holds."""
+    return sum((probe.neurons + 1) * classes for probe in probes)
+
+
+def _alike(probes: Sequence[Probe]) -> dict[tuple[int, ...], list[list[int]]]:
+    """Group probes: by their subset sizes, then by ordering; each ordering's probes by ascending size."""
+    by_ordering: dict[tuple[str, int], list[int]] = {}
+    for index, probe in enumerate(probes):
+        by_ordering.setdefault((probe.selection, probe.seed), []).append(index)
+    alike: dict[tuple[int, ...], list[list[int]]] = {}
+    for members in by_ordering.values():
+        members.sort(key=lambda index: probes[index].neurons)
+        alike.setdefault(tuple(probes[index].neurons for index in members), []).append(members)
+    return alike

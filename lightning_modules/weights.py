@@ -1,0 +1,127 @@
+"""From a file of weights to a network that holds them, with nothing left at random and no pickled code run."""
+
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CONTAINERS = ("state_dict", "model")
+"""Keys under which training code keeps a network's weights in a checkpoint."""
+PREFIXES = ("module", "model", "backbone", "network", "encoder", "_orig_mod")
+"""Names of wrappers that training code puts before every parameter, alone or nested."""
+COMPANIONS = ("attacker", "normalizer")
+"""Entries that adversarial-training libraries keep beside the network."""
+
+
+def find(path: str) -> Path:
+    """Return the file `path`, looked up in the current folder and then beside the shipped configurations.
+
+    Raises:
+        MisconfigurationException: If it is in neither.
+    """
+    shipped = Path(__file__).parents[1] / "configs" / path
+    for candidate in (Path(path).expanduser(), shipped):
+        if candidate.is_file():
+            return candidate
+    raise MisconfigurationException(
+        f"There is no file of weights {path!r}; model.backbone.weights takes a file, 'pretrained' or 'random'."
+    )
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a safetensors or torch file, taken out of its container.
+
+    Raises:
+        MisconfigurationException: If the file is neither, is cut short, holds code, or holds no state dict.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    try:
+        if path.suffix == ".safetensors" or start[8:] == b"{":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise MisconfigurationException(f"{path} is not a complete safetensors file ({error}).") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and "nsupported" in str(error):
+            raise MisconfigurationException(
+                f"{path} is a pickle that holds code, which is never run; where you trust it, convert it once with "
+                f"`safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=False)['state_dict'], "
+                f"'weights.safetensors')`."
+            ) from error
+        raise MisconfigurationException(f"{path} is no file of weights (neither safetensors nor torch).") from error
+    for container in CONTAINERS:
+        if isinstance(content, dict) and isinstance(content.get(container), dict):
+            content = content[container]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise MisconfigurationException(f"{path} holds no state dict, neither itself nor under {CONTAINERS}.")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def load(network: nn.Module, path: Path, classifier: Collection[str]) -> None:
+    """Fill every parameter and buffer of `network` from the file at `path`.
+
+    Wrappers' prefixes are stripped. Entries of the classifier and of adversarial-training companions are ignored;
+    so is a missing count of batches, which evaluation never reads.
+
+    Args:
+        network: The network.
+        path: A safetensors or torch file.
+        classifier: Names of the classifier's modules; they are neither wanted from the file nor given by it.
+
+    Raises:
+        MisconfigurationException: If any other name or shape does not match; the message gives the first few.
+    """
+
+    def below(name: str, modules: Collection[str]) -> bool:
+        return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+    wanted = {name: value.shape for name, value in network.state_dict().items() if not below(name, classifier)}
+    given = _unwrap(read(path), wanted)
+    given = {name: value for name, value in given.items() if not below(name, classifier)}
+    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in given if name not in wanted]
+    shapes = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in given and given[name].shape != shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise MisconfigurationException(f"{path} does not hold the weights of this backbone: {'; '.join(problems)}.")
+    network.load_state_dict(given, strict=False)
+
+
+def _unwrap(given: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """Strip the chain of wrappers under which most of the wanted names are found, and drop companions."""
+
+    def strip(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+
+    def is_companion(name: str) -> bool:
+        parts = name.split(".")
+        while parts and parts[0] in PREFIXES:
+            parts.pop(0)
+        return bool(parts) and parts[0] in COMPANIONS
+
+    given = {name: value for name, value in given.items() if not is_companion(name)}
+    prefixes = {""}
+    for name in given:
+        parts = name.split(".")
+        while parts and parts[-1] not in PREFIXES:
+            parts.pop()
+        for depth in range(1, len(parts) + 1):
+            if all(part in PREFIXES for part in parts[:depth]):
+                prefixes.add(".".join(parts[:depth]) + ".")
+    best = max(sorted(prefixes, key=len), key=lambda prefix: len(strip(prefix).keys() & set(wanted)))
+    outside = {name: value for name, value in given.items() if not name.startswith(best)}
+    return strip(best) | outside

@@ -1,0 +1,273 @@
+"""The command line: joins a task, a model and a Trainer, and leaves a run's files. `python train.py --help` shows it."""
+
+import difflib
+import logging
+import netrc
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import yaml
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from datamodules import Task
+from lightning_modules import Pretraining, RedundancyProbe  # noqa: F401 (named by `--model`)
+from lightning_modules.reporting import report
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+def find_config(name: str) -> str:
+    """Return the path of a configuration, looked up in the current folder and then among the shipped ones."""
+    for path in (Path(name), CONFIGS / name):
+        if path.is_file():
+            return str(path)
+    shipped = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+    near = difflib.get_close_matches(name, shipped, n=1) or [f"one of {', '.join(shipped)}"]
+    raise MisconfigurationException(f"There is no configuration {name!r} here or in {CONFIGS}; try {near[0]}.")
+
+
+class ConfigFile(ActionConfigFile):
+    """`--config`, looked up by `find_config`."""
+
+    def __call__(self, parser: Any, config: Any, value: Any, option_string: str | None = None) -> None:
+        """Apply the file to what is parsed so far."""
+        super().__call__(parser, config, find_config(value) if isinstance(value, str) else value, option_string)
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, without a hundred lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with one line and exit status 2."""
+        fail(message)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with named runs, each in a folder of its own, that end in a report."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            LightningModule,
+            Task,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # `before_fit` writes it where the run's other files are
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "max_epochs": 100,
+                "default_root_dir": "runs",
+                "use_distributed_sampler": False,  # the loaders share images out themselves, and exactly
+                "enable_model_summary": False,
+                "log_every_n_steps": 1,
+            },
+            parser_kwargs={"description": __doc__},
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose `--config` also finds the shipped configurations."""
+        parser = Parser(**kwargs, logger={"level": "WARNING", "name": "train"})
+        parser.add_argument(
+            "-c", "--config", action=ConfigFile, help="A YAML file here or in configs/; later ones overlay earlier ones."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to a run and not to one of its parts."""
+        parser.set_defaults({"model": "RedundancyProbe"})
+        parser.link_arguments("data", "model.init_args.num_classes", _num_classes, apply_on="instantiate")
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="The run's name; null is <task>_<backbone>_<selections>."
+        )
+        parser.add_argument("--overwrite", type=bool, default=False, help="Whether fit may replace a finished run.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say what a new backbone inherits from the configuration it overlays."""
+        super().parse_arguments(parser, args)
+        for line in inherited(sys.argv[1:] if args is None else args):
+            rank_zero_info(line)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Give the run its name and folder, and the Trainer the checkpoints and the logger that go there."""
+        self.datamodule.preprocessing = self.model.preprocessing
+        name = self._get(self.config, "name") or f"{self.datamodule.name}_{self.model.label}"
+        self.name = re.sub(r"[^\w.+=-]+", "-", name)
+        trainer = self.config[self.subcommand]["trainer"]
+        self.folder = Path(trainer["default_root_dir"] or ".").expanduser() / self.name
+        if self.subcommand == "fit":
+            self._claim_folder()
+        return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
+        if config["logger"] is None or config["logger"] is True:
+            config["logger"] = wandb_logger(self.name, self.folder) if self.subcommand == "fit" else False
+        checkpoints = ModelCheckpoint(
+            self.folder / "checkpoints",
+            save_last=True,
+            save_top_k=0,
+            every_n_epochs=max(1, (config["max_epochs"] or 0) // 20),
+            save_on_train_epoch_end=True,
+        )
+        return super()._instantiate_trainer(config, [*callbacks, checkpoints])
+
+    def _claim_folder(self) -> None:
+        """Refuse to write over a finished run, or into a folder that cannot be written."""
+        settings = self.config[self.subcommand]
+        if (self.folder / "results.csv").exists() and not settings["overwrite"]:
+            raise MisconfigurationException(
+                f"{self.folder} holds a finished run; choose another --name, or say --overwrite true."
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if rank_zero_only.rank == 0:
+                self._write_config()
+                (self.folder / "results.csv").unlink(missing_ok=True)
+                if not settings["ckpt_path"]:
+                    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        except OSError as error:
+            raise MisconfigurationException(
+                f"The run cannot be written to {self.folder} ({error.strerror}); set --trainer.default_root_dir."
+            ) from error
+
+    def _write_config(self) -> None:
+        """Write all that runs this again; any verb takes it, so what only one of them knows is left out."""
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        settings = {key: settings[key] for key in ("seed_everything", "trainer", "model", "data")}
+        (self.folder / "config.yaml").write_text(yaml.safe_dump({"name": self.name, **settings}, sort_keys=False))
+
+    def before_fit(self) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """Measure every probe on validation and test, and report."""
+        if not isinstance(self.model, RedundancyProbe):
+            self.trainer.test(self.model, datamodule=self.datamodule)
+            return
+        trained = time.perf_counter()
+        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if self.trainer.is_global_zero:
+            seconds = {"look": self.model.look_seconds, "fit": trained - self.started}
+            seconds |= {"evaluation": time.perf_counter() - trained}
+            results, classes = self.model.results(), self.model.class_results()
+            print(report(self.folder, results, classes, self.model.remarks(), seconds), flush=True)
+
+    def after_validate(self) -> None:
+        """Write what was measured on validation."""
+        self._write("validate.csv", "results")
+
+    def after_test(self) -> None:
+        """Write what was measured on test."""
+        self._write("test.csv", "results")
+
+    def after_predict(self) -> None:
+        """Write what every probe says of every test image."""
+        self._write("predictions.csv", "prediction_table")
+
+    def _write(self, name: str, table: str) -> None:
+        if isinstance(self.model, RedundancyProbe) and self.trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            getattr(self.model, table)().to_csv(self.folder / name, index=False)
+            print(self.folder / name)
+
+
+def wandb_logger(name: str, folder: Path) -> WandbLogger:
+    """Return the W&B logger of a run; without credentials it works offline, and says how to sync."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    offline = False
+    if "WANDB_MODE" not in os.environ and not has_wandb_credentials():
+        offline = True
+        rank_zero_info(f"No W&B credentials: logging offline; `wandb sync {folder}/wandb/offline-run-*` uploads it.")
+    return WandbLogger(project="diffused-redundancy", name=name, save_dir=folder, offline=offline)
+
+
+def has_wandb_credentials() -> bool:
+    """Return whether W&B would log in without asking: from its variable, or from the file `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def inherited(args: Sequence[str]) -> Iterator[str]:
+    """Say what stays of an earlier backbone when another `model.backbone.name` overlays it.
+
+    Args:
+        args: The command line.
+
+    Yields:
+        A line for each change of name that leaves `kwargs`, `weights` or the overlay of the other in force.
+    """
+    backbone: dict[str, Any] = {}
+    arguments = iter(arg if "=" in arg or not arg.startswith("-") else arg for arg in args)
+    for argument in arguments:
+        option, given, value = argument.partition("=")
+        new: dict[str, Any] = {}
+        if option in ("-c", "--config"):
+            model = (yaml.safe_load(Path(find_config(value if given else next(arguments, ""))).read_text()) or {}).get(
+                "model"
+            ) or {}
+            new = (model.get("init_args", model).get("backbone") or {}) if isinstance(model, dict) else {}
+        elif option.startswith("--model.backbone."):
+            key, _, deeper = option.removeprefix("--model.backbone.").partition(".")
+            text = value if given else next(arguments, "")
+            new = {key: {deeper: text} if deeper else text}
+        if new.get("name", backbone.get("name")) != backbone.get("name") and "name" in backbone:
+            kept = {
+                key: backbone[key]
+                for key in ("kwargs", "weights", "pretrained_cfg_overlay", "layer")
+                if backbone.get(key) and key not in new
+            }
+            if kept:
+                said = ", ".join(f"{key} {value}" for key, value in kept.items())
+                yield f"model.backbone.name is now {new['name']}; inherited from {backbone['name']}: {said}."
+        backbone |= new
+
+
+def _num_classes(task: Task) -> int:
+    return task.num_classes
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line and exit status 2."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    print(f"error: {' '.join(lines)}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends in one line."""
+    # Kept: what this project says. Left out: advertisements, and advice about loaders and deprecations inside libraries.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    warnings.filterwarnings("ignore", module="lightning.pytorch", message=".*(does not have many workers|deprecated).*")
+    try:
+        CLI(args)
+    except MisconfigurationException as error:
+        # A loader's worker wraps its traceback around the message; the message is the last line.
+        fail(str(error).strip().splitlines()[-1].partition("MisconfigurationException: ")[2] or str(error))
+
+
+
+
+if __name__ == "__main__":
+    main()
