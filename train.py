@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -24,7 +24,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from datamodules import Task
-from lightning_modules import Pretraining, RedundancyProbe  # noqa: F401 (named by `--model`)
+from datamodules import __all__ as TASKS
+from lightning_modules import FrozenBackbone, RedundancyProbe
+from lightning_modules import __all__ as MODELS
 from lightning_modules.reporting import report
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -53,7 +55,12 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with one line and exit status 2."""
-        fail(message)
+        unknown = re.search(r'Parser key "(data|model)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
+        if unknown:
+            kind, name = unknown.groups()
+            known = [each for each in (TASKS if kind == "data" else MODELS) if each != "Task"]
+            fail(f"--{kind} is {name!r}; it must be one of {', '.join(known)}, or the import path of a class.")
+        fail(message.partition("Given value type")[0])
 
 
 class CLI(LightningCLI):
@@ -68,6 +75,7 @@ class CLI(LightningCLI):
             save_config_callback=None,  # `before_fit` writes it where the run's other files are
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # hyper-parameters stand in config.yaml, and nowhere else
             trainer_defaults={
                 "max_epochs": 100,
                 "default_root_dir": "runs",
@@ -76,14 +84,17 @@ class CLI(LightningCLI):
                 "log_every_n_steps": 1,
             },
             parser_kwargs={"description": __doc__},
-            args=args,
+            args=None if args is None else list(args),
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose `--config` also finds the shipped configurations."""
         parser = Parser(**kwargs, logger={"level": "WARNING", "name": "train"})
         parser.add_argument(
-            "-c", "--config", action=ConfigFile, help="A YAML file here or in configs/; later ones overlay earlier ones."
+            "-c",
+            "--config",
+            action=ConfigFile,
+            help="A YAML file, here or in configs/; later ones go over earlier ones.",
         )
         return parser
 
@@ -101,6 +112,12 @@ class CLI(LightningCLI):
         super().parse_arguments(parser, args)
         for line in inherited(sys.argv[1:] if args is None else args):
             rank_zero_info(line)
+
+    def before_instantiate_classes(self) -> None:
+        """Let a constructor's complaint through as it is, and load no checkpoint that holds more than data."""
+        for kind in (Task, LightningModule, FrozenBackbone):
+            self.parser.add_instantiator(build, kind, subclasses=True)
+        self.config[self.subcommand]["weights_only"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Give the run its name and folder, and the Trainer the checkpoints and the logger that go there."""
@@ -157,12 +174,12 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Measure every probe on validation and test, and report."""
         if not isinstance(self.model, RedundancyProbe):
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            self.trainer.test(self.model, datamodule=self.datamodule, weights_only=True)
             return
         trained = time.perf_counter()
         self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
-        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
         if self.trainer.is_global_zero:
             seconds = {"look": self.model.look_seconds, "fit": trained - self.started}
             seconds |= {"evaluation": time.perf_counter() - trained}
@@ -186,6 +203,14 @@ class CLI(LightningCLI):
             self.folder.mkdir(parents=True, exist_ok=True)
             getattr(self.model, table)().to_csv(self.folder / name, index=False)
             print(self.folder / name)
+
+
+def build(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a constructor; jsonargparse would bury what it raises under everything it tried instead."""
+    try:
+        return kind(*args, **kwargs)
+    except MisconfigurationException as error:
+        fail(str(error))
 
 
 def wandb_logger(name: str, folder: Path) -> WandbLogger:
@@ -219,7 +244,7 @@ def inherited(args: Sequence[str]) -> Iterator[str]:
         A line for each change of name that leaves `kwargs`, `weights` or the overlay of the other in force.
     """
     backbone: dict[str, Any] = {}
-    arguments = iter(arg if "=" in arg or not arg.startswith("-") else arg for arg in args)
+    arguments = iter(args)
     for argument in arguments:
         option, given, value = argument.partition("=")
         new: dict[str, Any] = {}
@@ -257,16 +282,17 @@ def fail(message: str) -> NoReturn:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one line."""
-    # Kept: what this project says. Left out: advertisements, and advice about loaders and deprecations inside libraries.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # for what Lightning's own command line calls
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    # Left out: advertisements, and advice that a frozen backbone or a small data set has no use for.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
-    warnings.filterwarnings("ignore", module="lightning.pytorch", message=".*(does not have many workers|deprecated).*")
+    for advice in ("does not have many workers", "in eval mode at the start of training", "is deprecated"):
+        warnings.filterwarnings("ignore", message=f".*{advice}.*")
     try:
         CLI(args)
     except MisconfigurationException as error:
         # A loader's worker wraps its traceback around the message; the message is the last line.
         fail(str(error).strip().splitlines()[-1].partition("MisconfigurationException: ")[2] or str(error))
-
-
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class FrozenBackbone(nn.Module):
         name: str,
         weights: str = "pretrained",
         kwargs: dict[str, Any] | None = None,
-        pretrained_cfg_overlay: PretrainedCfgOverlay = PretrainedCfgOverlay(),  # noqa: B008 (frozen)
+        pretrained_cfg_overlay: PretrainedCfgOverlay = PretrainedCfgOverlay(),
         layer: str = "penultimate",
     ) -> None:
         super().__init__()
@@ -213,7 +213,11 @@ def _build_timm(
     try:
         with _quiet("timm", "huggingface_hub"):
             network = timm.create_model(
-                name, pretrained=weights == "pretrained", pretrained_cfg_overlay=overlay or None, num_classes=0, **kwargs
+                name,
+                pretrained=weights == "pretrained",
+                pretrained_cfg_overlay=overlay or None,
+                num_classes=0,
+                **kwargs,
             )
     except TypeError as error:
         raise MisconfigurationException(

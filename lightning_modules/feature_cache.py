@@ -21,7 +21,7 @@ import timm
 import torch
 import torchvision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -141,17 +141,17 @@ def _is_valid(path: Path, fingerprint: str, rows: int) -> bool:
             metadata = shard.metadata() or {}
             values = shard.get_tensor("features")
     except (SafetensorError, OSError) as error:
-        rank_zero_warn(f"{path} is torn ({error}); it is computed again.")
+        rank_zero_info(f"{path} is torn ({error}); it is computed again.")
         return False
     if metadata.get("fingerprint") != fingerprint or len(values) != rows:
-        rank_zero_warn(f"{path} belongs to other weights, images or settings; it is computed again.")
+        rank_zero_info(f"{path} belongs to other weights, images or settings; it is computed again.")
         return False
     if metadata.get("digest") != _digest(values):
-        rank_zero_warn(f"{path} was altered; it is computed again.")
+        rank_zero_info(f"{path} was altered; it is computed again.")
         return False
     written = json.loads(metadata.get("versions", "{}"))
     if written != VERSIONS:
-        rank_zero_warn(f"Features in {path.parent} were computed with {written}, this is {VERSIONS}.")
+        rank_zero_info(f"Features in {path.parent} were computed with {written}, this is {VERSIONS}.")
     return True
 
 

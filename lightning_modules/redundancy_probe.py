@@ -15,7 +15,7 @@ import psutil
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -185,7 +185,7 @@ class RedundancyProbe(LightningModule):
             for probe, (candidate, index) in zip(self.probes, chosen, strict=True):
                 learning_rate, weight_decay = self.candidates[candidate]
                 place = candidate * len(self.probes) + index
-                by_class = scores["correct"][place] / scores["images"]
+                by_class = scores["correct"][place].double() / scores["images"]
                 rows.append(
                     {
                         "task": self._task.name,
@@ -395,7 +395,7 @@ class RedundancyProbe(LightningModule):
         curvature = statistics.largest_curvature(torch.cat(sample), masks)
         steps, edge = max(rate for rate, _ in self.candidates) * curvature, 2 * (1 + self.momentum)
         if (steps > edge).any():
-            rank_zero_warn(
+            rank_zero_info(
                 f"Learning rate x curvature can reach {steps.max():.3g}, past the edge of stability at {edge:.3g}, for "
                 f"{self._say(steps > edge)}; model.standardise or a lower model.learning_rate trains them further."
             )
@@ -567,7 +567,9 @@ def _seeds(value: int | list[int], name: str) -> list[int]:
     return value
 
 
-def _check_optimisation(candidates: Sequence[tuple[float, float]], momentum: float, step_size: int, gamma: float) -> None:
+def _check_optimisation(
+    candidates: Sequence[tuple[float, float]], momentum: float, step_size: int, gamma: float
+) -> None:
     if not candidates:
         raise MisconfigurationException("model.learning_rate and model.weight_decay need at least one value each.")
     for name, value, right in (

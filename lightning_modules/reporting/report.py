@@ -110,9 +110,7 @@ def _answer(val: pd.DataFrame, results: pd.DataFrame, delta: float) -> dict[str,
     best = enough.iloc[0]
     test = results[results["split"] == "test"]
     full = test.loc[test["selection"] == FULL, "accuracy"].mean()
-    kept = test.loc[
-        (test["selection"] == best["selection"]) & (test["fraction"] == best["fraction"]), "accuracy"
-    ]
+    kept = test.loc[(test["selection"] == best["selection"]) & (test["fraction"] == best["fraction"]), "accuracy"]
     lost = 100 * (full - kept)
     spread = f" ± {lost.std(ddof=0):.1f}" if len(lost) > 1 else ""
     bytes_kept = 100 * best["neurons"] / width
