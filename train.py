@@ -1,4 +1,4 @@
-"""The command line: joins a task, a model and a Trainer, and leaves a run's files. `python train.py --help` shows it."""
+"""The command line: joins a task, a model and a Trainer, and leaves a run's files."""
 
 import difflib
 import logging
@@ -151,7 +151,7 @@ class CLI(LightningCLI):
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if rank_zero_only.rank == 0:
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
                 self._write_config()
                 (self.folder / "results.csv").unlink(missing_ok=True)
                 if not settings["ckpt_path"]:

@@ -120,7 +120,7 @@ class Task(LightningDataModule):
         return DataLoader(
             batches,
             batch_size=None,  # a request is a whole batch
-            sampler=requests,  # type: ignore[arg-type]  # torch wants Sampler or Iterable[int]; any sequence works
+            sampler=requests,
             num_workers=self._workers(batches.images) if isinstance(batches, ImageBatches) else 0,
             pin_memory=bool(self.trainer and self.trainer.strategy.root_device.type == "cuda"),
         )

@@ -66,7 +66,7 @@ class ImageFolder(Task):
             absent, unknown = set(self.classes) - set(classes), set(classes) - set(self.classes)
             said = [f"lacks {sorted(absent)[:5]}"] * bool(absent) + [f"adds {sorted(unknown)[:5]}"] * bool(unknown)
             raise MisconfigurationException(
-                f"Classes must agree between splits: {folder} {' and '.join(said)}, compared with {self.root / 'train'}."
+                f"Classes must agree between splits: compared with train, {folder} {' and '.join(said)}."
             )
         files, labels = [], []
         for label, name in enumerate(classes):

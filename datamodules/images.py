@@ -61,8 +61,8 @@ class ArrayImages:
     def digest(self) -> str:
         """Return a hash of every pixel and label."""
         seen = hashlib.blake2b(repr(self.pixels.shape).encode(), digest_size=16)
-        seen.update(np.ascontiguousarray(self.pixels))
-        seen.update(self.labels.numpy())
+        seen.update(np.ascontiguousarray(self.pixels).data)
+        seen.update(self.labels.numpy().data)
         return seen.hexdigest()
 
 
@@ -86,7 +86,8 @@ class FileImages:
         try:
             with Image.open(path) as image:
                 if image.mode.startswith("I"):  # 16 bits a pixel; PIL would clip to 255 instead of scaling
-                    image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+                    grey = (np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)
+                    return Image.fromarray(grey).convert("RGB")
                 return image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise MisconfigurationException(f"{path} is not a readable image ({error}).") from error

@@ -82,6 +82,7 @@ class FrozenBackbone(nn.Module):
         self.kwargs = kwargs or {}
         self.layer = layer
         overlay = pretrained_cfg_overlay.given()
+        self.network: Any
         file = None if weights in ("pretrained", "random") else weight_files.find(weights)
         if is_timm_model(name):
             self.network, self.preprocessing = _build_timm(name, weights, self.kwargs, overlay)

@@ -181,4 +181,4 @@ def _sweep(folder: Path) -> None:
 
 
 def _digest(values: Tensor) -> str:
-    return hashlib.blake2b(values.contiguous().numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(values.contiguous().numpy().data, digest_size=16).hexdigest()

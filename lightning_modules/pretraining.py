@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import Tensor
@@ -53,7 +54,7 @@ class Pretraining(LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
-        self.network = timm.create_model(
+        self.network: Any = timm.create_model(
             name, num_classes=num_classes, pretrained_cfg_overlay=pretrained_cfg_overlay.given() or None, **kwargs or {}
         )
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -68,7 +69,7 @@ class Pretraining(LightningModule):
         """What a run of this model is called by default, after its task."""
         return f"{self.name}_pretraining"
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with a linear warm-up and a cosine decay over the whole fit."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -159,6 +160,7 @@ class RedundancyProbe(LightningModule):
         self._represented: set[str] = set()
         self._identity: dict[str, Any] | None = None
 
+    kept: Any  # nn.ModuleList of ProbeBank
     kept_accuracy: Tensor
     kept_epoch: Tensor
     mean: Tensor
@@ -251,12 +253,10 @@ class RedundancyProbe(LightningModule):
         """Name the probes whose training should not be trusted as it stands, one line per reason."""
         if not self.train_losses:
             return []
-        history = torch.stack(self.train_losses)[:, *zip(*self._chosen(), strict=True)]
+        history = self._of_chosen(torch.stack(self.train_losses, -1)).T
         last = history[-1]
         earlier = history[-1 - max(1, len(history) // 10)] if len(history) > 1 else last
-        weights = [self.banks[candidate].get_probe(index)[0] for candidate, index in self._chosen()]
-        finite = torch.tensor([bool(weight.isfinite().all()) for weight in weights])
-        diverged = ~last.isfinite() | ~finite | (last > 1.05 * math.log(self.num_classes))
+        diverged = ~last.isfinite() | (last > 1.05 * math.log(self.num_classes))
         falling = ~diverged & (last < 0.99 * earlier)
         remarks = []
         if diverged.any():
@@ -340,7 +340,7 @@ class RedundancyProbe(LightningModule):
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return SGD over the probes alone, one parameter group per candidate, with the paper's step schedule."""
         optimizer = torch.optim.SGD(
             [
@@ -521,9 +521,14 @@ class RedundancyProbe(LightningModule):
         """Return each probe's candidate with the best validation accuracy (the first of equals), and its place."""
         return [(candidate, index) for index, candidate in enumerate(self.kept_accuracy.argmax(0).tolist())]
 
+    def _of_chosen(self, values: Tensor) -> Tensor:
+        """Return the values of each probe's chosen candidate, shape (P, ...), from values of shape (K, P, ...)."""
+        candidates, places = zip(*self._chosen(), strict=True)
+        return values[torch.tensor(candidates), torch.tensor(places)]
+
     def _log(self, split: str, metric: str, values: Tensor) -> None:
         """Log means over seeds as `<split>/<metric>/<selection>/<fraction>`, from values of shape (K, P)."""
-        chosen = values[tuple(zip(*self._chosen(), strict=True))].tolist()
+        chosen = self._of_chosen(values).tolist()
         grouped: dict[str, list[float]] = {}
         for probe, value in zip(self.probes, chosen, strict=True):
             grouped.setdefault(f"{split}/{metric}/{probe.selection}/{probe.fraction:g}", []).append(value)
@@ -540,7 +545,7 @@ class RedundancyProbe(LightningModule):
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over processes."""
-        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
 
     def _check_trainer(self) -> None:
         if self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value":
