@@ -177,7 +177,7 @@ class CLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, weights_only=True)
             return
         trained = time.perf_counter()
-        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
         if self.trainer.is_global_zero:
@@ -286,7 +286,7 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     # Left out: advertisements, and advice that a frozen backbone or a small data set has no use for.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
-    for advice in ("does not have many workers", "in eval mode at the start of training", "is deprecated"):
+    for advice in ("does not have many workers", "in eval mode at the start of training", "is deprecated", "sync_dist=True"):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
     try:
         CLI(args)

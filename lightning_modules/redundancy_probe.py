@@ -149,10 +149,10 @@ class RedundancyProbe(LightningModule):
         self.register_buffer("kept_epoch", torch.full(shape, -1))
         self.register_buffer("mean", torch.zeros(backbone.width))
         self.register_buffer("std", torch.ones(backbone.width))
-        self.register_buffer("epoch_loss", torch.zeros(shape, dtype=torch.float64), persistent=False)
         self.scores = ProbeScores(math.prod(shape), num_classes)
         self.num_classes = num_classes
         self.train_losses: list[Tensor] = []
+        self.epoch_loss = torch.zeros(shape, dtype=torch.float64)  # no buffer: DDP would give all processes the first's
         self.evaluated: dict[str, dict[str, Tensor]] = {}
         self.predictions: Tensor | None = None
         self.strict_loading = False  # a checkpoint never holds the backbone; `on_load_checkpoint` checks the rest
@@ -165,7 +165,6 @@ class RedundancyProbe(LightningModule):
     kept_epoch: Tensor
     mean: Tensor
     std: Tensor
-    epoch_loss: Tensor
 
     # ------------------------------------------------------------------------------------------- what others ask
 
@@ -360,6 +359,10 @@ class RedundancyProbe(LightningModule):
             self.std.copy_(std)
         self._warn_past_edge()
 
+    def on_train_epoch_start(self) -> None:
+        """Start the sums of the training losses."""
+        self.epoch_loss = torch.zeros_like(self.kept_accuracy)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of all probes' losses; a sum, so that no probe feels another."""
         inputs = self._inputs(batch, "train")
@@ -371,7 +374,6 @@ class RedundancyProbe(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Note each probe's training loss, and keep the last weights where those are wanted."""
         loss = self._sum(self.epoch_loss) / len(self._task.images["train"])
-        self.epoch_loss.zero_()
         self.train_losses.append(loss.cpu())
         self._log("train", "loss", loss)
         if self.keep == "last":

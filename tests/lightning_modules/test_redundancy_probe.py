@@ -1,0 +1,221 @@
+"""Real fits on real images, through the Trainer: the invariants of training, and independent implementations."""
+
+import copy
+import csv
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from sklearn.linear_model import LogisticRegression
+
+from datamodules import Digits
+from lightning_modules import FrozenBackbone, RedundancyProbe
+from lightning_modules.backbone import PretrainedCfgOverlay
+
+OVERLAY = PretrainedCfgOverlay([3, 32, 32], [0.5] * 3, [0.5] * 3, "bilinear", 1.0)
+KWARGS = {"channels": [12, 24, 48, 96], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8}
+
+
+def build(**changes):
+    """Return the quickstart's model, with changes."""
+    backbone = FrozenBackbone("resnet26", "digits_0to4.safetensors", KWARGS, OVERLAY)
+    return RedundancyProbe(backbone, **{"num_classes": 5, "fractions": [0.02, 0.1, 0.5], "seeds": 2, **changes})
+
+
+def fit(folder, model, epochs=3, data=None, **trainer):
+    """Fit on the digits 5 to 9 and return the model, its task and its trainer."""
+    seed_everything(0)
+    task = Digits([5, 6, 7, 8, 9], **{"batch_size": 64, "num_workers": 0, **(data or {})})
+    task.preprocessing = model.preprocessing
+    trainer = Trainer(
+        max_epochs=epochs,
+        default_root_dir=folder,
+        **{
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+            "accelerator": "cpu",
+            **trainer,
+        },
+    )
+    trainer.fit(model, datamodule=task)
+    trainer.validate(model, datamodule=task, verbose=False)
+    trainer.test(model, datamodule=task, verbose=False)
+    return model, task, trainer
+
+
+@pytest.mark.parametrize("features", ["clean", 2, "off"])
+def test_the_backbone_is_bit_identical_after_a_fit(tmp_path, features):
+    model = build(features=features)
+    before = copy.deepcopy(model.backbone.state_dict())
+    probes = model.banks[0].weight.detach().clone()
+    fit(tmp_path, model, data={"augmentation": "paper"})
+    assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
+    assert not any(module.training for module in model.backbone.modules())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.backbone.parameters())
+    assert not torch.equal(probes, model.banks[0].weight)
+
+
+def test_without_augmentation_one_look_gives_what_looking_every_epoch_does(tmp_path):
+    once, _, _ = fit(tmp_path / "once", build(), data={"augmentation": "none"})
+    always, _, _ = fit(tmp_path / "always", build(features="off"), data={"augmentation": "none"})
+    torch.testing.assert_close(once.banks[0].weight, always.banks[0].weight, atol=1e-3, rtol=1e-3)
+    assert (tmp_path / "once" / "feature_cache").is_dir()
+    assert not (tmp_path / "always" / "feature_cache").exists()
+
+
+def test_augmented_views_differ_and_are_cycled(tmp_path):
+    model, task, _ = fit(tmp_path, build(features=2), data={"augmentation": "paper"})
+    first, second = task._representations["train"]
+    everything = torch.arange(len(first))
+    assert not torch.allclose(first[everything], second[everything], atol=1e-2)
+    assert model.results()["features"].unique().tolist() == [2]
+    assert model.results()["augmentation"].unique().tolist() == ["paper"]
+
+
+def test_probes_in_a_run_do_not_feel_each_other(tmp_path):
+    together, _, _ = fit(tmp_path, build(selection=["random", "first"]))
+    alone, _, _ = fit(tmp_path, build(fractions=0.1, seeds=[1]))
+    index = together.probes.index(alone.probes[1])
+    for mine, theirs in zip(alone.banks[0].get_probe(1), together.banks[0].get_probe(index), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_counts_and_losses_are_those_of_numpy(tmp_path):
+    model, task, _ = fit(tmp_path, build())
+    labels = task.images["test"].labels.numpy()
+    inputs = task._representations["test"][0][torch.arange(len(labels))].numpy()
+    results, classes = model.results(), model.class_results()
+    for index, probe in enumerate(model.probes):
+        weight, bias = (part.numpy() for part in model.kept[0].get_probe(index))
+        logits = inputs[:, model.banks[0].subset(index).numpy()] @ weight.T + bias
+        right = logits.argmax(1) == labels
+        shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+        loss = (np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]).mean()
+        row = results[(results["split"] == "test")].iloc[index]
+        assert row["accuracy"] * row["images"] == pytest.approx(right.sum(), abs=1e-9)
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+        mine = classes[
+            (classes["split"] == "test")
+            & (classes["selection"] == probe.selection)
+            & (classes["fraction"] == probe.fraction)
+            & (classes["seed"] == probe.seed)
+        ]
+        assert mine["correct"].tolist() == [int(right[labels == label].sum()) for label in range(5)]
+        assert mine["images"].tolist() == np.bincount(labels).tolist()
+
+
+def test_trained_to_the_optimum_probes_agree_with_scikit_learn(tmp_path):
+    decay = 5e-2
+    model, task, _ = fit(
+        tmp_path,
+        build(standardise=True, learning_rate=0.05, weight_decay=decay, keep="last", step_size=1000),
+        epochs=400,
+        data={"batch_size": 538},
+    )
+    parts = {}
+    for split in ("train", "test"):
+        labels = task.images[split].labels
+        values = task._representations[split][0][torch.arange(len(labels))].double().numpy()
+        parts[split] = values, labels.numpy()
+    mean, std = parts["train"][0].mean(0), parts["train"][0].std(0)
+    std[std < 1e-9] = 1
+    results = model.results()
+    for index, row in enumerate(results[results["split"] == "test"].itertuples()):
+        subset = model.banks[0].subset(index).numpy()
+        # The bias is penalised like a weight here, so it is one: a neuron that is always one.
+        sliced = {
+            split: np.c_[((values - mean) / std)[:, subset], np.ones(len(values))]
+            for split, (values, _) in parts.items()
+        }
+        reference = LogisticRegression(
+            C=1 / (len(sliced["train"]) * decay), fit_intercept=False, max_iter=5000, tol=1e-8
+        )
+        reference.fit(sliced["train"], parts["train"][1])
+        assert row.accuracy == pytest.approx(reference.score(sliced["test"], parts["test"][1]), abs=0.01)
+        weight, _ = model.kept[0].get_probe(index)
+        np.testing.assert_allclose(weight.numpy(), reference.coef_[:, :-1], atol=1e-3)
+
+
+def read_metrics(folder):
+    rows = csv.DictReader(next(folder.rglob("metrics.csv")).open())
+    return [{key: float(value) for key, value in row.items() if value} for row in rows]
+
+
+def test_each_probe_keeps_its_earliest_best_epoch(tmp_path):
+    model, _, _ = fit(tmp_path, build(seeds=[3]), epochs=12, logger=CSVLogger(tmp_path))
+    history = [row for row in read_metrics(tmp_path) if "val/accuracy/full/1" in row][:12]
+    results = model.results()
+    kept = results[results["split"] == "val"]
+    assert kept["epoch"].nunique() > 1
+    for row in kept.itertuples():
+        accuracies = [epoch[f"val/accuracy/{row.selection}/{row.fraction:g}"] for epoch in history]
+        assert row.epoch == int(np.argmax(accuracies))
+        assert row.accuracy == pytest.approx(max(accuracies), abs=1e-6)
+
+
+def test_the_last_epoch_is_kept_where_that_is_asked_for(tmp_path):
+    model, _, _ = fit(tmp_path, build(keep="last"), epochs=4, check_val_every_n_epoch=3)
+    assert model.results()["epoch"].unique().tolist() == [3]
+    assert torch.equal(model.kept[0].weight, model.banks[0].weight)
+
+
+def test_a_sweep_keeps_each_probes_best_rate_on_validation(tmp_path):
+    rates = [0.1, 0.0001]
+    swept, _, _ = fit(tmp_path, build(learning_rate=rates, weight_decay=[0.0]), epochs=5)
+    single = [fit(tmp_path, build(learning_rate=rate, weight_decay=0.0), epochs=5)[0] for rate in rates]
+    val = [model.results().query("split == 'val'")["accuracy"].to_numpy() for model in (swept, *single)]
+    np.testing.assert_allclose(val[0], np.maximum(val[1], val[2]), atol=1e-9)
+    chosen = swept.results().query("split == 'val'")["learning_rate"].to_numpy()
+    np.testing.assert_array_equal(chosen, np.where(val[1] >= val[2], *rates))
+
+
+def test_metric_names_and_means_are_those_of_the_contract(tmp_path):
+    model, _, trainer = fit(tmp_path, build())
+    results = model.results().query("split == 'test'")
+    for (selection, fraction), rows in results.groupby(["selection", "fraction"]):
+        logged = trainer.logged_metrics[f"test/accuracy/{selection}/{fraction:g}"].item()
+        assert logged == pytest.approx(rows["accuracy"].mean(), abs=1e-6)
+
+
+def test_a_diverging_probe_is_named(tmp_path):
+    model, _, _ = fit(tmp_path, build(learning_rate=3000.0), epochs=2)
+    assert any("diverged for full" in remark and "\n" not in remark for remark in model.remarks())
+
+
+def test_an_unfinished_training_is_named(tmp_path):
+    model, _, _ = fit(tmp_path, build(learning_rate=1e-3, standardise=True), epochs=3)
+    assert any("not finished for full, random 0.02 (x2)" in remark for remark in model.remarks())
+
+
+def test_steps_past_the_edge_of_stability_are_named(tmp_path, caplog):
+    fit(tmp_path, build(learning_rate=5.0), epochs=1)
+    assert "past the edge of stability at 3.8, for full" in caplog.text
+    caplog.clear()
+    fit(tmp_path, build(learning_rate=1e-4), epochs=1)
+    assert "past the edge" not in caplog.text
+
+
+def test_features_that_are_not_finite_end_with_the_layer_and_the_image(tmp_path):
+    model = build()
+    with torch.no_grad():
+        model.backbone.network.bn1.weight.fill_(float("nan"))
+    with pytest.raises(MisconfigurationException, match=r"^Layer 'penultimate' of .* not finite for image 0 of train"):
+        fit(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [({"gradient_clip_val": 1.0}, "trainer.gradient_clip_val"), ({"precision": "bf16-true"}, "trainer.precision")],
+)
+def test_what_would_let_probes_feel_each_other_or_round_them_is_refused(tmp_path, trainer, said):
+    with pytest.raises(MisconfigurationException, match=said):
+        fit(tmp_path, build(), **trainer)
+
+
+def test_a_bank_too_large_for_memory_is_refused_with_the_numbers():
+    with pytest.raises(MisconfigurationException, match=r"needs [\d,.]+ GB .*\(1001 probes"):
+        build(fractions=[0.5], seeds=1000, num_classes=100_000)
