@@ -1,6 +1,7 @@
 """The command line: joins a task, a model and a Trainer, and leaves a run's files."""
 
 import difflib
+import inspect
 import logging
 import netrc
 import os
@@ -23,10 +24,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+import datamodules
+import lightning_modules
 from datamodules import Task
-from datamodules import __all__ as TASKS
 from lightning_modules import FrozenBackbone, RedundancyProbe
-from lightning_modules import __all__ as MODELS
 from lightning_modules.reporting import report
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -58,7 +59,8 @@ class Parser(LightningArgumentParser):
         unknown = re.search(r'Parser key "(data|model)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
         if unknown:
             kind, name = unknown.groups()
-            known = [each for each in (TASKS if kind == "data" else MODELS) if each != "Task"]
+            known = datamodules.__all__ if kind == "data" else lightning_modules.__all__
+            known = [each for each in known if each not in ("Task", "FrozenBackbone")]
             fail(f"--{kind} is {name!r}; it must be one of {', '.join(known)}, or the import path of a class.")
         fail(message.partition("Given value type")[0])
 
@@ -89,7 +91,7 @@ class CLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose `--config` also finds the shipped configurations."""
-        parser = Parser(**kwargs, logger={"level": "WARNING", "name": "train"})
+        parser = Parser(**kwargs)
         parser.add_argument(
             "-c",
             "--config",
@@ -108,9 +110,9 @@ class CLI(LightningCLI):
         parser.add_argument("--overwrite", type=bool, default=False, help="Whether fit may replace a finished run.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and say what a new backbone inherits from the configuration it overlays."""
+        """Parse, and say what overlays inherit and drop."""
         super().parse_arguments(parser, args)
-        for line in inherited(sys.argv[1:] if args is None else args):
+        for line in overlaid(sys.argv[1:] if args is None else args):
             rank_zero_info(line)
 
     def before_instantiate_classes(self) -> None:
@@ -234,39 +236,60 @@ def has_wandb_credentials() -> bool:
         return False
 
 
-def inherited(args: Sequence[str]) -> Iterator[str]:
-    """Say what stays of an earlier backbone when another `model.backbone.name` overlays it.
+def overlaid(args: Sequence[str]) -> Iterator[str]:
+    """Say what a later part of the command line leaves of an earlier one where that is easily missed.
+
+    Another `model.backbone.name` inherits the `kwargs`, `weights`, overlay and layer of the one before; another class
+    of task or model inherits the arguments it knows and drops the others.
 
     Args:
         args: The command line.
 
     Yields:
-        A line for each change of name that leaves `kwargs`, `weights` or the overlay of the other in force.
+        A line for each such change.
     """
     backbone: dict[str, Any] = {}
-    arguments = iter(args)
-    for argument in arguments:
-        option, given, value = argument.partition("=")
-        new: dict[str, Any] = {}
-        if option in ("-c", "--config"):
-            model = (yaml.safe_load(Path(find_config(value if given else next(arguments, ""))).read_text()) or {}).get(
-                "model"
-            ) or {}
-            new = (model.get("init_args", model).get("backbone") or {}) if isinstance(model, dict) else {}
-        elif option.startswith("--model.backbone."):
-            key, _, deeper = option.removeprefix("--model.backbone.").partition(".")
-            text = value if given else next(arguments, "")
-            new = {key: {deeper: text} if deeper else text}
-        if new.get("name", backbone.get("name")) != backbone.get("name") and "name" in backbone:
-            kept = {
-                key: backbone[key]
-                for key in ("kwargs", "weights", "pretrained_cfg_overlay", "layer")
-                if backbone.get(key) and key not in new
-            }
+    classes: dict[str, str] = {}
+    arguments: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
+    for step in _settings(args):
+        for part, before in arguments.items():
+            new = step.get(part) or {}
+            new = {"class_path": new} if isinstance(new, str) else new
+            name = new.get("class_path", classes.get(part))
+            known = getattr(datamodules if part == "data" else lightning_modules, str(name).rpartition(".")[2], None)
+            if known and part in classes and name != classes[part]:
+                dropped = {key: before.pop(key) for key in set(before) - set(inspect.signature(known).parameters)}
+                if dropped:
+                    said = ", ".join(f"{key} {value}" for key, value in sorted(dropped.items()))
+                    yield f"--{part} is now {name}; dropped from {classes[part]}: {said}."
+            if name:
+                classes[part] = name
+            before |= new.get("init_args") or {key: new[key] for key in new if key != "class_path"}
+        model = step.get("model") or {}
+        new = (model.get("init_args", model).get("backbone") or {}) if isinstance(model, dict) else {}
+        if "name" in backbone and new.get("name", backbone["name"]) != backbone["name"]:
+            kept = {key: backbone[key] for key in backbone if backbone[key] and key != "name" and key not in new}
             if kept:
                 said = ", ".join(f"{key} {value}" for key, value in kept.items())
                 yield f"model.backbone.name is now {new['name']}; inherited from {backbone['name']}: {said}."
         backbone |= new
+
+
+def _settings(args: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield what each argument sets, in order: a configuration's content, or one key."""
+    arguments = iter(args)
+    for argument in arguments:
+        if not argument.startswith("-"):
+            continue
+        option, given, value = argument.partition("=")
+        value = value if given else next(arguments, "")
+        if option in ("-c", "--config"):
+            yield yaml.safe_load(Path(find_config(value)).read_text()) or {}
+        else:
+            setting: Any = value
+            for key in reversed(option.lstrip("-").split(".")):
+                setting = {key: setting}
+            yield setting
 
 
 def _num_classes(task: Task) -> int:
@@ -286,7 +309,12 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     # Left out: advertisements, and advice that a frozen backbone or a small data set has no use for.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
-    for advice in ("does not have many workers", "in eval mode at the start of training", "is deprecated", "sync_dist=True"):
+    for advice in (
+        "does not have many workers",
+        "in eval mode at the start of training",
+        "is deprecated",
+        "sync_dist=True",
+    ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
     try:
         CLI(args)

@@ -21,7 +21,7 @@ def no_wandb_account(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def cli(monkeypatch, tmp_path, capfd):
+def cli(monkeypatch, tmp_path, capfd, caplog):
     """Run the command line in this process, in an empty folder; return its exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
 
@@ -33,7 +33,8 @@ def cli(monkeypatch, tmp_path, capfd):
         except SystemExit as stop:
             status = stop.code or 0
         printed = capfd.readouterr()
-        return status, printed.out, printed.err
+        said = "".join(f"{message}\n" for message in caplog.messages)  # pytest keeps the log from standard error
+        return status, printed.out, said + printed.err
 
     return run
 

@@ -139,6 +139,7 @@ def test_the_penultimate_layer_is_timms_own_before_the_logits(name, tmp_path):
         ("test_convnext", "stages.1.blocks.0.mlp.fc1", (1, 2), {}),  # channels last in a channels-first network
         ("swin_tiny_patch4_window7_224", "layers.0", (1, 2), SWIN),
         ("swin_tiny_patch4_window7_224", "patch_embed.proj", (2, 3), SWIN),  # and the other way round
+        ("test_vit", "patch_embed", (1, 2), {}),
     ],
 )
 def test_a_named_layer_is_averaged_over_space(name, layer, averaged, kwargs):
@@ -158,7 +159,8 @@ def test_a_named_layer_is_averaged_over_space(name, layer, averaged, kwargs):
     ("layer", "prefix"), [("blocks.0", 1), ("norm", 1), ("blocks.1.mlp.fc1", 1), ("patch_embed", 0)]
 )
 def test_tokens_are_averaged_without_the_class_token(layer, prefix):
-    backbone = FrozenBackbone("test_vit", weights="random", pretrained_cfg_overlay=SMALL, layer=layer)
+    kwargs = {"dynamic_img_size": False}  # as most are: patches leave their embedding as tokens, and not as a map
+    backbone = FrozenBackbone("test_vit", weights="random", kwargs=kwargs, pretrained_cfg_overlay=SMALL, layer=layer)
     seen = []
     backbone.network.get_submodule(layer).register_forward_hook(lambda *hooked: seen.append(hooked[2].clone()))
     given = backbone(images())

@@ -1,0 +1,385 @@
+"""The command line as a user meets it: real runs, the files they leave, and what a mistake is answered with."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, SHARED, TORCHRUN, launch
+from safetensors.torch import load_file
+
+from datamodules import Digits
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+OVERLAYS = {"paper_recipe.yaml": "cifar10_20pct.yaml", "debug.yaml": "cifar10_curve.yaml"}
+QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
+SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
+COLUMNS = (
+    *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split", "images", "accuracy"),
+    *("loss", "solver", "augmentation", "features", "epoch"),
+)
+
+
+def digits(split):
+    task = Digits([5, 6, 7, 8, 9])
+    task.setup()
+    return task.images[split]
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_shipped_configuration_parses(cli, name):
+    files = [argument for file in (OVERLAYS.get(name), name) if file for argument in ("--config", file)]
+    status, out, err = cli("fit", *files, "--print_config")
+    assert status == 0, err
+    assert "class_path" in out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_key_of_a_shipped_configuration_is_commented(name):
+    lines = (ROOT / "configs" / name).read_text().splitlines()
+    bare = [line for line in lines if re.search(r":\s+[^#\s]", line) and not line.startswith("#") and " #" not in line]
+    assert bare == []
+
+
+def test_overlays_win_and_say_what_they_inherit(cli):
+    status, out, err = cli(
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        "--config",
+        "debug.yaml",
+        "--model.backbone.name",
+        "resnet18",
+        "--print_config",
+    )
+    assert status == 0
+    assert "max_epochs: 2" in out
+    status, _, err = cli(*SHORT, "--model.backbone.name", "resnet18")
+    assert status == 2
+    assert "model.backbone.name is now resnet18; inherited from resnet26: " in err
+    assert all(key in err for key in ("kwargs {", "weights digits_0to4", "pretrained_cfg_overlay {"))
+
+
+def test_another_task_says_what_it_drops(cli):
+    status, _, err = cli(*SHORT, "--data", "ImageFolder", "--data.root", "nowhere")
+    assert status == 2
+    assert "--data is now ImageFolder; dropped from Digits: digits [5, 6, 7, 8, 9]." in err
+
+
+# -------------------------------------------------------------------------------------------------- the quickstart
+
+
+def test_quickstart_prints_the_curve_the_answer_and_its_files(quickstart):
+    folder, done = quickstart
+    assert re.search(r"^random +0\.1 +38 +\d+\.\d % ± +\d+\.\d +\d+\.\d %  █+$", done.stdout, re.MULTILINE)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert re.fullmatch(
+        r"To keep 90 % of the accuracy: keep \d+ of 384 neurons \(random\), lose -?\d+\.\d ± \d+\.\d points "
+        r"\(\d+\.\d instead of \d+\.\d %\), store [\d.]+ % of the bytes\.",
+        summary["answer"],
+    )
+    assert summary["answer"] in done.stdout
+    for name in ("results.csv", "classes.csv", "summary.json", "curve.png", "curve.svg"):
+        assert f"{folder.parent.name}/{folder.name}/{name}" in done.stdout
+        assert (folder / name).stat().st_size > 0
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert (folder / "config.yaml").exists()
+
+
+def test_quickstart_results_are_complete_and_exact(quickstart):
+    folder, _ = quickstart
+    results, classes = pd.read_csv(folder / "results.csv"), pd.read_csv(folder / "classes.csv")
+    assert list(results.columns[: len(COLUMNS)]) == list(COLUMNS)
+    assert len(results) == 2 * (9 * 5 + 1)
+    assert results["width"].unique().tolist() == [384]
+    expected = [max(1, int(fraction * 384 + 1e-9)) for fraction in results["fraction"]]
+    assert results["neurons"].tolist() == expected
+    for split, rows in results.groupby("split"):
+        assert rows["images"].unique().tolist() == [len(digits(split))]
+    correct = results["accuracy"] * results["images"]
+    np.testing.assert_allclose(correct, correct.round(), atol=1e-9)
+    keys = ["selection", "fraction", "seed", "split"]
+    summed = classes.groupby(keys)[["correct", "images"]].sum().reset_index()
+    merged = results.merge(summed, on=keys, suffixes=("", "_of_classes"))
+    assert len(merged) == len(results)
+    np.testing.assert_allclose(merged["accuracy"] * merged["images"], merged["correct"], atol=1e-9)
+    assert (merged["images"] == merged["images_of_classes"]).all()
+    assert sorted(classes["class"].unique()) == [5, 6, 7, 8, 9]
+
+
+def test_quickstart_learns_and_redundancy_shows(quickstart):
+    results = pd.read_csv(quickstart[0] / "results.csv").query("split == 'test'")
+    means = results.groupby(["selection", "fraction"])["accuracy"].mean()
+    assert means["full", 1.0] > 0.65
+    assert means["random", 0.005] < means["random", 0.02] < means["random", 0.1] < means["full", 1.0]
+    assert means["random", 0.1] > 0.85 * means["full", 1.0]
+
+
+def test_quickstart_summary_agrees_with_its_results(quickstart):
+    folder, _ = quickstart
+    summary = json.loads((folder / "summary.json").read_text())
+    test = pd.read_csv(folder / "results.csv").query("split == 'test'")
+    full = test[test["selection"] == "full"]["accuracy"].mean()
+    assert summary["full_accuracy"] == pytest.approx(full, abs=1e-12)
+    for point in summary["curve"]:
+        values = test[(test["selection"] == "random") & (test["fraction"] == point["fraction"])]["accuracy"]
+        assert point["mean"] == pytest.approx(np.mean(values), abs=1e-12)
+        assert point["std"] == pytest.approx(np.std(values), abs=1e-12)
+    ratios = {point["fraction"]: point["mean"] / full for point in summary["curve"]} | {1.0: 1.0}
+    redundancy = summary["diffused_redundancy"]["random"]
+    assert redundancy["threshold"]["0.9"] == pytest.approx(1 - min(f for f, r in ratios.items() if r >= 0.9))
+    assert redundancy["nearest"]["0.9"] == pytest.approx(1 - min(ratios, key=lambda f: (abs(ratios[f] - 0.9), f)))
+    assert set(summary["versions"]) >= {"torch", "lightning", "timm"}
+    assert summary["seconds"]["fit"] > summary["seconds"]["look"] > 0
+
+
+def test_quickstart_logs_to_wandb_offline(quickstart):
+    folder, done = quickstart
+    assert "wandb sync" in done.stderr
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_the_checkpoint_holds_probes_and_indices_but_no_backbone(quickstart):
+    checkpoint = torch.load(quickstart[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not any("backbone" in key for key in checkpoint["state_dict"])
+    assert {"banks.0.weight", "kept.0.weight", "kept_accuracy", "kept_epoch"} <= set(checkpoint["state_dict"])
+    for probe, indices in zip(checkpoint["probes"]["probes"], checkpoint["probes"]["indices"], strict=True):
+        if probe[0] == "random":
+            expected = torch.randperm(384, generator=torch.Generator().manual_seed(probe[3]))[: probe[2]]
+            assert torch.equal(indices, expected)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_checkpoint_counts_the_same_on_any_number_of_processes(quickstart, tmp_path, processes):
+    folder, _ = quickstart
+    arguments = [
+        *("test", "--config", str(folder / "config.yaml"), "--name", "again", "--data.batch_size=41"),
+        *("--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--trainer.accelerator=cpu"),
+        *(f"--trainer.devices={processes}", "--trainer.strategy=ddp", "--trainer.logger=false"),
+    ]
+    done = launch(*arguments, cwd=tmp_path, launcher=(*TORCHRUN, str(processes)))
+    assert done.returncode == 0, done.stderr
+    stored = pd.read_csv(folder / "results.csv").query("split == 'test'").reset_index(drop=True)
+    measured = pd.read_csv(tmp_path / "runs" / "again" / "test.csv")
+    assert (measured["images"] == stored["images"]).all()
+    np.testing.assert_allclose(measured["accuracy"], stored["accuracy"], atol=1e-12)
+
+
+def test_test_validate_and_predict_write_their_files_and_leave_the_results(quickstart, cli, tmp_path):
+    folder, _ = quickstart
+    before = (folder / "results.csv").read_bytes()
+    common = ("--config", str(folder / "config.yaml"), "--ckpt_path", "last", "--trainer.enable_progress_bar=false")
+    common += ("--trainer.default_root_dir", str(folder.parent))
+    results = pd.read_csv(folder / "results.csv")
+    for verb, split in (("validate", "val"), ("test", "test")):
+        assert cli(verb, *common)[0] == 0
+        written = pd.read_csv(folder / f"{verb}.csv")
+        stored = results[results["split"] == split].reset_index(drop=True)
+        pd.testing.assert_frame_equal(written[["accuracy", "images"]], stored[["accuracy", "images"]], atol=1e-12)
+        assert list(written.columns) == list(results.columns)
+    assert cli("predict", *common)[0] == 0
+    predictions = pd.read_csv(folder / "predictions.csv")
+    stored = results[results["split"] == "test"]
+    for row in stored.itertuples():
+        column = f"{row.selection}/{row.fraction:g}/{row.seed}"
+        assert (predictions[column] == predictions["label"]).sum() == round(row.accuracy * row.images)
+    assert (folder / "results.csv").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------- resuming and many processes
+
+
+def test_a_killed_run_ends_with_the_numbers_of_one_that_was_not(tmp_path):
+    command = (*QUICK, "--model.seeds=2", "--trainer.max_epochs=60", "--overwrite=false")
+    whole = launch(*command, "--name=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    runs = tmp_path / "runs"
+    killed = launch(*command, "--name=killed", cwd=tmp_path, wait=False)
+    deadline = time.monotonic() + 120
+    while not (runs / "killed" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (runs / "killed" / "results.csv").exists()
+    resumed = launch(*command, "--name=killed", "--ckpt_path=last", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Restoring states" in resumed.stderr
+    for name in ("results.csv", "classes.csv"):
+        assert (runs / "killed" / name).read_bytes() == (runs / "whole" / name).read_bytes()
+    again = launch(*command, "--name=killed", cwd=tmp_path)
+    assert again.returncode == 2
+    assert len(again.stderr.strip().splitlines()) == 1
+    assert "--overwrite true" in again.stderr
+
+
+def test_two_processes_fit_what_one_does(tmp_path):
+    arguments = (*SHORT, "--data.batch_size=50", "--overwrite=false", "--trainer.accelerator=cpu")
+    one = launch(*arguments, "--name=one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    several = ("--trainer.devices=2", "--trainer.strategy=ddp", "--model.cache_dir=features-of-two")
+    two = launch(*arguments, "--name=two", *several, cwd=tmp_path, launcher=(*TORCHRUN, "2"))
+    assert two.returncode == 0, two.stderr
+    mine, theirs = (pd.read_csv(tmp_path / "runs" / name / "results.csv") for name in ("one", "two"))
+    assert (mine["images"] == theirs["images"]).all()
+    np.testing.assert_allclose(mine["accuracy"], theirs["accuracy"], atol=0.012)  # two images of 179
+    np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-3)
+    remarks = [json.loads((tmp_path / "runs" / n / "summary.json").read_text())["remarks"] for n in ("one", "two")]
+    assert remarks[0] == remarks[1]
+
+
+# ------------------------------------------------------------------------------------------------------ wrong input
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Forty photograph-sized noise images in two classes."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / "train" / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / "train" / name / f"{index}.png")
+    return tmp_path / "pets"
+
+
+MISTAKES = {
+    "fraction 0": (["--model.fractions=0"], "model.fractions has 0"),
+    "negative fraction": (["--model.fractions=[0.1,-0.2]"], "model.fractions has -0.2"),
+    "fraction above 1": (["--model.fractions=1.5"], "model.fractions has 1.5"),
+    "fraction twice": (["--model.fractions=[0.1,0.1]"], "model.fractions lists 0.1 twice"),
+    "no fraction": (["--model.fractions=[]"], "model.fractions is empty"),
+    "no seed": (["--model.seeds=[]"], "model.seeds is empty"),
+    "zero seeds": (["--model.seeds=0"], "model.seeds is empty"),
+    "seed that is no integer": (["--model.seeds=[a]"], "seeds"),
+    "unknown selection": (["--model.selection=randm"], "'randm'; it must be one of first, random"),
+    "unknown timm name": (["--model.backbone.name=resnet27"], "did you mean"),
+    "unknown timm tag": (["--model.backbone.name=resnet18.nope"], "timm has no weights 'resnet18.nope'"),
+    "unknown layer": (["--model.backbone.layer=layr4"], "has no layer 'layr4'; near it are layer4"),
+    "unknown task": (["--data=Digit"], "--data is 'Digit'; it must be one of CIFAR10, Digits, ImageFolder"),
+    "unknown model": (["--model=Probe"], "--model is 'Probe'; it must be one of"),
+    "unknown configuration": (["--config=quikstart.yaml"], "'quikstart.yaml'"),
+    "missing weights": (["--model.backbone.weights=nowhere.safetensors"], "no file of weights 'nowhere.safetensors'"),
+    "foreign weights": (["--model.backbone.kwargs={}"], "does not hold the weights of this backbone"),
+    "batch size 0": (["--data.batch_size=0"], "data.batch_size is 0"),
+    "unknown key": (["--model.fraction=0.1"], "fraction"),
+    "no views": (["--model.features=0"], "model.features is 0"),
+    "unknown augmentation": (["--data.augmentation=papr"], "data.augmentation is 'papr'"),
+    "learning rate 0": (["--model.learning_rate=0"], "model.learning_rate is 0"),
+    "output below a file": (["--trainer.default_root_dir=file/runs"], "The run cannot be written to file/runs"),
+    "cache below a file": (["--model.cache_dir=file/features"], "Features cannot be written to file/features"),
+    "folder without images": (["--data=ImageFolder", "--data.root=nowhere"], "nowhere has no folder train/"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line(cli, tmp_path, mistake):
+    (tmp_path / "file").write_text("not a folder")
+    arguments, said = MISTAKES[mistake]
+    status, out, err = cli(*SHORT, *arguments)
+    assert status == 2
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == errors[0]
+    assert not list(tmp_path.rglob("results.csv"))
+
+
+def test_a_corrupt_image_is_named_by_path_from_a_worker_process(cli, image_folder):
+    broken = image_folder / "train" / "cat" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    status, _, err = cli(*SHORT, "--data=ImageFolder", f"--data.root={image_folder}", "--data.num_workers=1")
+    assert status == 2
+    assert err.splitlines()[-1].startswith(f"error: {broken} is not a readable image")
+    assert "Traceback" not in err
+
+
+def test_a_mistake_in_a_process_of_its_own_is_one_line_and_nothing_else(tmp_path):
+    done = launch(*SHORT, "--model.fractions=0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: model.fractions has 0; a fraction must be in (0, 1].\n"
+
+
+# --------------------------------------------------------------------------------------------------- other runs
+
+
+def test_an_image_folder_is_probed_with_a_torchvision_backbone(cli, image_folder, tmp_path):
+    status, _, err = cli(
+        *("fit", "--config", "image_folder.yaml", "--config", "debug.yaml", f"--data.root={image_folder}"),
+        *("--model.backbone.name=torchvision.models.squeezenet1_1", "--model.backbone.weights=random"),
+        *("--model.backbone.pretrained_cfg_overlay.input_size=[3,32,32]", "--name=pets"),
+        *("--model.backbone.pretrained_cfg_overlay.mean=[0.5,0.5,0.5]", "--model.selection=[random,first]"),
+        *("--model.backbone.pretrained_cfg_overlay.std=[0.5,0.5,0.5]", "--trainer.enable_progress_bar=false"),
+    )
+    assert status == 0, err
+    results = pd.read_csv(tmp_path / "runs" / "pets" / "results.csv")
+    assert results["task"].unique().tolist() == ["pets"]
+    assert results["backbone"].unique().tolist() == ["torchvision.models.squeezenet1_1-random"]
+    assert results.query("split == 'test'")["images"].unique().tolist() == [8]
+    assert results.query("selection == 'first'").groupby(["split", "fraction"]).size().unique().tolist() == [1]
+
+
+def test_pretraining_remakes_the_shipped_backbone(tmp_path):
+    done = launch(
+        *("fit", "--config", "pretrain_digits.yaml", "--model.output=remade.safetensors"),
+        *("--trainer.enable_progress_bar=false",),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    remade, shipped = (
+        load_file(tmp_path / "remade.safetensors"),
+        load_file(ROOT / "configs" / "digits_0to4.safetensors"),
+    )
+    assert {name: value.shape for name, value in remade.items()} == {name: v.shape for name, v in shipped.items()}
+    assert (ROOT / "configs" / "digits_0to4.safetensors").stat().st_size <= 2_000_000
+    accuracy = float(re.search(r"test/accuracy\D+([\d.]+)", done.stdout)[1])
+    assert accuracy > 0.95
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real images and weights beside the checkout")
+def test_a_real_backbone_on_real_flowers(tmp_path):
+    import tarfile
+
+    for split in ("train", "test"):
+        with tarfile.open(SHARED / "data" / f"flowers12_{split}.tar") as archive:
+            archive.extractall(tmp_path / "flowers12" / split, filter="data")
+        for folder in (tmp_path / "flowers12" / split).iterdir():
+            for surplus in sorted(folder.iterdir())[20:]:
+                surplus.unlink()
+    weights = SHARED / "weights" / "mobilenetv2_100.imagenet1k.safetensors"
+    done = launch(
+        *("fit", "--config", "image_folder.yaml", "--data.root=flowers12", "--model.backbone.name=mobilenetv2_100"),
+        *(f"--model.backbone.weights={weights}", "--model.backbone.kwargs={pad_type: same}", "--trainer.logger=false"),
+        *("--model.backbone.pretrained_cfg_overlay={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "flowers12_mobilenetv2_100.imagenet1k_random"
+    means = (
+        pd.read_csv(folder / "results.csv")
+        .query("split == 'test'")
+        .groupby(["selection", "fraction"])["accuracy"]
+        .mean()
+    )
+    assert means["full", 1.0] > 0.8
+    assert means["random", 0.2] > 0.9 * means["full", 1.0]
+    assert means["random", 0.01] < 0.6 * means["full", 1.0]
+
+
+def test_help_names_the_verbs():
+    done = launch("--help", cwd=Path(__file__).parent)
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in ("fit", "validate", "test", "predict"))
