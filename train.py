@@ -249,6 +249,7 @@ def overlaid(args: Sequence[str]) -> Iterator[str]:
         A line for each such change.
     """
     backbone: dict[str, Any] = {}
+    given_for: dict[str, str] = {}
     classes: dict[str, str] = {}
     arguments: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
     for step in _settings(args):
@@ -265,19 +266,20 @@ def overlaid(args: Sequence[str]) -> Iterator[str]:
             if name:
                 classes[part] = name
             before |= new.get("init_args") or {key: new[key] for key in new if key != "class_path"}
-        model = step.get("model") or {}
-        new = (model.get("init_args", model).get("backbone") or {}) if isinstance(model, dict) else {}
-        if "name" in backbone and new.get("name", backbone["name"]) != backbone["name"]:
-            kept = {key: backbone[key] for key in backbone if backbone[key] and key != "name" and key not in new}
-            if kept:
-                said = ", ".join(f"{key} {value}" for key, value in kept.items())
-                yield f"model.backbone.name is now {new['name']}; inherited from {backbone['name']}: {said}."
+        new = arguments["model"].pop("backbone", None) or {}
         backbone |= new
+        given_for |= dict.fromkeys(new, backbone.get("name", ""))
+    kept = {key: value for key, value in backbone.items() if given_for[key] not in ("", backbone.get("name"))}
+    kept = {key: value for key, value in kept.items() if value and value not in ("pretrained", "penultimate")}
+    if kept:
+        said = ", ".join(f"{key} {value}" for key, value in kept.items())
+        yield f"model.backbone.name is now {backbone['name']}; inherited from {given_for[next(iter(kept))]}: {said}."
 
 
 def _settings(args: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield what each argument sets, in order: a configuration's content, or one key."""
+    """Yield what each configuration on the command line sets, in order, and then what the flags set together."""
     arguments = iter(args)
+    flags: dict[str, Any] = {}
     for argument in arguments:
         if not argument.startswith("-"):
             continue
@@ -285,11 +287,15 @@ def _settings(args: Sequence[str]) -> Iterator[dict[str, Any]]:
         value = value if given else next(arguments, "")
         if option in ("-c", "--config"):
             yield yaml.safe_load(Path(find_config(value)).read_text()) or {}
-        else:
-            setting: Any = value
-            for key in reversed(option.lstrip("-").split(".")):
-                setting = {key: setting}
-            yield setting
+            continue
+        *parents, last = option.lstrip("-").split(".")
+        place = flags
+        for key in parents:
+            if not isinstance(place.get(key), dict):  # `--data ImageFolder` before `--data.root DIR`
+                place[key] = {"class_path": place[key]} if key in place else {}
+            place = place[key]
+        place[last] = value
+    yield flags
 
 
 def _num_classes(task: Task) -> int:

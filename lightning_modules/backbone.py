@@ -86,20 +86,20 @@ class FrozenBackbone(nn.Module):
         file = None if weights in ("pretrained", "random") else weight_files.find(weights)
         if is_timm_model(name):
             self.network, self.preprocessing = _build_timm(name, weights, self.kwargs, overlay)
-            classifier = _names(self.network.pretrained_cfg.get("classifier"))
+            self._classifier = _removed(self.network)
+            self.eval().requires_grad_(False)
         else:
             self.network, self.preprocessing = _build_callable(name, weights, self.kwargs, overlay)
-            classifier = []
+            self.eval().requires_grad_(False)
+            self._classifier = [self._last_weighted_module()]
         self._captured: Tensor | None = None
-        self.eval().requires_grad_(False)
         self._reads_output = layer == "penultimate" and is_timm_model(name)
         if not self._reads_output:
-            module = self._last_weighted_module() if layer == "penultimate" else layer
-            if layer == "penultimate":
-                classifier = [module]
-            self._capture(module, inputs=layer == "penultimate")
+            self._capture(self._classifier[0] if layer == "penultimate" else layer, inputs=layer == "penultimate")
+        if any(layer == module or layer.startswith(f"{module}.") for module in self._classifier):
+            self._classifier = []  # it is what is read
         if file is not None:
-            weight_files.load(self.network, file, classifier)
+            weight_files.load(self.network, file, self._classifier)
         # Convolutions over channels-last images are never slower on current CPUs and GPUs, up to three times faster.
         self.network.to(memory_format=torch.channels_last)
         self.width = self._width()
@@ -122,12 +122,17 @@ class FrozenBackbone(nn.Module):
         output = self.network(images.contiguous(memory_format=torch.channels_last))
         if not self._reads_output:
             output, self._captured = self._captured, None
-        return self._pool(output).float()
+            if output is None:
+                raise MisconfigurationException(f"model.backbone.layer {self.layer!r} of {self.name} is never run.")
+            return output.float()
+        return self._pool(output, self.network).float()
 
     def identity(self) -> dict[str, Any]:
         """Return what the representations of an image depend on, apart from the image and the precision."""
         seen = hashlib.blake2b(digest_size=16)
         for key, value in sorted(self.network.state_dict().items()):
+            if any(key.startswith(f"{module}.") for module in self._classifier):
+                continue
             seen.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
             seen.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {
@@ -139,7 +144,8 @@ class FrozenBackbone(nn.Module):
             "preprocessing": {key: str(value) for key, value in sorted(self.preprocessing.items())},
         }
 
-    def _pool(self, output: Any) -> Tensor:
+    def _pool(self, output: Any, module: nn.Module) -> Tensor:
+        """Average a module's output over space or tokens, shape (B, D); a copy, as what follows may overwrite it."""
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise MisconfigurationException(
@@ -147,10 +153,16 @@ class FrozenBackbone(nn.Module):
                 f"tokens (images, tokens, neurons) or a map (images, neurons, height, width)."
             )
         if output.ndim == 3:  # tokens; class and register tokens come first and are no part of the image
-            return output[:, getattr(self.network, "num_prefix_tokens", 0) :].mean(1)
+            patches = getattr(getattr(self.network, "patch_embed", None), "num_patches", None)
+            prefix = getattr(self.network, "num_prefix_tokens", 0)
+            return output[:, 0 if len(output[0]) == patches else prefix :].mean(1)
         if output.ndim == 4:
-            return output.mean((1, 2) if getattr(self.network, "output_fmt", "NCHW") == "NHWC" else (2, 3))
-        return output
+            last = isinstance(module, nn.Linear) or type(module) is nn.LayerNorm
+            first = isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+            form = getattr(module, "output_fmt", getattr(self.network, "output_fmt", "NCHW"))
+            last = last or (not first and form == "NHWC")
+            return output.mean((1, 2) if last else (2, 3))
+        return output.clone()
 
     def _width(self) -> int:
         """Look at what comes out: what models say of their width is not always so."""
@@ -170,8 +182,8 @@ class FrozenBackbone(nn.Module):
                 f"{self.name} has no layer {module!r}; near it are {', '.join(near)} (or 'penultimate')."
             )
 
-        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            self._captured = arguments[0] if inputs else output
+        def hook(read: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            self._captured = self._pool(arguments[0] if inputs else output, read)
 
         self.network.get_submodule(module).register_forward_hook(hook)
 
@@ -211,20 +223,23 @@ def _build_timm(
         tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
         near = difflib.get_close_matches(name, tags, n=3, cutoff=0) or tags[:3]
         raise MisconfigurationException(f"timm has no weights {name!r}; there are {', '.join(near) or 'none'}.")
-    try:
+
+    def create(pretrained: bool) -> nn.Module:
         with _quiet("timm", "huggingface_hub"):
-            network = timm.create_model(
-                name,
-                pretrained=weights == "pretrained",
-                pretrained_cfg_overlay=overlay or None,
-                num_classes=0,
-                **kwargs,
+            return timm.create_model(
+                name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, num_classes=0, **kwargs
             )
-    except TypeError as error:
-        raise MisconfigurationException(
-            f"{name} does not take model.backbone.kwargs {kwargs} ({_one_line(error)})."
-        ) from error
-    except Exception as error:  # hubs, sockets and timm itself raise whatever they like
+
+    try:
+        network = create(weights == "pretrained")
+    except Exception as error:  # hubs, sockets, architectures and timm itself raise whatever they like
+        if not from_hub:
+            try:
+                create(pretrained=False)
+            except Exception as cause:
+                raise MisconfigurationException(
+                    f"{name} does not take model.backbone.kwargs {kwargs} ({_one_line(cause)})."
+                ) from cause
         raise MisconfigurationException(
             f"The pretrained weights of {name} cannot be had ({_one_line(error)}); give a file with "
             f"--model.backbone.weights FILE, or say --model.backbone.weights random."
@@ -278,7 +293,7 @@ def _import(name: str) -> Callable[..., Any]:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute) if module else None
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError, ValueError):
         found = None
     if not callable(found):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
@@ -287,8 +302,17 @@ def _import(name: str) -> Callable[..., Any]:
     return found
 
 
-def _names(value: str | tuple[str, ...] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+def _removed(network: Any) -> list[str]:
+    """Return the names of a timm model's classifiers, or of what stands in their place, with all that was below it."""
+    value = network.pretrained_cfg.get("classifier")
+    names = [] if value is None else [value] if isinstance(value, str) else list(value)
+    modules = dict(network.named_modules())
+    removed = []
+    for name in names:
+        parts = name.split(".")
+        ancestors = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+        removed.append(next((each for each in ancestors if isinstance(modules.get(each), nn.Identity)), name))
+    return removed
 
 
 def _one_line(error: BaseException) -> str:

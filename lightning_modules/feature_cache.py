@@ -6,6 +6,7 @@ altered or foreign one is computed again, a finished one survives an interrupted
 fixed places, so that neither their content nor their names depend on the number of processes.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ BATCH = 32
 SHARDS = 64
 """How many shards a split is cut into, as long as none holds more than `LARGEST` images."""
 LARGEST = 4096
-VERSIONS = {"torch": torch.__version__, "timm": timm.__version__, "torchvision": torchvision.__version__}
+VERSIONS = f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
 
 Extract = Callable[[Sequence[Sequence[int]]], Iterator[Tensor]]
 """From batches of places in a split to their representations, one tensor of shape (b, D) per batch, in order."""
@@ -99,20 +100,17 @@ class FeatureCache:
             for start in range(0, images, rows)
         }
         mine = list(shards.items())[self.process :: self.processes]
-        missing = [(path, span) for path, span in mine if not _is_valid(path, said, len(span))]
-        try:
+        missing = [(path, span) for path, span in mine if not _is_valid(path, said, span)]
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
-            batches = [list(span[i : i + BATCH]) for _, span in missing for i in range(0, len(span), BATCH)]
-            extracted = extract(batches) if batches else iter(())
-            for path, span in missing:
-                _write(path, torch.cat(list(itertools.islice(extracted, -(-len(span) // BATCH)))), said)
-            next(extracted, None)  # lets the extraction come to its end, and its progress bar
-        except OSError as error:
-            raise MisconfigurationException(
-                f"Features cannot be written to {folder} ({error.strerror or error}); "
-                f"name another folder with --model.cache_dir."
-            ) from error
+        batches = [list(span[i : i + BATCH]) for _, span in missing for i in range(0, len(span), BATCH)]
+        extracted = extract(batches) if batches else iter(())
+        for path, span in missing:
+            values = torch.cat(list(itertools.islice(extracted, -(-len(span) // BATCH))))
+            with _writing(folder):
+                _write(path, values, said, span)
+        next(extracted, None)  # lets the extraction come to its end, and its progress bar
         self.barrier()
         try:
             tensors = [_open(path) for path in shards]
@@ -132,7 +130,19 @@ class FeatureCache:
         return FeatureRows(tensors)
 
 
-def _is_valid(path: Path, fingerprint: str, rows: int) -> bool:
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say where features cannot be written, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise MisconfigurationException(
+            f"Features cannot be written to {folder} ({error.strerror or error}); "
+            f"name another folder with --model.cache_dir."
+        ) from error
+
+
+def _is_valid(path: Path, fingerprint: str, span: range) -> bool:
     """Return whether a shard is there, whole, unaltered and the one asked for; say why where it is not."""
     if not path.exists():
         return False
@@ -143,15 +153,14 @@ def _is_valid(path: Path, fingerprint: str, rows: int) -> bool:
     except (SafetensorError, OSError) as error:
         rank_zero_info(f"{path} is torn ({error}); it is computed again.")
         return False
-    if metadata.get("fingerprint") != fingerprint or len(values) != rows:
+    if (metadata.get("fingerprint"), metadata.get("rows")) != (fingerprint, str(span)) or len(values) != len(span):
         rank_zero_info(f"{path} belongs to other weights, images or settings; it is computed again.")
         return False
-    if metadata.get("digest") != _digest(values):
+    if metadata.get("digest") != _digest(values) or values.dtype != torch.float32:
         rank_zero_info(f"{path} was altered; it is computed again.")
         return False
-    written = json.loads(metadata.get("versions", "{}"))
-    if written != VERSIONS:
-        rank_zero_info(f"Features in {path.parent} were computed with {written}, this is {VERSIONS}.")
+    if metadata.get("versions") != VERSIONS:
+        rank_zero_info(f"{path} was computed with {metadata.get('versions')}, this is {VERSIONS}.")
     return True
 
 
@@ -160,9 +169,9 @@ def _open(path: Path) -> Tensor:
         return shard.get_tensor("features")
 
 
-def _write(path: Path, values: Tensor, fingerprint: str) -> None:
+def _write(path: Path, values: Tensor, fingerprint: str, span: range) -> None:
     """Write a shard under another name first, so that its own name never stands for half of it."""
-    metadata = {"fingerprint": fingerprint, "digest": _digest(values), "versions": json.dumps(VERSIONS)}
+    metadata = {"fingerprint": fingerprint, "rows": str(span), "digest": _digest(values), "versions": VERSIONS}
     unfinished = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         save_file({"features": values}, unfinished, metadata)

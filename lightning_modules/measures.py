@@ -36,7 +36,7 @@ def curve(results: pd.DataFrame, split: str) -> pd.DataFrame:
 def sufficient_fraction(fractions: Sequence[float], ratios: Sequence[float], delta: float, rule: str) -> float:
     """Return the fraction that is enough to keep `delta` of the full layer's accuracy.
 
-    The full layer itself, fraction 1 at ratio 1, always counts as measured.
+    Fraction 1 counts as measured, at ratio 1 where it was not: the full layer always is enough.
 
     Args:
         fractions: Measured fractions.
@@ -48,11 +48,14 @@ def sufficient_fraction(fractions: Sequence[float], ratios: Sequence[float], del
     """
     measured = dict(sorted({1.0: 1.0, **dict(zip(fractions, ratios, strict=True))}.items()))
     grid, kept = np.array(list(measured)), np.array(list(measured.values()))
+    kept = kept.round(12)  # what differs by rounding alone is a tie
     if rule == "nearest":
-        return float(grid[np.abs(kept - delta).argmin()])
+        return float(grid[np.abs(kept - delta).round(12).argmin()])
     if rule not in RULES:
         raise ValueError(f"The rule is {rule!r}; it must be one of {', '.join(RULES)}.")
-    reached = int((kept >= delta).argmax()) if (kept >= delta).any() else len(grid) - 1
+    reached = int((kept >= delta).argmax())
+    if kept[reached] < delta:
+        return 1.0
     if rule == "threshold" or reached == 0:
         return float(grid[reached])
     low, high = kept[reached - 1], kept[reached]

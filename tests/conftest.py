@@ -26,6 +26,7 @@ def cli(monkeypatch, tmp_path, capfd, caplog):
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
+        caplog.clear()
         monkeypatch.setattr(sys, "argv", ["train.py", *args])
         try:
             train.main()

@@ -66,6 +66,9 @@ def test_overlays_win_and_say_what_they_inherit(cli):
     assert status == 2
     assert "model.backbone.name is now resnet18; inherited from resnet26: " in err
     assert all(key in err for key in ("kwargs {", "weights digits_0to4", "pretrained_cfg_overlay {"))
+    _, _, err = cli(*SHORT, "--model.backbone.kwargs={}", "--model.backbone.name=resnet18")
+    assert "inherited" in err
+    assert "kwargs {" not in err
 
 
 def test_another_task_says_what_it_drops(cli):

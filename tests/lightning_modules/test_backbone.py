@@ -137,6 +137,9 @@ def test_the_penultimate_layer_is_timms_own_before_the_logits(name, tmp_path):
         ("test_resnet", "fc", (), {}),
         ("test_convnext", "stages.1", (2, 3), {}),
         ("test_convnext", "stages.1.blocks.0.mlp.fc1", (1, 2), {}),  # channels last in a channels-first network
+        ("test_convnext", "stages.1.blocks.0.mlp.act", (1, 2), {}),
+        ("test_convnext", "stages.1.blocks.0.norm", (1, 2), {}),
+        ("test_convnext", "stages.1.blocks.0.conv_dw", (2, 3), {}),
         ("swin_tiny_patch4_window7_224", "layers.0", (1, 2), SWIN),
         ("swin_tiny_patch4_window7_224", "patch_embed.proj", (2, 3), SWIN),  # and the other way round
         ("test_vit", "patch_embed", (1, 2), {}),
@@ -238,6 +241,7 @@ def test_a_callable_needs_its_preprocessing(given):
     [(random_net, {}), (net_by_weights, {"weights": None}), (net_by_flag, {"pretrained": False})],
 )
 def test_a_callable_with_random_weights_does_not_count_as_pretrained(build, kwargs):
+    torch.manual_seed(0)  # as a seeded run does just before
     message = refusal(own(build), kwargs=kwargs, pretrained_cfg_overlay=PLAIN)
     assert "random" in message
     assert "conv.weight" in message
@@ -588,13 +592,19 @@ def test_the_features_of_trained_weights_are_those_that_timm_computes(what, clas
     assert_close(backbone(images(224, 2)), features, rtol=1e-5, atol=1e-5 * float(features.abs().max()))
 
 
-def test_a_squeezenet_files_features_are_torchvisions(tmp_path):
+@pytest.mark.parametrize("layer", ["penultimate", "features", "classifier.1", "classifier.2", "classifier"])
+def test_a_squeezenet_files_features_are_torchvisions_also_behind_its_classifier(tmp_path, layer):
     source = shaken(squeezenet1_1(num_classes=10))
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     backbone = FrozenBackbone(
         "torchvision.models.squeezenet1_1",
         weights=str(tmp_path / "weights.safetensors"),
+        kwargs={"num_classes": 10},
         pretrained_cfg_overlay=PLAIN,
+        layer=layer,
     )
     with torch.no_grad():
-        assert_close(backbone(images()), source.features(images()).mean((2, 3)))
+        expected = source.features(images())
+        for place in range({"classifier.1": 2, "classifier.2": 3, "classifier": 4}.get(layer, 0)):
+            expected = source.classifier[place](expected).clone()
+    assert_close(backbone(images()), expected.mean((2, 3)))

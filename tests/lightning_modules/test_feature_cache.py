@@ -115,10 +115,6 @@ def of_another_type(content):
     return content.replace(b'"F32"', b'"I32"')
 
 
-def with_broken_versions(content):
-    return content.replace(b'{\\"torch', b'?\\"torch')
-
-
 def with_another_fingerprint(content):
     return content.replace(b'\\"weights\\": \\"1\\"', b'\\"weights\\": \\"2\\"')
 
@@ -136,7 +132,6 @@ def overwritten(content):
         headless,
         flipped,
         of_another_type,
-        with_broken_versions,
         with_another_fingerprint,
         overwritten,
     ],
@@ -169,6 +164,18 @@ def test_a_whole_shard_in_the_place_of_another_is_computed_again(tmp_path, lines
     assert torch.equal(all_rows(features(tmp_path, second)), VALUES)
     assert second.asked == [list(range(place * BATCH, min((place + 1) * BATCH, IMAGES)))]
     assert [line for line in lines() if str(paths[place]) in line]
+
+
+def test_a_whole_shard_of_another_fingerprint_is_computed_again(tmp_path, lines):
+    features(tmp_path / "here", Extraction())
+    features(tmp_path / "there", Extraction(-VALUES), FINGERPRINT | {"view": "other"})
+    path = shards(tmp_path / "here")[1]
+    path.write_bytes(shards(tmp_path / "there")[1].read_bytes())
+    lines()
+    second = Extraction()
+    assert torch.equal(all_rows(features(tmp_path / "here", second)), VALUES)
+    assert second.asked == [list(range(32, 64))]
+    assert [line for line in lines() if str(path) in line]
 
 
 def test_a_missing_shard_is_computed_again(tmp_path):
@@ -230,6 +237,17 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
     assert str(tmp_path / "file" / "cache") in str(error.value)
     assert extract.asked == []
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing_half_written(tmp_path):
+    features(tmp_path, Extraction())
+    path = shards(tmp_path)[1]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(MisconfigurationException, match=r"cannot be written.*--model\.cache_dir") as error:
+        features(tmp_path, Extraction())
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 PICKS = [torch.randint(23, (size,), generator=torch.Generator().manual_seed(size)) for size in (0, 1, 9, 200)]
