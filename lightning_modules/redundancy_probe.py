@@ -109,7 +109,7 @@ class RedundancyProbe(LightningModule):
         seeds: int | list[int] = 5,
         selection: str | list[str] = "random",
         full_seeds: int | list[int] = 1,
-        features: Literal["clean", "off"] | int = "clean",
+        features: Literal["clean", "off", False] | int = "clean",
         keep: Literal["best", "last"] = "best",
         learning_rate: float | list[float] = 0.1,
         momentum: float = 0.9,
@@ -125,7 +125,7 @@ class RedundancyProbe(LightningModule):
         fractions = fractions if isinstance(fractions, list) else [fractions]
         seeds, full_seeds = _seeds(seeds, "seeds"), _seeds(full_seeds, "full_seeds")
         subsets.check(self.selections, fractions, seeds)
-        if features is False:  # how YAML 1.1 reads a bare off
+        if features is False:  # how YAML reads a bare off
             features = "off"
         if isinstance(features, int) and features < 1:
             raise MisconfigurationException(

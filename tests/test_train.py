@@ -198,6 +198,32 @@ def test_test_validate_and_predict_write_their_files_and_leave_the_results(quick
     assert (folder / "results.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--model.seeds=3", "its probes is"),
+        ("--model.backbone.layer=layer3", "its layer is penultimate, not layer3"),
+        ("--model.backbone.weights=random", "its backbone is resnet26-digits_0to4, not resnet26-random"),
+        ("--data.digits=[1,2,3,4,5]", "its classes is ['5', '6', '7', '8', '9'], not ['1', '2', '3', '4', '5']"),
+    ],
+)
+def test_a_checkpoint_that_does_not_belong_is_refused(quickstart, cli, change, said):
+    folder, _ = quickstart
+    checkpoint = str(folder / "checkpoints" / "last.ckpt")
+    status, _, err = cli("test", "--config", str(folder / "config.yaml"), "--ckpt_path", checkpoint, change)
+    assert status == 2
+    assert said in err.splitlines()[-1]
+
+
+def test_a_bare_off_in_yaml_means_off(cli, tmp_path):
+    (tmp_path / "off.yaml").write_text("model:\n  features: off\n")
+    arguments = ("--config", "off.yaml", "--name=off", "--trainer.max_epochs=1")
+    status, _, err = cli(*SHORT, *arguments)
+    assert status == 0, err
+    assert pd.read_csv(tmp_path / "runs" / "off" / "results.csv")["features"].unique().tolist() == ["off"]
+    assert not (tmp_path / "runs" / "feature_cache").exists()
+
+
 # ------------------------------------------------------------------------------------- resuming and many processes
 
 

@@ -86,6 +86,10 @@ def net_by_flag(pretrained=False):
     return fixed_net() if pretrained else random_net()
 
 
+def unweighted_net():
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+
+
 def no_net():
     return {"conv": 1}
 
@@ -226,6 +230,12 @@ def test_of_a_callables_network_the_last_linear_layers_input_is_read():
         expected = net.neck(net.bn(net.conv(images())).relu().mean((2, 3)))
     assert backbone.width == 5
     assert_close(backbone(images()), expected)
+
+
+def test_a_network_without_weights_is_read_where_a_layer_is_named():
+    backbone = FrozenBackbone(own(unweighted_net), weights="random", pretrained_cfg_overlay=PLAIN, layer="0")
+    assert_close(backbone(images()), images().mean((2, 3)))
+    assert "name a layer" in refusal(own(unweighted_net), weights="random", pretrained_cfg_overlay=PLAIN)
 
 
 @pytest.mark.parametrize("given", [{}, {"input_size": [3, 64, 64]}, {"mean": [0.5] * 3, "std": [0.5] * 3}])
@@ -395,6 +405,16 @@ def test_all_of_a_classifier_of_several_modules_is_ignored(tmp_path):
     save_file(timm.create_model("efficientvit_m0").state_dict(), tmp_path / "weights.safetensors")
     backbone = FrozenBackbone("efficientvit_m0", weights=str(tmp_path / "weights.safetensors"))
     assert backbone.width == 192
+
+
+@pytest.mark.parametrize("layer", ["fc", "global_pool", "layer4"])
+def test_a_classifier_in_the_file_does_not_hinder_reading_beside_it(tmp_path, source, layer):
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    backbone = FrozenBackbone(
+        FILED, weights=str(tmp_path / "weights.safetensors"), pretrained_cfg_overlay=SMALL, layer=layer
+    )
+    with torch.no_grad():
+        assert_close(backbone(images()), source.forward_features(images()).mean((2, 3)))
 
 
 @pytest.mark.parametrize("layer", ["penultimate", "neck"])
