@@ -89,7 +89,7 @@ class FileImages:
                     grey = (np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)
                     return Image.fromarray(grey).convert("RGB")
                 return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
             raise MisconfigurationException(f"{path} is not a readable image ({error}).") from error
 
     def subset(self, indices: Tensor) -> "FileImages":

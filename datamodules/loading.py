@@ -107,7 +107,7 @@ class ImageBatches(Dataset[Batch]):
         inputs = torch.empty(len(request.indices), *self.shape)
         with torch.random.fork_rng(devices=[]):
             for place, index in enumerate(request.indices):
-                torch.manual_seed(zlib.crc32(f"{self.seed}/{request.epoch}/{index}".encode()))
+                torch.default_generator.manual_seed(zlib.crc32(f"{self.seed}/{request.epoch}/{index}".encode()))
                 inputs[place] = self.transform(self.images[index])
         indices = torch.tensor(request.indices, dtype=torch.int64)
         return Batch(inputs, self.images.labels[indices], indices, request.total)

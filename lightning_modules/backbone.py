@@ -91,13 +91,11 @@ class FrozenBackbone(nn.Module):
         else:
             self.network, self.preprocessing = _build_callable(name, weights, self.kwargs, overlay)
             self.eval().requires_grad_(False)
-            self._classifier = [self._last_weighted_module()]
+            self._classifier = self._unread()
         self._captured: Tensor | None = None
         self._reads_output = layer == "penultimate" and is_timm_model(name)
         if not self._reads_output:
             self._capture(self._classifier[0] if layer == "penultimate" else layer, inputs=layer == "penultimate")
-        if any(layer == module or layer.startswith(f"{module}.") for module in self._classifier):
-            self._classifier = []  # it is what is read
         if file is not None:
             weight_files.load(self.network, file, self._classifier)
         # Convolutions over channels-last images are never slower on current CPUs and GPUs, up to three times faster.
@@ -125,7 +123,7 @@ class FrozenBackbone(nn.Module):
             if output is None:
                 raise MisconfigurationException(f"model.backbone.layer {self.layer!r} of {self.name} is never run.")
             return output.float()
-        return self._pool(output, self.network).float()
+        return self._pool(output).float()
 
     def identity(self) -> dict[str, Any]:
         """Return what the representations of an image depend on, apart from the image and the precision."""
@@ -144,7 +142,7 @@ class FrozenBackbone(nn.Module):
             "preprocessing": {key: str(value) for key, value in sorted(self.preprocessing.items())},
         }
 
-    def _pool(self, output: Any, module: nn.Module) -> Tensor:
+    def _pool(self, output: Any) -> Tensor:
         """Average a module's output over space or tokens, shape (B, D); a copy, as what follows may overwrite it."""
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -157,10 +155,10 @@ class FrozenBackbone(nn.Module):
             prefix = getattr(self.network, "num_prefix_tokens", 0)
             return output[:, 0 if len(output[0]) == patches else prefix :].mean(1)
         if output.ndim == 4:
-            last = isinstance(module, nn.Linear) or type(module) is nn.LayerNorm
-            first = isinstance(module, nn.Conv2d | nn.BatchNorm2d)
-            form = getattr(module, "output_fmt", getattr(self.network, "output_fmt", "NCHW"))
-            last = last or (not first and form == "NHWC")
+            _, height, width, depth = output.shape
+            last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+            if (height == width) != (width == depth):  # the map is square, as the images are
+                last = height == width
             return output.mean((1, 2) if last else (2, 3))
         return output.clone()
 
@@ -182,17 +180,17 @@ class FrozenBackbone(nn.Module):
                 f"{self.name} has no layer {module!r}; near it are {', '.join(near)} (or 'penultimate')."
             )
 
-        def hook(read: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            self._captured = self._pool(arguments[0] if inputs else output, read)
+        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            self._captured = self._pool(arguments[0] if inputs else output)
 
         self.network.get_submodule(module).register_forward_hook(hook)
 
-    def _last_weighted_module(self) -> str:
+    def _unread(self) -> list[str]:
+        """Name the linear or convolutional layer that runs last, unless the layer that is read ends no sooner."""
         order: list[str] = []
         hooks = [
             module.register_forward_hook(lambda *_, name=name: order.append(name))
             for name, module in self.network.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
         ]
         try:
             with torch.no_grad():
@@ -204,9 +202,14 @@ class FrozenBackbone(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        if not order:
+        weighted = [
+            place
+            for place, name in enumerate(order)
+            if isinstance(self.network.get_submodule(name), nn.Linear | nn.Conv2d)
+        ]
+        if self.layer == "penultimate" and not weighted:
             raise MisconfigurationException(f"{self.name} has no linear or convolutional layer; name a layer.")
-        return order[-1]
+        return [order[weighted[-1]]] if weighted and self.layer not in order[weighted[-1] :] else []
 
 
 def is_timm_model(name: str) -> bool:
