@@ -266,7 +266,8 @@ def overlaid(args: Sequence[str]) -> Iterator[str]:
             if name:
                 classes[part] = name
             before |= new.get("init_args") or {key: new[key] for key in new if key != "class_path"}
-        new = arguments["model"].pop("backbone", None) or {}
+        new = arguments["model"].pop("backbone", None)
+        new = new if isinstance(new, dict) else {}
         backbone |= new
         given_for |= dict.fromkeys(new, backbone.get("name", ""))
     kept = {key: value for key, value in backbone.items() if given_for[key] not in ("", backbone.get("name"))}
@@ -294,7 +295,7 @@ def _settings(args: Sequence[str]) -> Iterator[dict[str, Any]]:
             if not isinstance(place.get(key), dict):  # `--data ImageFolder` before `--data.root DIR`
                 place[key] = {"class_path": place[key]} if key in place else {}
             place = place[key]
-        place[last] = value
+        place[last] = yaml.safe_load(value) if value.startswith("{") else value
     yield flags
 
 

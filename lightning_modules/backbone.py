@@ -129,7 +129,7 @@ class FrozenBackbone(nn.Module):
         """Return what the representations of an image depend on, apart from the image and the precision."""
         seen = hashlib.blake2b(digest_size=16)
         for key, value in sorted(self.network.state_dict().items()):
-            if any(key.startswith(f"{module}.") for module in self._classifier):
+            if weight_files.below(key, self._classifier):
                 continue
             seen.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
             seen.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

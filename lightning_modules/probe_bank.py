@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.subsets import Probe, order
+from lightning_modules.subsets import Probe, subset
 
 
 class Block(NamedTuple):
@@ -122,7 +122,7 @@ class ProbeBank(nn.Module):
         offset = 0
         for sizes, members in _alike(self.probes).items():
             stack = Stack(torch.tensor(members), sizes, classes, offset)
-            orderings.append(torch.cat([self._order(group, max(sizes)) for group in members]))
+            orderings.append(torch.cat([self.subset(group[-1]) for group in members]))  # the largest holds the others
             self._stacks.append(stack)
             offset = stack.end
         self.weight = nn.Parameter(torch.empty(offset))
@@ -156,8 +156,7 @@ class ProbeBank(nn.Module):
 
     def subset(self, index: int) -> Tensor:
         """Return the neurons that a probe sees, shape (k,)."""
-        probe = self.probes[index]
-        return order(probe.selection, self.width, probe.seed)[: probe.neurons]
+        return subset(self.probes[index], self.width)
 
     @torch.no_grad()
     def set_probe(self, index: int, weight: Tensor, bias: Tensor) -> None:
@@ -188,10 +187,6 @@ class ProbeBank(nn.Module):
                 for block in stack.blocks:
                     if block.probe <= rank:
                         yield stack.view(flat, block)[group, rank - block.probe], slice(block.start, block.stop)
-
-    def _order(self, group: Sequence[int], size: int) -> Tensor:
-        probe = self.probes[group[0]]
-        return order(probe.selection, self.width, probe.seed)[:size]
 
 
 def parameters_of(probes: Sequence[Probe], classes: int) -> int:

@@ -121,8 +121,7 @@ class RedundancyProbe(LightningModule):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.selections = [selection] if isinstance(selection, str) else selection
-        fractions = fractions if isinstance(fractions, list) else [fractions]
+        self.selections, fractions = _list(selection), _list(fractions)
         seeds, full_seeds = _seeds(seeds, "seeds"), _seeds(full_seeds, "full_seeds")
         subsets.check(self.selections, fractions, seeds)
         if features is False:  # how YAML reads a bare off

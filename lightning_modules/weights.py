@@ -81,10 +81,6 @@ def load(network: nn.Module, path: Path, classifier: Collection[str]) -> None:
     Raises:
         MisconfigurationException: If any other name or shape does not match; the message gives the first few.
     """
-
-    def below(name: str, modules: Collection[str]) -> bool:
-        return any(name == module or name.startswith(f"{module}.") for module in modules)
-
     wanted = {name: value.shape for name, value in network.state_dict().items() if not below(name, classifier)}
     given = _unwrap(read(path), wanted)
     given = {name: value for name, value in given.items() if not below(name, classifier)}
@@ -103,6 +99,11 @@ def load(network: nn.Module, path: Path, classifier: Collection[str]) -> None:
     if problems:
         raise MisconfigurationException(f"{path} does not hold the weights of this backbone: {'; '.join(problems)}.")
     network.load_state_dict(given, strict=False)
+
+
+def below(name: str, modules: Collection[str]) -> bool:
+    """Return whether a parameter, buffer or module is one of `modules` or part of one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _unwrap(given: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

@@ -69,6 +69,9 @@ def test_overlays_win_and_say_what_they_inherit(cli):
     _, _, err = cli(*SHORT, "--model.backbone.kwargs={}", "--model.backbone.name=resnet18")
     assert "inherited" in err
     assert "kwargs {" not in err
+    _, _, err = cli(*SHORT, "--model.backbone={name: resnet18, kwargs: {}, weights: random}", "--model.fractions=0")
+    assert "inherited from resnet26: pretrained_cfg_overlay" in err
+    assert err.splitlines()[-1].startswith("error: model.fractions has 0")
 
 
 def test_another_task_says_what_it_drops(cli):
