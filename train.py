@@ -1,36 +1,44 @@
 """The command line: joins a task, a model and a Trainer, and leaves a run's files."""
 
+import contextlib
 import difflib
 import inspect
 import logging
-import netrc
 import os
 import re
-import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import yaml
 from jsonargparse import ActionConfigFile
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.distributed import DistError, TCPStore
 
 import datamodules
 import lightning_modules
 from datamodules import Task
 from lightning_modules import FrozenBackbone, RedundancyProbe
-from lightning_modules.reporting import report
+from lightning_modules.backbone import PretrainedCfgOverlay
+from lightning_modules.checkpoints import Checkpoints, WholeCheckpointIO
+from lightning_modules.files import whole
+from lightning_modules.reporting import dashboard, report
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+"""Processes that run the whole command line, each on one device."""
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "a word"}
+TYPES |= {"list[int]": "a list of whole numbers", "list[float]": "a list of numbers", "list[str]": "a list of words"}
+"""What types are called to a user."""
 
 
 def find_config(name: str) -> str:
@@ -44,11 +52,32 @@ def find_config(name: str) -> str:
 
 
 class ConfigFile(ActionConfigFile):
-    """`--config`, looked up by `find_config`."""
+    """`--config`, looked up by `find_config` and named where it cannot be read."""
 
     def __call__(self, parser: Any, config: Any, value: Any, option_string: str | None = None) -> None:
         """Apply the file to what is parsed so far."""
-        super().__call__(parser, config, find_config(value) if isinstance(value, str) else value, option_string)
+        if isinstance(value, str):
+            value = find_config(value)
+            read_config(value)
+        super().__call__(parser, config, value, option_string)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        MisconfigurationException: If it is no YAML, or holds no settings.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise MisconfigurationException(f"{path} is not valid YAML{where} ({problem}).") from error
+    if not isinstance(settings, dict):
+        raise MisconfigurationException(f"{path} holds {settings!r:.60}; it must hold settings, as `data: CIFAR10`.")
+    return settings
 
 
 class Parser(LightningArgumentParser):
@@ -56,13 +85,53 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with one line and exit status 2."""
-        unknown = re.search(r'Parser key "(data|model)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
-        if unknown:
-            kind, name = unknown.groups()
-            known = datamodules.__all__ if kind == "data" else lightning_modules.__all__
-            known = [each for each in known if each not in ("Task", "FrozenBackbone")]
-            fail(f"--{kind} is {name!r}; it must be one of {', '.join(known)}, or the import path of a class.")
-        fail(message.partition("Given value type")[0])
+        fail(explain(message))
+
+
+def explain(message: str) -> str:
+    """Return what jsonargparse says of a mistake as one line that names the wrong value and what would be right."""
+    name = re.search(r'Parser key "(data|model)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
+    if name:
+        return f"--{name[1]} is {name[2]!r}; it must be one of {', '.join(offered(name[1]))}, or a class's import path."
+    unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", message)
+    if unknown:
+        near = nearest_keys(unknown[1])
+        hint = f"did you mean {' or '.join(near)}?" if near else "`train.py fit --help` lists all."
+        return f"There is no option {unknown[1]!r}; {hint}"
+    wrong = re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
+    if wrong:
+        key = next(iter(nearest_keys(wrong[1], cutoff=1)), wrong[1])
+        value = re.search(r"Given value: (.*)|Got value: (.*)", wrong[2])
+        types = re.search(r"Subtypes: \[(.*)\]\n|Expected an? (.*?)(?:\. Got value|$)", wrong[2])
+        if value and types:
+            said = re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", types[1] or types[2])
+            right = " or ".join(TYPES.get(each, each) for each in said.split(", "))
+            return f"{key} is {value[1] or value[2]}; it must be {right}."
+    return message.partition("Given value type")[0]
+
+
+def offered(kind: str) -> list[str]:
+    """Return the classes that `--data` or `--model` takes by name."""
+    names = datamodules.__all__ if kind == "data" else lightning_modules.__all__
+    return [name for name in names if name not in ("Task", "FrozenBackbone")]
+
+
+def nearest_keys(key: str, cutoff: float = 0.6) -> list[str]:
+    """Return the keys of a configuration whose last part is nearest to that of `key`, at most two."""
+    owners: dict[str, list[Callable[..., Any]]] = {
+        "trainer": [Trainer],
+        "data": [getattr(datamodules, name) for name in offered("data")],
+        "model": [getattr(lightning_modules, name) for name in offered("model")],
+        "model.backbone": [FrozenBackbone],
+        "model.backbone.pretrained_cfg_overlay": [PretrainedCfgOverlay],
+    }
+    keys = ["name", "overwrite", "config", "seed_everything", "ckpt_path", *owners]
+    for part, kinds in owners.items():
+        keys += [f"{part}.{name}" for kind in kinds for name in inspect.signature(kind).parameters]
+    last = {known: known.rpartition(".")[2] for known in keys}
+    near = difflib.get_close_matches(key.rpartition(".")[2], set(last.values()), n=1, cutoff=cutoff)
+    found = [known for known in last if last[known] in near]
+    return sorted(found, key=lambda known: -difflib.SequenceMatcher(None, known, key).ratio())[:2]
 
 
 class CLI(LightningCLI):
@@ -77,7 +146,7 @@ class CLI(LightningCLI):
             save_config_callback=None,  # `before_fit` writes it where the run's other files are
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # hyper-parameters stand in config.yaml, and nowhere else
+            load_from_checkpoint_support=False,
             trainer_defaults={
                 "max_epochs": 100,
                 "default_root_dir": "runs",
@@ -91,7 +160,7 @@ class CLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose `--config` also finds the shipped configurations."""
-        parser = Parser(**kwargs)
+        parser = Parser(**kwargs, allow_abbrev=False)
         parser.add_argument(
             "-c",
             "--config",
@@ -115,6 +184,9 @@ class CLI(LightningCLI):
         for line in overlaid(sys.argv[1:] if args is None else args):
             rank_zero_info(line)
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no hyper-parameter from a checkpoint: they stand in config.yaml and on the command line."""
+
     def before_instantiate_classes(self) -> None:
         """Let a constructor's complaint through as it is, and load no checkpoint that holds more than data."""
         for kind in (Task, LightningModule, FrozenBackbone):
@@ -122,56 +194,115 @@ class CLI(LightningCLI):
         self.config[self.subcommand]["weights_only"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Give the run its name and folder, and the Trainer the checkpoints and the logger that go there."""
+        """Give the run its name and folder, and the Trainer the checkpoints and the logger that go there.
+
+        Raises:
+            MisconfigurationException: If the folder holds a finished run or cannot be written, a checkpoint that is
+                wanted is not there, or the Trainer cannot be had as asked for.
+        """
         self.datamodule.preprocessing = self.model.preprocessing
         name = self._get(self.config, "name") or f"{self.datamodule.name}_{self.model.label}"
         self.name = re.sub(r"[^\w.+=-]+", "-", name)
         trainer = self.config[self.subcommand]["trainer"]
         self.folder = Path(trainer["default_root_dir"] or ".").expanduser() / self.name
+        checkpoint = self._checkpoint()
         if self.subcommand == "fit":
             self._claim_folder()
-        return super().instantiate_trainer(**kwargs)
+        built = super().instantiate_trainer(**kwargs)
+        built.ckpt_path = checkpoint  # where the model sees it before Lightning loads it
+        self.config_init[self.subcommand]["ckpt_path"] = None
+        return built
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
+        if isinstance(config["strategy"], str) and config["strategy"] not in STRATEGIES:
+            raise MisconfigurationException(
+                f"trainer.strategy is {config['strategy']!r}; it must be one of {', '.join(STRATEGIES)}."
+            )
         if config["logger"] is None or config["logger"] is True:
-            config["logger"] = wandb_logger(self.name, self.folder) if self.subcommand == "fit" else False
-        checkpoints = ModelCheckpoint(
-            self.folder / "checkpoints",
-            save_last=True,
-            save_top_k=0,
-            every_n_epochs=max(1, (config["max_epochs"] or 0) // 20),
-            save_on_train_epoch_end=True,
-        )
-        return super()._instantiate_trainer(config, [*callbacks, checkpoints])
+            resumed = bool(self.config[self.subcommand]["ckpt_path"])
+            fit = self.subcommand == "fit"
+            config["logger"] = dashboard.wandb_logger(self.name, self.folder, resumed) if fit else False
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun says how many processes there are
+            here, all_of_them = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+            config["devices"] = here if config["devices"] == "auto" else config["devices"]
+            config["num_nodes"] = all_of_them // here
+        callbacks += [Checkpoints(self._last), LambdaCallback(on_fit_start=self._begin)]
+        plugins = config["plugins"] or []
+        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+            environment = getattr(trainer.strategy, "cluster_environment", None)
+            if environment is not None:
+                environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+            asked = ", ".join(f"{key} {config[key]}" for key in ("accelerator", "devices", "num_nodes", "strategy"))
+            raise MisconfigurationException(f"There is no Trainer with {asked} here: {error}") from error
+        return trainer
+
+    def _checkpoint(self) -> str | None:
+        """Return the file that `--ckpt_path` means; `last` is the run's own, the default of all verbs but fit."""
+        wanted = self.config[self.subcommand]["ckpt_path"] or (None if self.subcommand == "fit" else "last")
+        if wanted == "last" and not self._last.is_file():
+            if self.subcommand != "fit":
+                raise MisconfigurationException(
+                    f"There is no {self._last}; name the --config of a run, or its checkpoint with --ckpt_path."
+                )
+            rank_zero_info(f"There is no {self._last} yet; the run starts from the beginning.")
+            return None
+        if wanted and wanted != "last" and not Path(wanted).is_file():
+            raise MisconfigurationException(f"There is no checkpoint {str(wanted)!r}; give a file, or say last.")
+        return str(self._last) if wanted == "last" else wanted
+
+    @property
+    def _last(self) -> Path:
+        """The run's checkpoint."""
+        return self.folder / "checkpoints" / "last.ckpt"
 
     def _claim_folder(self) -> None:
         """Refuse to write over a finished run, or into a folder that cannot be written."""
-        settings = self.config[self.subcommand]
-        if (self.folder / "results.csv").exists() and not settings["overwrite"]:
+        if (self.folder / "results.csv").exists() and not self.config[self.subcommand]["overwrite"]:
             raise MisconfigurationException(
                 f"{self.folder} holds a finished run; choose another --name, or say --overwrite true."
             )
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-                self._write_config()
-                (self.folder / "results.csv").unlink(missing_ok=True)
-                if not settings["ckpt_path"]:
-                    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say where the run's files cannot be written."""
+        try:
+            yield
         except OSError as error:
             raise MisconfigurationException(
-                f"The run cannot be written to {self.folder} ({error.strerror}); set --trainer.default_root_dir."
+                f"The run cannot be written to {self.folder} ({error.strerror or error}); make room there, or name "
+                f"another folder with --trainer.default_root_dir."
             ) from error
 
-    def _write_config(self) -> None:
-        """Write all that runs this again; any verb takes it, so what only one of them knows is left out."""
+    def before_fit(self) -> None:
+        """Start the clock, and let the loggers know the configuration before long work starts."""
+        self.started = time.perf_counter()
+        # Any verb takes it, so what only one of them knows is left out.
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
         settings = {key: settings[key] for key in ("seed_everything", "trainer", "model", "data")}
-        (self.folder / "config.yaml").write_text(yaml.safe_dump({"name": self.name, **settings}, sort_keys=False))
+        self.settings = {"name": self.name, **settings}
+        if self.trainer.is_global_zero:
+            groups = {"task": self.datamodule.name}
+            if isinstance(self.model, RedundancyProbe):
+                groups["backbone"] = self.model.backbone.label
+            dashboard.log_configuration(self.trainer.loggers, groups | self.settings)
 
-    def before_fit(self) -> None:
-        """Start the clock."""
-        self.started = time.perf_counter()
+    def _begin(self, *_: Any) -> None:
+        """Write the configuration, and remove what an earlier run left, once nothing stands in the way of this one."""
+        if not self.trainer.is_global_zero:
+            return
+        with self._writing():
+            (self.folder / "results.csv").unlink(missing_ok=True)
+            if not self.trainer.ckpt_path:
+                self._last.unlink(missing_ok=True)
+            with whole(self.folder / "config.yaml") as file:
+                file.write_text(yaml.safe_dump(self.settings, sort_keys=False))
 
     def after_fit(self) -> None:
         """Measure every probe on validation and test, and report."""
@@ -179,14 +310,16 @@ class CLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, weights_only=True)
             return
         trained = time.perf_counter()
-        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
+        self.trainer.ckpt_path = None  # from here on the model is the one at hand
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
         if self.trainer.is_global_zero:
             seconds = {"look": self.model.look_seconds, "fit": trained - self.started}
             seconds |= {"evaluation": time.perf_counter() - trained}
             results, classes = self.model.results(), self.model.class_results()
-            print(report(self.folder, results, classes, self.model.remarks(), seconds), flush=True)
+            with self._writing():
+                print(report(self.folder, results, classes, self.model.remarks(), seconds), flush=True)
+            dashboard.log_report(self.trainer.loggers, self.folder, results)
 
     def after_validate(self) -> None:
         """Write what was measured on validation."""
@@ -202,8 +335,10 @@ class CLI(LightningCLI):
 
     def _write(self, name: str, table: str) -> None:
         if isinstance(self.model, RedundancyProbe) and self.trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            getattr(self.model, table)().to_csv(self.folder / name, index=False)
+            with self._writing():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with whole(self.folder / name) as file:
+                    getattr(self.model, table)().to_csv(file, index=False)
             print(self.folder / name)
 
 
@@ -213,27 +348,6 @@ def build(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return kind(*args, **kwargs)
     except MisconfigurationException as error:
         fail(str(error))
-
-
-def wandb_logger(name: str, folder: Path) -> WandbLogger:
-    """Return the W&B logger of a run; without credentials it works offline, and says how to sync."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    offline = False
-    if "WANDB_MODE" not in os.environ and not has_wandb_credentials():
-        offline = True
-        rank_zero_info(f"No W&B credentials: logging offline; `wandb sync {folder}/wandb/offline-run-*` uploads it.")
-    return WandbLogger(project="diffused-redundancy", name=name, save_dir=folder, offline=offline)
-
-
-def has_wandb_credentials() -> bool:
-    """Return whether W&B would log in without asking: from its variable, or from the file `wandb login` writes."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def overlaid(args: Sequence[str]) -> Iterator[str]:
@@ -287,7 +401,7 @@ def _settings(args: Sequence[str]) -> Iterator[dict[str, Any]]:
         option, given, value = argument.partition("=")
         value = value if given else next(arguments, "")
         if option in ("-c", "--config"):
-            yield yaml.safe_load(Path(find_config(value)).read_text()) or {}
+            yield read_config(find_config(value))
             continue
         *parents, last = option.lstrip("-").split(".")
         place = flags
@@ -304,10 +418,23 @@ def _num_classes(task: Task) -> int:
 
 
 def fail(message: str) -> NoReturn:
-    """End with one line and exit status 2."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    print(f"error: {' '.join(lines)}", file=sys.stderr, flush=True)
+    """End with one line and exit status 2; of several processes that meet the same mistake, one says so."""
+    if said_by_processes(1) <= 1:
+        lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+        print(f"error: {' '.join(lines)}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def said_by_processes(more: int) -> int:
+    """Add to the number of processes of this launch that met a mistake, and return it; 0 where it cannot be known."""
+    if not {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"} <= set(os.environ):
+        return 0  # a single process, or others that were not started yet
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2), wait_for_workers=False)
+        return store.add(f"mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", more)
+    except DistError:
+        return 0
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -328,6 +455,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except MisconfigurationException as error:
         # A loader's worker wraps its traceback around the message; the message is the last line.
         fail(str(error).strip().splitlines()[-1].partition("MisconfigurationException: ")[2] or str(error))
+    except RuntimeError:
+        if said_by_processes(0):  # what is left of a process whose partner met a mistake
+            sys.exit(2)
+        raise
+    finally:
+        dashboard.finish()
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ class Task(LightningDataModule):
             )
         if num_workers is not None and num_workers < 0:
             raise MisconfigurationException(f"data.num_workers is {num_workers}; it must be at least 0.")
+        if seed < 0:
+            raise MisconfigurationException(f"data.seed is {seed}; it must be 0 or more.")
         self.root = Path(root).expanduser()
         self.batch_size = batch_size
         self.augmentation = augmentation

@@ -6,6 +6,9 @@ import hashlib
 import importlib
 import inspect
 import logging
+import sys
+import sysconfig
+import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +21,9 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from lightning_modules import weights as weight_files
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""How timm can resize images."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,23 @@ class PretrainedCfgOverlay:
     crop_pct: float | None = None
 
     def given(self) -> dict[str, Any]:
-        """Return the keys that are set, with tuples as timm has them."""
+        """Return the keys that are set, with tuples as timm has them.
+
+        Raises:
+            MisconfigurationException: If a value can be no part of a preprocessing.
+        """
+        channels = self.input_size[0] if self.input_size else 3
+        for name, value, holds, right in (
+            ("input_size", self.input_size, lambda v: len(v) == 3 and min(v) > 0, "channels, height and width"),
+            ("mean", self.mean, lambda v: len(v) == channels, f"{channels} numbers, one per channel"),
+            ("std", self.std, lambda v: len(v) == channels and min(v) > 0, f"{channels} numbers above 0"),
+            ("interpolation", self.interpolation, INTERPOLATIONS.__contains__, f"one of {', '.join(INTERPOLATIONS)}"),
+            ("crop_pct", self.crop_pct, lambda v: 0 < v <= 1, "above 0, at most 1"),
+        ):
+            if value is not None and not holds(value):
+                raise MisconfigurationException(
+                    f"model.backbone.pretrained_cfg_overlay.{name} is {value}; it must be {right}."
+                )
         return {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in asdict(self).items()
@@ -55,7 +77,8 @@ class FrozenBackbone(nn.Module):
 
     Args:
         name: A timm model with its pretrained tag (`resnet50.a1_in1k`, `hf-hub:...`), or the import path of a callable
-            that returns an `nn.Module` (`torchvision.models.squeezenet1_1`).
+            that returns an `nn.Module` (`torchvision.models.squeezenet1_1`). An installed one must be such a class or
+            be annotated to return one, so that a configuration cannot run whatever else is installed.
         weights: `pretrained`; a safetensors or torch file; or `random`, the only way to run an untrained network.
         kwargs: Passed on to the model's constructor, for example `{pad_type: same}`.
         pretrained_cfg_overlay: Preprocessing, where it differs from the model's default. A callable needs at least
@@ -228,7 +251,7 @@ def _build_timm(
         raise MisconfigurationException(f"timm has no weights {name!r}; there are {', '.join(near) or 'none'}.")
 
     def create(pretrained: bool) -> nn.Module:
-        with _quiet("timm", "huggingface_hub"):
+        with _quiet("timm", "huggingface_hub"), weight_files.pickles_closed():
             return timm.create_model(
                 name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, num_classes=0, **kwargs
             )
@@ -255,6 +278,11 @@ def _build_callable(
 ) -> tuple[nn.Module, dict[str, Any]]:
     absent = [key for key in ("input_size", "mean", "std") if key not in overlay]
     build = _import(name)
+    if not _builds_networks(build):
+        raise MisconfigurationException(
+            f"{name} is not known to return an nn.Module and is not called; give a subclass of nn.Module, or a "
+            f"function that is annotated to return one."
+        )
     if absent:
         raise MisconfigurationException(
             f"{name} does not say how it wants its images; set model.backbone.pretrained_cfg_overlay: "
@@ -268,15 +296,32 @@ def _build_callable(
                 kwargs = {parameter: value} | kwargs
                 break
     try:
-        network = build(**kwargs)
+        with weight_files.pickles_closed():
+            network = build(**kwargs)
     except Exception as error:  # it is somebody else's code, and may need a network
         raise MisconfigurationException(f"{name}({kwargs}) fails ({_one_line(error)}).") from error
     if not isinstance(network, nn.Module):
         raise MisconfigurationException(f"{name} returns {type(network).__name__}, not an nn.Module.")
     if weights == "pretrained":
-        _refuse_random(name, network, lambda: build(**kwargs))
+        with weight_files.pickles_closed():
+            _refuse_random(name, network, lambda: build(**kwargs))
     preprocessing = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"} | overlay
     return network, preprocessing
+
+
+def _builds_networks(build: Callable[..., Any]) -> bool:
+    """Return whether calling this can be meant: a network's class, a function that says so, or one of one's own."""
+    try:
+        returns = build if isinstance(build, type) else typing.get_type_hints(build).get("return")
+    except (NameError, TypeError, AttributeError):
+        returns = None
+    if isinstance(returns, type) and issubclass(returns, nn.Module):
+        return True
+    file = getattr(sys.modules.get(getattr(build, "__module__", "")), "__file__", None)
+    places = ("stdlib", "platstdlib", "purelib", "platlib")
+    installed = [Path(sysconfig.get_path(place)).resolve() for place in places]
+    own = file is not None and not any(Path(file).resolve().is_relative_to(path) for path in installed)
+    return own and returns is None and not isinstance(build, type)
 
 
 def _refuse_random(name: str, network: nn.Module, build: Callable[[], nn.Module]) -> None:

@@ -10,9 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
-import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lightning_modules.files import sweep, whole
 
 BATCH = 32
 """Images per forward pass; fixed, because the last digits of a convolution may depend on its batch."""
@@ -103,7 +102,7 @@ class FeatureCache:
         missing = [(path, span) for path, span in mine if not _is_valid(path, said, span)]
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
+            sweep(folder)
         batches = [list(span[i : i + BATCH]) for _, span in missing for i in range(0, len(span), BATCH)]
         extracted = extract(batches) if batches else iter(())
         for path, span in missing:
@@ -170,23 +169,13 @@ def _open(path: Path) -> Tensor:
 
 
 def _write(path: Path, values: Tensor, fingerprint: str, span: range) -> None:
-    """Write a shard under another name first, so that its own name never stands for half of it."""
+    """Write a shard."""
     metadata = {"fingerprint": fingerprint, "rows": str(span), "digest": _digest(values), "versions": VERSIONS}
-    unfinished = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        save_file({"features": values}, unfinished, metadata)
-        unfinished.replace(path)
+        with whole(path) as file:
+            save_file({"features": values}, file, metadata)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written an hour ago or earlier."""
-    for unfinished in folder.glob("*.tmp"):
-        if time.time() - unfinished.stat().st_mtime > 3600:
-            unfinished.unlink(missing_ok=True)
 
 
 def _digest(values: Tensor) -> str:

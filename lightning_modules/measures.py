@@ -20,7 +20,7 @@ def curve(results: pd.DataFrame, split: str) -> pd.DataFrame:
     Returns:
         One row per selection and fraction, the full layer first, fractions ascending: `selection`, `fraction`,
         `neurons`, `mean` and `std` of the accuracy over seeds (population, as in the paper's tables; missing for a
-        single seed), `seeds`, and `ratio`, the mean over the full layer's mean.
+        single seed), `seeds`, and `ratio`, the mean over the full layer's mean (missing if that is never right).
     """
     rows = results[results["split"] == split]
     table = (
@@ -28,7 +28,8 @@ def curve(results: pd.DataFrame, split: str) -> pd.DataFrame:
         .agg(mean="mean", std=lambda values: values.std(ddof=0) if len(values) > 1 else np.nan, seeds="size")
         .reset_index()
     )
-    table["ratio"] = table["mean"] / table.loc[table["selection"] == FULL, "mean"].item()
+    full = table.loc[table["selection"] == FULL, "mean"].item()
+    table["ratio"] = table["mean"] / (full or np.nan)
     order = {name: place for place, name in enumerate(dict.fromkeys([FULL, *table["selection"]]))}
     return table.sort_values(["selection", "fraction"], key=lambda c: c.map(order) if c.name == "selection" else c)
 
@@ -40,7 +41,7 @@ def sufficient_fraction(fractions: Sequence[float], ratios: Sequence[float], del
 
     Args:
         fractions: Measured fractions.
-        ratios: Mean accuracy at each, over the full layer's.
+        ratios: Mean accuracy at each, over the full layer's; a missing one keeps nothing.
         delta: What is to be kept, for example 0.9.
         rule: `threshold`, the smallest measured fraction that reaches delta (Nanda et al., 2023, definition 1);
             `nearest`, the measured one whose ratio lies nearest to delta, which may be below (their table 1; ties go
@@ -48,7 +49,7 @@ def sufficient_fraction(fractions: Sequence[float], ratios: Sequence[float], del
     """
     measured = dict(sorted({1.0: 1.0, **dict(zip(fractions, ratios, strict=True))}.items()))
     grid, kept = np.array(list(measured)), np.array(list(measured.values()))
-    kept = kept.round(12)  # what differs by rounding alone is a tie
+    kept = np.nan_to_num(kept.round(12), nan=-np.inf)  # what differs by rounding alone is a tie
     if rule == "nearest":
         return float(grid[np.abs(kept - delta).round(12).argmin()])
     if rule not in RULES:

@@ -14,6 +14,7 @@ import pandas as pd
 import psutil
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from tqdm import tqdm
 
-from lightning_modules import statistics, subsets
+from lightning_modules import statistics, subsets, weights
 from lightning_modules.backbone import FrozenBackbone
 from lightning_modules.feature_cache import FeatureCache, FeatureRows
 from lightning_modules.probe_bank import ProbeBank, parameters_of
@@ -123,7 +124,7 @@ class RedundancyProbe(LightningModule):
         self.backbone = backbone
         self.selections, fractions = _list(selection), _list(fractions)
         seeds, full_seeds = _seeds(seeds, "seeds"), _seeds(full_seeds, "full_seeds")
-        subsets.check(self.selections, fractions, seeds)
+        subsets.check(self.selections, fractions, seeds, full_seeds)
         if features is False:  # how YAML reads a bare off
             features = "off"
         if isinstance(features, int) and features < 1:
@@ -158,6 +159,11 @@ class RedundancyProbe(LightningModule):
         self.look_seconds = 0.0
         self._represented: set[str] = set()
         self._identity: dict[str, Any] | None = None
+        self._digests: dict[str, str] = {}
+        # What processes need not tell each other: they build the same, and a frozen backbone stays so. Without this
+        # DDP sends all of it at the start, and every buffer before each step.
+        trained = {name for name, _ in self.banks.named_parameters(prefix="banks")}
+        self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name not in trained]
 
     kept: Any  # nn.ModuleList of ProbeBank
     kept_accuracy: Tensor
@@ -274,6 +280,8 @@ class RedundancyProbe(LightningModule):
     def setup(self, stage: str) -> None:
         """Look at the images once, and let the task serve what was seen."""
         self._check_trainer()
+        if self.trainer.ckpt_path:  # Lightning loads it after the look, which would have been for nothing
+            self._check_belonging(weights.read_torch(Path(self.trainer.ckpt_path)))
         if self.features == "off":
             return
         started = time.perf_counter()
@@ -297,7 +305,7 @@ class RedundancyProbe(LightningModule):
             "backbone": self.identity,
             "split": split,
             "view": "clean view" if view is None else f"{task.augmentation} view {view} of seed {task.seed}",
-            "images": images.digest(),
+            "images": self._digest(split),
             "precision": str(trainer.precision),
         }
         directory = Path(self.cache_dir or Path(trainer.default_root_dir) / "feature_cache").expanduser()
@@ -357,6 +365,14 @@ class RedundancyProbe(LightningModule):
             self.mean.copy_(mean)
             self.std.copy_(std)
         self._warn_past_edge()
+
+    def on_train_end(self) -> None:
+        """Refuse to go on with probes that were never validated, and so never kept."""
+        if self.kept_epoch.min() < 0:
+            raise MisconfigurationException(
+                "Training ended before the first validation, so that no probe was kept; raise trainer.max_epochs, "
+                "max_steps or max_time, or validate more often."
+            )
 
     def on_train_epoch_start(self) -> None:
         """Start the sums of the training losses."""
@@ -477,29 +493,41 @@ class RedundancyProbe(LightningModule):
         """Leave the backbone out, and say whose probes these are."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("backbone.")}
-        checkpoint["probes"] = self._belonging() | {
+        checkpoint["probes"] = {
+            "belonging": self._belonging(),
+            "training": self._training(),
+            "probes": [list(probe) for probe in self.probes],
             "indices": [subsets.subset(probe, self.backbone.width) for probe in self.probes],
             "train_losses": self.train_losses,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse probes of another backbone, task or plan.
+        """Take the history of the probes that Lightning restores.
 
         Raises:
             MisconfigurationException: If the checkpoint does not belong to this model; the message says where.
         """
-        if "probes" not in checkpoint:
-            raise MisconfigurationException("The checkpoint holds no probes; name one that a fit of this project left.")
-        for what, mine in self._belonging().items():
-            theirs = checkpoint["probes"].get(what)
-            if theirs != mine:
-                raise MisconfigurationException(
-                    f"The checkpoint does not belong here: its {what} is {_short(theirs)}, not {_short(mine)}; "
-                    f"take the configuration of its own run."
-                )
+        self._check_belonging(checkpoint)
         self.train_losses = list(checkpoint["probes"]["train_losses"])
 
+    def _check_belonging(self, checkpoint: Any) -> None:
+        """Refuse probes of another backbone, task or plan, and to go on with a training as it was not begun."""
+        if not isinstance(checkpoint, dict) or "belonging" not in checkpoint.get("probes", {}):
+            raise MisconfigurationException(
+                f"{self.trainer.ckpt_path} holds no probes; name a checkpoint that a fit of this project left."
+            )
+        theirs, mine = checkpoint["probes"]["belonging"], self._belonging()
+        if self.trainer.state.fn == "fit":
+            theirs, mine = theirs | checkpoint["probes"]["training"], mine | self._training()
+        for what, value in mine.items():
+            if theirs.get(what) != value:
+                raise MisconfigurationException(
+                    f"The checkpoint does not belong here: its {what} is {_short(theirs.get(what))}, not "
+                    f"{_short(value)}; take the configuration of its own run."
+                )
+
     def _belonging(self) -> dict[str, Any]:
+        """Say whose probes these are, in plain types."""
         return {
             "task": self._task.name,
             "classes": list(self._task.classes),
@@ -507,9 +535,34 @@ class RedundancyProbe(LightningModule):
             "layer": self.backbone.layer,
             "weights": self.identity["weights"],
             "preprocessing": json.dumps(self.identity["preprocessing"]),
+            "selection": self.selections,
+            "fractions": sorted({probe.fraction for probe in self.probes}),
+            "seeds": sorted({probe.seed for probe in self.probes}),
             "probes": [list(probe) for probe in self.probes],
-            "candidates": [list(candidate) for candidate in self.candidates],
+            "learning_rate and weight_decay": [list(candidate) for candidate in self.candidates],
+            "standardise": self.standardise,
         }
+
+    def _training(self) -> dict[str, Any]:
+        """Say what a training rests on beside its probes, so that it goes on as it began."""
+        return {
+            "features": self.features,
+            "keep": self.keep,
+            "momentum": self.momentum,
+            "step_size": self.step_size,
+            "gamma": self.gamma,
+            "trainer.precision": str(self.trainer.precision),
+            "data.batch_size": self._task.batch_size,
+            "data.seed": self._task.seed,
+            "data.augmentation": self._task.augmentation,
+            "training images": self._digest("train"),
+        }
+
+    def _digest(self, split: str) -> str:
+        """Return what the images of a split are known by; computed once, as it may read all of them."""
+        if split not in self._digests:
+            self._digests[split] = self._task.images[split].digest()
+        return self._digests[split]
 
     # -------------------------------------------------------------------------------------------------- helpers
 
@@ -549,6 +602,25 @@ class RedundancyProbe(LightningModule):
         return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
 
     def _check_trainer(self) -> None:
+        trainer = self.trainer
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise MisconfigurationException(
+                f"trainer.strategy is {type(trainer.strategy).__name__}; probes train on a single device or with ddp."
+            )
+        for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+            limit = getattr(trainer, name)
+            if isinstance(limit, int) or limit != 1:  # Lightning's 1.0 is all batches, its 1 is one
+                raise MisconfigurationException(
+                    f"trainer.{name} is {limit}, but every image is counted; leave it, overfit_batches and "
+                    f"fast_dev_run out (debug.yaml is a short run)."
+                )
+        if trainer.state.fn == "fit" and trainer.max_epochs == 0:
+            raise MisconfigurationException("trainer.max_epochs is 0; it must be at least 1.")
+        if trainer.state.fn == "fit" and 0 < (trainer.max_epochs or 0) < (trainer.check_val_every_n_epoch or 1):
+            raise MisconfigurationException(
+                f"trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}, beyond the "
+                f"{trainer.max_epochs} epochs of trainer.max_epochs; a probe is kept when it is validated."
+            )
         if self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value":
             raise MisconfigurationException(
                 "trainer.gradient_clip_val clips the norm over all probes together, so that each would feel the "
@@ -566,11 +638,9 @@ def _list(value: Any) -> list[Any]:
 
 
 def _seeds(value: int | list[int], name: str) -> list[int]:
-    if isinstance(value, int):
-        value = list(range(value))
-    if not value:
-        raise MisconfigurationException(f"model.{name} is empty; give a number of seeds from 1, or a list of seeds.")
-    return value
+    if value == [] or (isinstance(value, int) and value < 1):
+        raise MisconfigurationException(f"model.{name} is {value}; give a number of seeds from 1, or a list of seeds.")
+    return list(range(value)) if isinstance(value, int) else value
 
 
 def _check_optimisation(
@@ -578,15 +648,15 @@ def _check_optimisation(
 ) -> None:
     if not candidates:
         raise MisconfigurationException("model.learning_rate and model.weight_decay need at least one value each.")
-    for name, value, right in (
-        *(("learning_rate", rate, rate > 0) for rate, _ in candidates),
-        *(("weight_decay", decay, decay >= 0) for _, decay in candidates),
-        ("momentum", momentum, 0 <= momentum < 1),
-        ("step_size", step_size, step_size >= 1),
-        ("gamma", gamma, 0 < gamma <= 1),
+    for name, value, holds, right in (
+        *(("learning_rate", rate, rate > 0, "above 0") for rate, _ in candidates),
+        *(("weight_decay", decay, decay >= 0, "0 or more") for _, decay in candidates),
+        ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
+        ("step_size", step_size, step_size >= 1, "at least 1"),
+        ("gamma", gamma, 0 < gamma <= 1, "above 0, at most 1"),
     ):
-        if not (right and math.isfinite(value)):
-            raise MisconfigurationException(f"model.{name} is {value:g}, which no training can use.")
+        if not (holds and math.isfinite(value)):
+            raise MisconfigurationException(f"model.{name} is {value:g}; it must be {right}.")
 
 
 def _check_memory(parameters: int, candidates: int, probes: int, classes: int) -> None:

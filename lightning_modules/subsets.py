@@ -73,14 +73,17 @@ def plan(
     return probes
 
 
-def check(selections: Sequence[str], fractions: Sequence[float], seeds: Sequence[int]) -> None:
+def check(
+    selections: Sequence[str], fractions: Sequence[float], seeds: Sequence[int], full_seeds: Sequence[int] = (0,)
+) -> None:
     """Refuse what cannot be a run.
 
     Raises:
         MisconfigurationException: If a list is empty or repeats itself, a selection is unknown, a fraction is not in
             (0, 1], or a seed is negative.
     """
-    for name, values in (("selection", selections), ("fractions", fractions), ("seeds", seeds)):
+    lists = {"selection": selections, "fractions": fractions, "seeds": seeds, "full_seeds": full_seeds}
+    for name, values in lists.items():
         if not values:
             raise MisconfigurationException(f"model.{name} is empty; give at least one.")
         if len(set(values)) < len(values):
@@ -94,6 +97,7 @@ def check(selections: Sequence[str], fractions: Sequence[float], seeds: Sequence
     for fraction in fractions:
         if not 0 < fraction <= 1:
             raise MisconfigurationException(f"model.fractions has {fraction:g}; a fraction must be in (0, 1].")
-    for seed in seeds:
-        if seed < 0:
-            raise MisconfigurationException(f"model.seeds has {seed}; a seed must be 0 or more.")
+    for name, given in (("seeds", seeds), ("full_seeds", full_seeds)):
+        for seed in given:
+            if seed < 0:
+                raise MisconfigurationException(f"model.{name} has {seed}; a seed must be 0 or more.")

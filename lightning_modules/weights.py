@@ -1,8 +1,11 @@
 """From a file of weights to a network that holds them, with nothing left at random and no pickled code run."""
 
+import contextlib
+import os
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -41,16 +44,49 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     with path.open("rb") as file:
         start = file.read(9)
-    try:
-        if path.suffix == ".safetensors" or start[8:] == b"{":
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        try:
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise MisconfigurationException(f"{path} is not a complete safetensors file ({error}).") from error
+        except SafetensorError as error:
+            raise MisconfigurationException(f"{path} is not a complete safetensors file ({error}).") from error
+    content = read_torch(path)
+    for container in CONTAINERS:
+        if isinstance(content, dict) and isinstance(content.get(container), dict):
+            content = content[container]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise MisconfigurationException(f"{path} holds no state dict, neither itself nor under {CONTAINERS}.")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+@contextlib.contextmanager
+def pickles_closed() -> Iterator[None]:
+    """Keep other people's loading code, meanwhile, from running what is pickled in a file of weights."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def read_torch(path: Path) -> Any:
+    """Return what a torch file holds, of plain types only.
+
+    Raises:
+        MisconfigurationException: If the file is none, is cut short, or holds code.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch's readers raise on a broken file is anybody's guess
         if (
             isinstance(error, pickle.UnpicklingError)
-            and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+            and start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
             and "nsupported" in str(error)
         ):
             raise MisconfigurationException(
@@ -59,12 +95,6 @@ def read(path: Path) -> dict[str, Tensor]:
                 f"'weights.safetensors')`."
             ) from error
         raise MisconfigurationException(f"{path} is no file of weights (neither safetensors nor torch).") from error
-    for container in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(container), dict):
-            content = content[container]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise MisconfigurationException(f"{path} holds no state dict, neither itself nor under {CONTAINERS}.")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def load(network: nn.Module, path: Path, classifier: Collection[str]) -> None:

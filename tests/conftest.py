@@ -1,11 +1,17 @@
 """What several tests share: the real command line, one real run, and the data beside the checkout where it is there."""
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import train
 
@@ -51,6 +57,67 @@ def launch(*args, cwd, launcher=(sys.executable,), wait=True):
     return subprocess.run(command, cwd=cwd, env=environment, timeout=300, check=False, **streams)
 
 
+class Done(NamedTuple):
+    """How a process ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Process:
+    """A train.py that runs; it can be killed, and waited for once."""
+
+    def __init__(self, pid, ask, out, err):
+        self.pid, self._ask, self._out, self._err = pid, ask, out, err
+
+    def kill(self):
+        os.killpg(self.pid, signal.SIGKILL)
+
+    def wait(self):
+        return Done(self._ask({"wait": self.pid}), self._out.read_text(), self._err.read_text())
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """Start train.py as one or several processes of their own that have imported everything already."""
+    folder = tmp_path_factory.mktemp("output")
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("prefork.py"))],
+        env={key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"} | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    count = 0
+
+    def ask(command):
+        server.stdin.write(json.dumps(command) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    def run(*args, cwd, processes=1):
+        nonlocal count
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        started = []
+        for rank in range(processes):
+            count += 1
+            environment = {"NETRC": str(Path(cwd) / "no-netrc")}
+            if processes > 1:  # what torchrun sets
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+                environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            out, err = folder / f"{count}.out", folder / f"{count}.err"
+            command = {"args": args, "cwd": str(cwd), "environment": environment, "out": str(out), "err": str(err)}
+            started.append(Process(ask(command), ask, out, err))
+        return started
+
+    yield run
+    server.stdin.close()
+    server.wait(timeout=10)
+
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
@@ -61,3 +128,15 @@ def quickstart(tmp_path_factory):
     done = launch("fit", "--config", "quickstart.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "quickstart", done
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Forty photograph-sized noise images in two classes."""
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / "train" / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / "train" / name / f"{index}.png")
+    return tmp_path / "pets"

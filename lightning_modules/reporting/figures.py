@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from lightning_modules.files import whole
 from lightning_modules.subsets import FULL
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -17,8 +18,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PNG and SVG and return both files."""
     files = [path.with_suffix(ending) for ending in (".png", ".svg")]
-    for file in files:
-        figure.savefig(file, dpi=150, bbox_inches="tight")
+    for path in files:
+        with whole(path) as file:
+            figure.savefig(file, dpi=150, bbox_inches="tight")
     return files
 
 

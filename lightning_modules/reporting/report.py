@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lightning_modules import measures
+from lightning_modules.files import whole
 from lightning_modules.reporting import figures
 from lightning_modules.subsets import FULL
 
@@ -66,10 +67,13 @@ def report(
     title = f"{summary['task']}, {summary['backbone']}"
     picture = figures.accuracy_curve(test, title, number, ANSWERED)
     files = [folder / "results.csv", folder / "classes.csv", folder / "summary.json"]
-    classes.to_csv(files[1], index=False)
-    files[2].write_text(json.dumps(summary, indent=2) + "\n")
+    with whole(files[1]) as file:
+        classes.to_csv(file, index=False)
+    with whole(files[2]) as file:
+        file.write_text(json.dumps(summary, indent=2) + "\n")
     files += figures.save(picture, folder / "curve")
-    results.to_csv(files[0], index=False)  # last, as it stands for a finished run
+    with whole(files[0]) as file:  # last, as it stands for a finished run
+        results.to_csv(file, index=False)
     return "\n".join(
         [
             "",
@@ -90,9 +94,10 @@ def table(curve: pd.DataFrame) -> str:
     lines = [f"{'selection':<12} {'fraction':>8} {'neurons':>8}  {'accuracy':>14}  {'of full':>8}"]
     for row in curve.itertuples():
         spread = "" if math.isnan(row.std) else f" ± {100 * row.std:4.1f}"
+        bar = "█" * round(30 * row.ratio) if math.isfinite(row.ratio) else ""  # a full layer may be never right
         lines.append(
             f"{row.selection:<12} {row.fraction:>8g} {row.neurons:>8}  {100 * row.mean:6.1f} %{spread:<7} "
-            f" {100 * row.ratio:6.1f} %  {'█' * round(30 * row.ratio)}"
+            f" {100 * row.ratio:6.1f} %  {bar}"
         )
     return "\n".join(lines)
 

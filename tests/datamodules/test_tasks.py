@@ -1,7 +1,5 @@
-import hashlib
 import io
 import os
-import pickle
 import shutil
 
 import numpy as np
@@ -11,9 +9,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision import datasets
 
-from datamodules import CIFAR10, Digits, ImageFolder
+from datamodules import Digits, ImageFolder
 from datamodules.images import ArrayImages, FileImages
 
 PREPROCESSING = {
@@ -366,89 +363,3 @@ def test_the_digest_of_files_changes_with_them_and_not_with_their_place(tmp_path
         changed.rename(changed.with_name("z.jpg"))
         files[2] = "a/z.jpg"
     assert digest() != before
-
-
-# CIFAR-10
-
-ROWS, TEST_ROWS = 20, 10
-
-
-@pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """The root of a small copy of the data in its format on disk, and the rows and labels of both parts."""
-    folder = tmp_path / "data" / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    sums, written = {}, {"train": ([], []), "test": ([], [])}
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    for name, rows in [(f"data_batch_{i}", ROWS) for i in range(1, 6)] + [("test_batch", TEST_ROWS)]:
-        data, labels = random.integers(0, 256, (rows, 3072), dtype=np.uint8), [i % 10 for i in range(rows)]
-        write(name, {"batch_label": name, "data": data, "labels": labels, "filenames": [f"{i}.png" for i in labels]})
-        part = written["test" if name == "test_batch" else "train"]
-        part[0].extend(data)
-        part[1].extend(labels)
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    write("batches.meta", {"num_cases_per_batch": ROWS, "label_names": names, "num_vis": 3072})
-    monkeypatch.setattr(
-        datasets.CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
-    )
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
-    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
-    return tmp_path / "data", written, names
-
-
-@pytest.fixture
-def unreachable(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-
-
-def picture(row):
-    return np.stack([row[:1024].reshape(32, 32), row[1024:2048].reshape(32, 32), row[2048:].reshape(32, 32)], axis=-1)
-
-
-def test_cifar10_gives_the_written_images_with_a_tenth_of_train_for_validation(cifar10, unreachable):
-    root, written, names = cifar10
-    task = set_up(CIFAR10(root=str(root)))
-    assert task.name == "cifar10"
-    assert list(task.classes) == names
-    assert {split: len(images) for split, images in task.images.items()} == {
-        "train": 9 * ROWS // 2,
-        "val": ROWS // 2,
-        "test": TEST_ROWS,
-    }
-    assert task.images["val"].labels.bincount().tolist() == [1] * 10
-    given = {
-        split: [(np.asarray(images[i]).tobytes(), int(images.labels[i])) for i in range(len(images))]
-        for split, images in task.images.items()
-    }
-    expected = {
-        part: [(picture(row).tobytes(), label) for row, label in zip(rows, labels, strict=True)]
-        for part, (rows, labels) in written.items()
-    }
-    assert given["test"] == expected["test"]
-    assert sorted(given["train"] + given["val"]) == sorted(expected["train"])
-
-
-def test_cifar10_without_data_or_network_says_what_to_put_where(tmp_path, unreachable):
-    root = tmp_path / "nothing" / "here"
-    with pytest.raises(MisconfigurationException) as error:
-        CIFAR10(root=str(root)).prepare_data()
-    message = one_line(error)
-    assert "cifar-10-python.tar.gz" in message
-    assert str(root) in message
-    assert "--data.root" in message
-
-
-def test_cifar10_that_was_altered_is_not_used(cifar10, unreachable):
-    root, _, _ = cifar10
-    batch = root / "cifar-10-batches-py" / "data_batch_3"
-    batch.write_bytes(batch.read_bytes()[:-1] + b"\0")
-    with pytest.raises(MisconfigurationException) as error:
-        CIFAR10(root=str(root)).prepare_data()
-    assert "cifar-10-python.tar.gz" in one_line(error)

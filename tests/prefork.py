@@ -1,0 +1,48 @@
+"""A process that has imported everything and forks one train.py after another, each a process of its own.
+
+Imports take ten seconds and are the same every time; what a killed or distributed run does after them is not. Commands
+are JSON lines on standard input, answers JSON lines on standard output.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def run(command):
+    """Become train.py with the arguments, folder, environment and output files of the command; never return."""
+    status = 1
+    try:
+        os.setsid()  # a kill of the group takes the loaders' workers along
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.chdir(command["cwd"])
+        os.environ.update(command["environment"])
+        sys.argv = ["train.py", *command["args"]]
+        train.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    answers, requests = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    import train
+
+    for line in requests:
+        asked = json.loads(line)
+        if "wait" in asked:
+            answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
+        else:
+            answer = os.fork() or run(asked)
+        print(json.dumps(answer), file=answers, flush=True)

@@ -1,0 +1,58 @@
+"""Runs that are killed: they go on where they were, and end with the numbers of runs that were not."""
+
+import random
+import time
+
+import pandas as pd
+import pytest
+
+PLAIN = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--data.num_workers=0")
+# Larger images than the network was made for, so that the look takes a while too.
+SLOW = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.backbone.pretrained_cfg_overlay.input_size=[3,64,64]")
+SLOW += ("--model.features=2", "--data.augmentation=paper", "--trainer.max_epochs=60")
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, ["look"] * 4 + ["training"] * 6), (2, ["look", "training"])])
+def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_one_that_was_not(start, tmp_path, processes, kills):
+    def fit(name):
+        command = (*SLOW, f"--name={name}", f"--model.cache_dir={tmp_path / name}-features", "--ckpt_path=last")
+        return start(*command, cwd=tmp_path, processes=processes)
+
+    def progress(phase):
+        """What a life has reached: how many shards there are, or when the checkpoint was written."""
+        if phase == "look":
+            return len(list(tmp_path.glob("killed-features/*/0*.safetensors")))
+        return last.stat().st_mtime_ns if last.exists() else 0
+
+    for process in fit("whole"):
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
+    last = tmp_path / "runs" / "killed" / "checkpoints" / "last.ckpt"
+    moments = random.Random(0)
+    for phase in kills:
+        before = progress(phase)
+        running = fit("killed")
+        deadline = time.monotonic() + 60
+        while progress(phase) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        assert last.exists() == (phase == "training")
+        for process in running:
+            process.kill()
+        assert [process.wait().returncode for process in running] == [-9] * processes
+        assert not (last.parents[1] / "results.csv").exists()
+    resumed = [process.wait() for process in fit("killed")]
+    assert [done.returncode for done in resumed] == [0] * processes, resumed[0].stderr
+    assert "Restored all states from the checkpoint" in resumed[0].stderr
+    for name in ("results.csv", "classes.csv"):
+        assert (tmp_path / "runs/killed" / name).read_bytes() == (tmp_path / "runs/whole" / name).read_bytes()
+
+
+def test_a_finished_run_that_is_lengthened_ends_as_one_that_was_as_long(cli, tmp_path):
+    command = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.seeds=2")
+    assert cli(*command, "--name=whole", "--trainer.max_epochs=6")[0] == 0
+    assert cli(*command, "--name=longer", "--trainer.max_epochs=4")[0] == 0
+    status, _, err = cli(*command, "--name=longer", "--trainer.max_epochs=6", "--ckpt_path=last", "--overwrite", "true")
+    assert status == 0, err
+    whole, longer = (pd.read_csv(tmp_path / "runs" / name / "results.csv") for name in ("whole", "longer"))
+    pd.testing.assert_frame_equal(whole, longer, check_exact=True)
