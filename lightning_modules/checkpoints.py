@@ -34,13 +34,13 @@ class Checkpoints(Checkpoint):
         """Write the state if that is due; the first process decides, as all of them take part."""
         started = time.monotonic()
         if trainer.strategy.broadcast(started >= self._due):
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             ended = time.monotonic()
             self._due = ended + max(PAUSE, (ended - started) / SHARE)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final state."""
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -162,8 +162,8 @@ class RedundancyProbe(LightningModule):
         self._digests: dict[str, str] = {}
         # What processes need not tell each other: they build the same, and a frozen backbone stays so. Without this
         # DDP sends all of it at the start, and every buffer before each step.
-        trained = {name for name, _ in self.banks.named_parameters(prefix="banks")}
-        self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name not in trained]
+        still = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = still + [name for name, _ in self.named_buffers()]
 
     kept: Any  # nn.ModuleList of ProbeBank
     kept_accuracy: Tensor

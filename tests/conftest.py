@@ -96,14 +96,14 @@ def start(tmp_path_factory):
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
-    def run(*args, cwd, processes=1):
+    def run(*args, cwd, processes=1, **variables):
         nonlocal count
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         started = []
         for rank in range(processes):
             count += 1
-            environment = {"NETRC": str(Path(cwd) / "no-netrc")}
+            environment = {"NETRC": str(Path(cwd) / "no-netrc"), **variables}
             if processes > 1:  # what torchrun sets
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}

@@ -22,6 +22,7 @@ def run(command):
             os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.chdir(command["cwd"])
         os.environ.update(command["environment"])
+        rank_zero_only.rank = int(os.environ.get("RANK", 0))  # which Lightning looks up when it is imported
         sys.argv = ["train.py", *command["args"]]
         train.main()
         status = 0
@@ -37,6 +38,8 @@ def run(command):
 
 if __name__ == "__main__":
     answers, requests = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     import train
 
     for line in requests:

@@ -2,15 +2,13 @@
 
 import json
 import re
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SHARED, TORCHRUN, launch
+from conftest import ROOT, SHARED, launch
 from safetensors.torch import load_file
 
 from datamodules import Digits
@@ -164,22 +162,6 @@ def test_the_checkpoint_holds_probes_and_indices_but_no_backbone(quickstart):
             assert torch.equal(indices, expected)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_a_checkpoint_counts_the_same_on_any_number_of_processes(quickstart, tmp_path, processes):
-    folder, _ = quickstart
-    arguments = [
-        *("test", "--config", str(folder / "config.yaml"), "--name", "again", "--data.batch_size=41"),
-        *("--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--trainer.accelerator=cpu"),
-        *(f"--trainer.devices={processes}", "--trainer.strategy=ddp", "--trainer.logger=false"),
-    ]
-    done = launch(*arguments, cwd=tmp_path, launcher=(*TORCHRUN, str(processes)))
-    assert done.returncode == 0, done.stderr
-    stored = pd.read_csv(folder / "results.csv").query("split == 'test'").reset_index(drop=True)
-    measured = pd.read_csv(tmp_path / "runs" / "again" / "test.csv")
-    assert (measured["images"] == stored["images"]).all()
-    np.testing.assert_allclose(measured["accuracy"], stored["accuracy"], atol=1e-12)
-
-
 def test_test_validate_and_predict_write_their_files_and_leave_the_results(quickstart, cli, tmp_path):
     folder, _ = quickstart
     before = (folder / "results.csv").read_bytes()
@@ -225,47 +207,6 @@ def test_a_bare_off_in_yaml_means_off(cli, tmp_path):
     assert status == 0, err
     assert pd.read_csv(tmp_path / "runs" / "off" / "results.csv")["features"].unique().tolist() == ["off"]
     assert not (tmp_path / "runs" / "feature_cache").exists()
-
-
-# ------------------------------------------------------------------------------------- resuming and many processes
-
-
-def test_a_killed_run_ends_with_the_numbers_of_one_that_was_not(tmp_path):
-    command = (*QUICK, "--model.seeds=2", "--trainer.max_epochs=60", "--overwrite=false")
-    whole = launch(*command, "--name=whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    runs = tmp_path / "runs"
-    killed = launch(*command, "--name=killed", cwd=tmp_path, wait=False)
-    deadline = time.monotonic() + 120
-    while not (runs / "killed" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert not (runs / "killed" / "results.csv").exists()
-    resumed = launch(*command, "--name=killed", "--ckpt_path=last", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "Restoring states" in resumed.stderr
-    for name in ("results.csv", "classes.csv"):
-        assert (runs / "killed" / name).read_bytes() == (runs / "whole" / name).read_bytes()
-    again = launch(*command, "--name=killed", cwd=tmp_path)
-    assert again.returncode == 2
-    assert len(again.stderr.strip().splitlines()) == 1
-    assert "--overwrite true" in again.stderr
-
-
-def test_two_processes_fit_what_one_does(tmp_path):
-    arguments = (*SHORT, "--data.batch_size=50", "--overwrite=false", "--trainer.accelerator=cpu")
-    one = launch(*arguments, "--name=one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    several = ("--trainer.devices=2", "--trainer.strategy=ddp", "--model.cache_dir=features-of-two")
-    two = launch(*arguments, "--name=two", *several, cwd=tmp_path, launcher=(*TORCHRUN, "2"))
-    assert two.returncode == 0, two.stderr
-    mine, theirs = (pd.read_csv(tmp_path / "runs" / name / "results.csv") for name in ("one", "two"))
-    assert (mine["images"] == theirs["images"]).all()
-    np.testing.assert_allclose(mine["accuracy"], theirs["accuracy"], atol=0.012)  # two images of 179
-    np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-3)
-    remarks = [json.loads((tmp_path / "runs" / n / "summary.json").read_text())["remarks"] for n in ("one", "two")]
-    assert remarks[0] == remarks[1]
 
 
 # --------------------------------------------------------------------------------------------------- other runs

@@ -1,5 +1,6 @@
 """What a run shows on W&B: its configuration, accuracies while it trains, and at the end the curve and every probe."""
 
+import contextlib
 import json
 import netrc
 import os
@@ -34,9 +35,7 @@ def wandb_logger(name: str, folder: Path, resumed: bool = False) -> WandbLogger:
     os.environ.setdefault("WANDB_SILENT", "true")
     mode = os.environ.get("WANDB_MODE")
     if mode is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        absent = None if _has_credentials() else "No W&B credentials"
-        if not absent and not _answers():
-            absent = f"{_server()} cannot be reached"
+        absent = _absent()
         if absent:
             mode = "offline"
             rank_zero_info(f"{absent}: logging offline; `wandb sync {folder}/wandb/offline-run-*` uploads it.")
@@ -44,7 +43,7 @@ def wandb_logger(name: str, folder: Path, resumed: bool = False) -> WandbLogger:
     return WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "diffused-redundancy"),
         name=name,
-        save_dir=folder,
+        save_dir=folder.resolve(),  # W&B's own process may be at home elsewhere
         id=logged[-1].name.rpartition("-")[2] if logged else None,
         mode=mode,
     )
@@ -121,27 +120,21 @@ def finish() -> None:
         wandb.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
 
-def _server() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+def _absent() -> str | None:
+    """Say what W&B would need to log online and does not have, or None; it would itself ask, or wait for minutes."""
+    import wandb
 
-
-def _has_credentials() -> bool:
-    """Return whether W&B would log in without asking: from its variable, or from the file `wandb login` writes."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(_server()).hostname
+    settings = wandb.setup().settings
+    server, known = settings.base_url, bool(settings.api_key or settings.identity_token_file)
+    with contextlib.suppress(OSError, netrc.NetrcParseError):  # `wandb login` writes this file
+        logins = netrc.netrc(os.environ.get("NETRC"))
+        known = known or any(logins.authenticators(host) for host in (urlsplit(server).netloc, "api.wandb.ai"))
+    if not known:
+        return "No W&B credentials"
     try:
-        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _answers() -> bool:
-    """Return whether the server says anything at all; W&B itself would wait for it for minutes."""
-    try:
-        urllib.request.urlopen(_server(), timeout=5)
-    except urllib.error.HTTPError:
-        return True
+        urllib.request.urlopen(server, timeout=5)
+    except urllib.error.HTTPError:  # that is an answer
+        return None
     except (OSError, ValueError):
-        return False
-    return True
+        return f"{server} cannot be reached"
+    return None

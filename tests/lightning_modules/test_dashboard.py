@@ -1,0 +1,214 @@
+"""What W&B is given, read back from the files that its offline mode writes."""
+
+import http.server
+import json
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from wandb.proto import wandb_internal_pb2
+
+from lightning_modules.reporting.dashboard import wandb_logger
+
+SHORT = ("fit", "--config", "quickstart.yaml", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=2")
+SHORT += ("--model.fractions=[0.1,0.5]", "--model.seeds=2")
+
+
+class Logged:
+    """A W&B run read back: its file is a LevelDB log (blocks of 32 KiB, records in pieces) of protocol buffers."""
+
+    def __init__(self, folder: Path):
+        (self.folder,) = folder.glob("wandb/offline-run-*")
+        (file,) = self.folder.glob("*.wandb")
+        self.history, self.config, self.axes, self.summary = [], {}, {}, {}
+        for record in self._records(file.read_bytes()):
+            for item in record.config.update:
+                self.config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+            for item in record.summary.update:
+                self.summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+            if record.metric.step_metric:
+                self.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+            if record.HasField("history"):
+                values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                self.history.append({name: json.loads(value) for name, value in values.items()})
+            if record.HasField("run"):
+                self.name = record.run.display_name
+
+    @staticmethod
+    def _records(data):
+        place, pieces = 7, b""
+        while place + 7 <= len(data):
+            left = 32768 - place % 32768
+            if left < 7:
+                place += left
+                continue
+            _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+            pieces += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # whole, or the last piece
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(pieces)
+                pieces = b""
+                yield record
+
+    def last(self, name):
+        return [row[name] for row in self.history if name in row][-1]
+
+
+@pytest.fixture(scope="module")
+def logged(quickstart):
+    return Logged(quickstart[0])
+
+
+@pytest.fixture
+def results(quickstart):
+    return pd.read_csv(quickstart[0] / "results.csv")
+
+
+def test_accuracy_per_fraction_is_logged_under_the_contracts_names(logged, results):
+    means = results.groupby(["split", "selection", "fraction"])["accuracy"].mean()
+    assert len(means) == 2 * 10
+    for (split, selection, fraction), mean in means.items():
+        assert logged.last(f"{split}/accuracy/{selection}/{fraction:g}") == pytest.approx(mean, abs=1e-6)
+    epochs = yaml.safe_load((logged.folder.parents[1] / "config.yaml").read_text())["trainer"]["max_epochs"]
+    for name in ("val/accuracy/random/0.1", "train/loss/random/0.1"):
+        assert sum(name in row and row["epoch"] < epochs for row in logged.history) == epochs
+
+
+def test_the_configuration_is_logged_whole_with_what_to_group_by(quickstart, logged):
+    written = yaml.safe_load((quickstart[0] / "config.yaml").read_text())
+    assert {key: logged.config[key] for key in written} == written
+    assert logged.config["task"] == "digits"
+    assert logged.config["backbone"] == "resnet26-digits_0to4"
+    assert logged.name == quickstart[0].name
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_curve_is_a_chart_over_the_fraction_that_ends_in_the_full_layer(logged, results, split):
+    name = f"curve/{split}/accuracy/random"
+    assert logged.axes[name] == logged.axes[f"curve/{split}/std/random"] == "curve/fraction"
+    curve = {row["curve/fraction"]: row for row in logged.history if name in row}
+    assert list(curve) == sorted(curve)
+    rows = results[results["split"] == split]
+    measured = rows[rows["selection"] == "random"].groupby("fraction")["accuracy"]
+    assert list(curve) == [*measured.groups, 1.0]
+    for fraction, values in measured:
+        assert curve[fraction][name] == pytest.approx(np.mean(values), abs=1e-12)
+        assert curve[fraction][f"curve/{split}/std/random"] == pytest.approx(np.std(values), abs=1e-12)
+    assert curve[1.0][name] == rows[rows["selection"] == "full"]["accuracy"].mean()
+
+
+def test_the_table_of_all_probes_the_picture_and_the_answer_are_logged(quickstart, logged, results):
+    table = json.loads((logged.folder / "files" / logged.last("probes/path")).read_text())
+    assert table["columns"] == list(results.columns)
+    pd.testing.assert_frame_equal(pd.DataFrame(table["data"], columns=table["columns"]), results, check_dtype=False)
+    picture = logged.folder / "files" / logged.last("curve/picture/path")
+    assert picture.read_bytes() == (quickstart[0] / "curve.png").read_bytes()
+    summary = json.loads((quickstart[0] / "summary.json").read_text())
+    assert logged.summary["answer"] == summary["answer"]
+    assert logged.summary["full_accuracy"] == summary["full_accuracy"]
+
+
+def test_two_runs_in_one_process_do_not_collide(cli, tmp_path):
+    for name, digits in (("one", "[0,1]"), ("two", "[2,3,4]")):
+        status, _, err = cli(*SHORT, f"--name={name}", f"--data.digits={digits}")
+        assert status == 0, err
+    for name, digits in (("one", [0, 1]), ("two", [2, 3, 4])):
+        logged = Logged(tmp_path / "runs" / name)
+        assert logged.name == name
+        assert logged.config["data"]["init_args"]["digits"] == digits
+        mean = pd.read_csv(tmp_path / "runs" / name / "results.csv").query("split == 'test' and fraction == 0.5")
+        assert logged.last("test/accuracy/random/0.5") == pytest.approx(mean["accuracy"].mean(), abs=1e-6)
+        assert sum("test/accuracy/random/0.5" in row for row in logged.history) == 1
+
+
+def test_a_run_after_one_that_failed_has_a_run_of_its_own(cli, tmp_path):
+    status, _, err = cli(*SHORT, "--name=failed", "--trainer.gradient_clip_val=1")
+    assert status == 2, err
+    status, _, err = cli(*SHORT, "--name=fine")
+    assert status == 0, err
+    assert Logged(tmp_path / "runs" / "fine").name == "fine"
+    assert "test/accuracy/random/0.5" not in Logged(tmp_path / "runs" / "failed").summary
+
+
+def test_without_credentials_it_logs_offline_and_says_how_to_sync(quickstart):
+    folder, done = quickstart
+    (line,) = [line for line in done.stderr.splitlines() if "wandb sync" in line]
+    assert line.startswith("No W&B credentials: logging offline; `wandb sync ")
+    pattern = line.split("`")[1].removeprefix("wandb sync ")
+    assert list(folder.parents[1].glob(pattern))
+
+
+def test_with_an_unreachable_server_it_logs_offline_and_says_so(start, tmp_path):
+    account = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = start(*SHORT, "--name=alone", cwd=tmp_path, **account)[0].wait()
+    assert done.returncode == 0, done.stderr
+    assert "http://127.0.0.1:9 cannot be reached: logging offline; `wandb sync" in done.stderr
+    assert Logged(tmp_path / "runs" / "alone").name == "alone"
+
+
+def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, tmp_path):
+    class Refusal(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = b'{"errors": [{"message": "user is not logged in", "path": ["viewer"]}]}'
+            self.send_response(401)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        account = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+        done = start(*SHORT, "--name=refused", cwd=tmp_path, **account)[0].wait()
+        server.shutdown()
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: W&B does not take the run (")
+    assert "user is not logged in" in last
+    assert "--trainer.logger false" in last
+    assert not (tmp_path / "runs" / "feature_cache").exists()
+
+
+@pytest.mark.parametrize("host", ["api.wandb.ai", "127.0.0.1:9"])
+def test_a_login_that_wandb_wrote_counts_as_credentials(start, tmp_path, host):
+    (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {'0' * 40}\n")
+    account = {"NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = start(*SHORT, "--name=login", cwd=tmp_path, **account)[0].wait()
+    assert done.returncode == 0, done.stderr
+    assert "http://127.0.0.1:9 cannot be reached" in done.stderr
+    assert "No W&B credentials" not in done.stderr
+
+
+def test_the_logger_can_be_switched_off(cli, tmp_path):
+    status, _, err = cli(*SHORT, "--name=silent", "--trainer.logger=false")
+    assert status == 0, err
+    assert "W&B" not in err
+    assert not list(tmp_path.rglob("wandb"))
+
+
+def test_another_logger_gets_the_configuration_too(cli, tmp_path):
+    logger = "--trainer.logger={class_path: CSVLogger, init_args: {save_dir: logs}}"
+    status, _, err = cli(*SHORT, "--name=csv", logger)
+    assert status == 0, err
+    (parameters,) = tmp_path.glob("logs/**/hparams.yaml")
+    assert yaml.safe_load(parameters.read_text())["model"]["init_args"]["fractions"] == [0.1, 0.5]
+    (metrics,) = tmp_path.glob("logs/**/metrics.csv")
+    assert "test/accuracy/random/0.5" in pd.read_csv(metrics).columns
+
+
+@pytest.mark.parametrize(("resumed", "version"), [(True, "abcd1234"), (False, None)])
+def test_a_resumed_run_continues_what_it_logged_online(tmp_path, resumed, version):
+    (tmp_path / "wandb" / "run-20260101_000000-zzzz0000").mkdir(parents=True)
+    (tmp_path / "wandb" / "run-20260102_000000-abcd1234").mkdir()
+    assert wandb_logger("run", tmp_path, resumed).version == version

@@ -1,0 +1,121 @@
+"""Several processes, on one node or several: they share the work out, count every image once, and write files once."""
+
+import json
+import socket
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TORCHRUN, launch
+from safetensors import safe_open
+
+from lightning_modules import FrozenBackbone, RedundancyProbe
+
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
+SHORT = ("fit", "--config", "quickstart.yaml", *QUIET, "--trainer.max_epochs=3", "--model.seeds=2")
+SHORT += ("--model.fractions=[0.1,0.5]", "--data.batch_size=50", "--trainer.logger=false")
+
+
+def shards(folder):
+    """Values and metadata of every shard; the order of the metadata in a file is left to chance by safetensors."""
+    found = {}
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, framework="np") as shard:
+            found[path.relative_to(folder)] = (shard.get_tensor("features").tobytes(), shard.metadata())
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder of a run on one process."""
+    folder = tmp_path_factory.mktemp("one")
+    done = launch(*SHORT, "--name=run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs"
+
+
+def assert_the_same_within_sampling_error(one, other):
+    mine, theirs = (pd.read_csv(runs / "run" / "results.csv") for runs in (one, other))
+    measured = ["accuracy", "loss", "mean_class_accuracy", "epoch"]
+    pd.testing.assert_frame_equal(mine.drop(columns=measured), theirs.drop(columns=measured))
+    np.testing.assert_allclose(mine["accuracy"], theirs["accuracy"], atol=0.012)  # two images of 179
+    np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-3)
+    remarks = [json.loads((runs / "run" / "summary.json").read_text())["remarks"] for runs in (one, other)]
+    assert remarks[0] == remarks[1]
+    assert shards(one) == shards(other)
+
+
+def test_torchrun_fits_on_as_many_processes_as_it_starts(one, tmp_path):
+    done = launch(*SHORT, "--name=run", cwd=tmp_path, launcher=(*TORCHRUN, "2"))
+    assert done.returncode == 0, done.stderr
+    assert "Starting with 2 processes" in done.stderr
+    assert done.stdout.count("To keep 90 % of the accuracy") == 1
+    assert_the_same_within_sampling_error(one, tmp_path / "runs")
+
+
+def test_lightnings_own_launcher_fits_on_several_devices(one, tmp_path):
+    done = launch(*SHORT, "--name=run", "--trainer.devices=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Starting with 2 processes" in done.stderr
+    assert done.stdout.count("To keep 90 % of the accuracy") == 1
+    assert_the_same_within_sampling_error(one, tmp_path / "runs")
+
+
+def test_two_nodes_fit_together(one, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1")
+    torchrun += ("--master_addr=127.0.0.1", f"--master_port={port}")
+    nodes = [
+        launch(*SHORT, "--name=run", cwd=tmp_path, launcher=(*torchrun, f"--node_rank={rank}"), wait=False)
+        for rank in range(2)
+    ]
+    said = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum("Starting with 2 processes" in err for _, err in said) == 1
+    assert_the_same_within_sampling_error(one, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 7), (2, 41), (3, 41), (3, 1000)])
+def test_a_checkpoint_counts_the_same_on_any_number_of_processes(quickstart, start, tmp_path, processes, batch_size):
+    folder, _ = quickstart
+    arguments = ("--config", str(folder / "config.yaml"), "--name=again", f"--data.batch_size={batch_size}", *QUIET)
+    checkpoint = ("--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--model.cache_dir=features")
+    for verb, file in (("test", "test.csv"), ("predict", "predictions.csv")):
+        for process in start(verb, *arguments, *checkpoint, cwd=tmp_path, processes=processes):
+            done = process.wait()
+            assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs" / "again" / file).exists()
+    stored = pd.read_csv(folder / "results.csv").query("split == 'test'").reset_index(drop=True)
+    measured = pd.read_csv(tmp_path / "runs" / "again" / "test.csv")
+    assert (measured["images"] == stored["images"]).all()
+    assert (measured["accuracy"] == stored["accuracy"]).all()
+    predicted = pd.read_csv(tmp_path / "runs" / "again" / "predictions.csv")
+    columns = [f"{row.selection}/{row.fraction:g}/{row.seed}" for row in stored.itertuples()]
+    correct = [(predicted[column] == predicted["label"]).sum() for column in columns]
+    np.testing.assert_allclose(np.array(correct) / len(predicted), stored["accuracy"], atol=1e-12)
+
+
+def test_only_the_first_of_several_processes_speaks_and_logs(start, tmp_path):
+    command = [argument for argument in SHORT if "logger" not in argument]
+    first, second = (process.wait() for process in start(*command, "--name=run", cwd=tmp_path, processes=2))
+    assert (first.returncode, second.returncode) == (0, 0), second.stderr
+    assert "To keep 90 %" in first.stdout
+    assert second.stdout == ""
+    assert [line for line in second.stderr.splitlines() if "GLOBAL_RANK" not in line] == []
+    assert len(list(tmp_path.glob("runs/run/wandb/offline-run-*"))) == 1
+    assert not list(tmp_path.rglob("unfinished-*"))
+
+
+def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
+    model = RedundancyProbe(FrozenBackbone("test_resnet", weights="random"), num_classes=3, fractions=[0.5], seeds=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        sent = [parameter.numel() for parameter in parallel._module_parameters]
+        assert parallel.modules_buffers == []
+        assert sum(sent) == sum(bank.weight.numel() + bank.bias.numel() for bank in model.banks)
+    finally:
+        torch.distributed.destroy_process_group()
