@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import ROOT, SHARED, launch
 from safetensors.torch import load_file
 
@@ -45,6 +46,31 @@ def test_every_key_of_a_shipped_configuration_is_commented(name):
     lines = (ROOT / "configs" / name).read_text().splitlines()
     bare = [line for line in lines if re.search(r":\s+[^#\s]", line) and not line.startswith("#") and " #" not in line]
     assert bare == []
+
+
+@pytest.mark.parametrize("size", ["20pct", "curve"])
+@pytest.mark.parametrize(
+    ("task", "weight_decay"), [("cifar10", 5e-4), ("cifar100", 5e-4), ("flowers102", 1e-4), ("oxford_iiit_pet", 1e-4)]
+)
+def test_the_papers_recipe_is_that_of_its_authors(cli, task, weight_decay, size):
+    status, out, err = cli("fit", "-c", f"{task}_{size}.yaml", "-c", "paper_recipe.yaml", "--print_config")
+    assert status == 0, err
+    config = yaml.safe_load(out)
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    assert (trainer["max_epochs"], trainer["check_val_every_n_epoch"]) == (100, 5)
+    assert (model["learning_rate"], model["momentum"], model["weight_decay"]) == (0.1, 0.9, weight_decay)
+    assert (model["step_size"], model["gamma"], model["keep"]) == (20, 0.1, "best")
+    assert (model["features"], data["augmentation"], data["batch_size"]) == ("off", "paper", 256)
+    assert (model["standardise"], model["selection"], model["seeds"]) == (False, "random", [1, 2, 3, 4, 5])
+    tenths = [0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.9]
+    assert model["fractions"] == (0.2 if size == "20pct" else tenths)
+    assert model["backbone"]["name"] == "resnet50.a1_in1k"
+    overlay = model["backbone"]["pretrained_cfg_overlay"]
+    assert {key: value for key, value in overlay.items() if value is not None} == {
+        "input_size": [3, 224, 224],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
 
 
 def test_overlays_win_and_say_what_they_inherit(cli):
@@ -186,7 +212,7 @@ def test_test_validate_and_predict_write_their_files_and_leave_the_results(quick
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("--model.seeds=3", "its probes is"),
+        ("--model.seeds=3", "its seeds is [0, 1, 2, 3, 4], not [0, 1, 2]"),
         ("--model.backbone.layer=layer3", "its layer is penultimate, not layer3"),
         ("--model.backbone.weights=random", "its backbone is resnet26-digits_0to4, not resnet26-random"),
         ("--data.digits=[1,2,3,4,5]", "its classes is ['5', '6', '7', '8', '9'], not ['1', '2', '3', '4', '5']"),

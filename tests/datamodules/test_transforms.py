@@ -1,0 +1,55 @@
+"""The paper's views, against the composition that its authors published."""
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+from torchvision import transforms
+
+from datamodules.transforms import AUGMENTATIONS, evaluation
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+RECIPE = {"input_size": (3, 224, 224), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center", **IMAGENET}
+
+
+@pytest.fixture(params=[(32, 32), (300, 200), (150, 400)], ids=str)
+def image(request):
+    width, height = request.param
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def test_the_recipes_test_view_resizes_and_crops_to_224(image):
+    published = transforms.Compose(
+        [
+            transforms.Resize(224),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(**IMAGENET),
+        ]
+    )
+    torch.testing.assert_close(evaluation(RECIPE)(image), published(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_recipes_training_view_is_the_published_one(image, seed):
+    published = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(0.25, 0.25, 0.25),
+            transforms.RandomRotation(2),
+            transforms.ToTensor(),
+            transforms.Normalize(**IMAGENET),
+        ]
+    )
+    views = []
+    for transform in (AUGMENTATIONS["paper"](RECIPE), published):
+        torch.manual_seed(seed)
+        views.append(transform(image))
+    torch.testing.assert_close(*views, rtol=0, atol=0)
+
+
+def test_the_papers_backbone_is_normalised_as_the_authors_did():
+    given = resolve_data_config(model="resnet50.a1_in1k", pretrained_cfg=None, args={})
+    assert {key: given[key] for key in IMAGENET} == IMAGENET
