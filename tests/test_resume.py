@@ -1,10 +1,13 @@
 """Runs that are killed: they go on where they were, and end with the numbers of runs that were not."""
 
+import json
 import random
 import time
 
 import pandas as pd
 import pytest
+
+from lightning_modules.checkpoints import PAUSE, WholeCheckpointIO
 
 PLAIN = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--data.num_workers=0")
 # Larger images than the network was made for, so that the look takes a while too.
@@ -56,3 +59,21 @@ def test_a_finished_run_that_is_lengthened_ends_as_one_that_was_as_long(cli, tmp
     assert status == 0, err
     whole, longer = (pd.read_csv(tmp_path / "runs" / name / "results.csv") for name in ("whole", "longer"))
     pd.testing.assert_frame_equal(whole, longer, check_exact=True)
+
+
+def test_checkpoints_are_small_and_seldom_written(cli, tmp_path, monkeypatch):
+    writes = []
+    save = WholeCheckpointIO.save_checkpoint
+    monkeypatch.setattr(
+        WholeCheckpointIO, "save_checkpoint", lambda *given, **more: (writes.append(1), save(*given, **more))
+    )
+    status, _, err = cli("fit", "--config", "quickstart.yaml", *PLAIN, "--name=run")
+    assert status == 0, err
+    folder = tmp_path / "runs" / "run"
+    seconds = json.loads((folder / "summary.json").read_text())["seconds"]["fit"]
+    assert 2 <= len(writes) <= 2 + seconds / PAUSE
+    probes = pd.read_csv(folder / "results.csv").query("split == 'val'")
+    numbers = 5 * (probes["neurons"] + 1).sum()  # weights and biases of five classes
+    indices, others = 8 * probes["neurons"].sum(), 200_000  # the history of 100 epochs, and what torch adds
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_size < 3 * 4 * numbers + indices + others
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
