@@ -56,6 +56,10 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, config: Any, value: Any, option_string: str | None = None) -> None:
         """Apply the file to what is parsed so far."""
+        if parser._subparsers is not None:
+            raise MisconfigurationException(
+                "--config comes after the verb, as `train.py fit --config quickstart.yaml`."
+            )
         if isinstance(value, str):
             value = find_config(value)
             read_config(value)
@@ -98,6 +102,14 @@ def explain(message: str) -> str:
         near = nearest_keys(unknown[1])
         hint = f"did you mean {' or '.join(near)}?" if near else "`train.py fit --help` lists all."
         return f"There is no option {unknown[1]!r}; {hint}"
+    part = re.search(r'Parser key "([\w.]+)":\s+Unable to load config \'(.*?)\'', message)
+    if part:
+        key = next(iter(nearest_keys(part[1], cutoff=1)), part[1])
+        return f"--{key} is {part[2]!r}; it must be settings, as `--{key} '{{name: value}}'` or `--{key}.name value`."
+    required = re.search(r"the following arguments are required: (.*)", message)
+    if required:
+        keys = [next(iter(nearest_keys(key, cutoff=1)), key) for key in required[1].split(", ")]
+        return f"Nothing sets {' and '.join(keys)}; give a --config, as quickstart.yaml, or --{keys[0]}."
     wrong = re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
     if wrong:
         key = next(iter(nearest_keys(wrong[1], cutoff=1)), wrong[1])
@@ -105,6 +117,7 @@ def explain(message: str) -> str:
         types = re.search(r"Subtypes: \[(.*)\]\n|Expected an? (.*?)(?:\. Got value|$)", wrong[2])
         if value and types:
             said = re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", types[1] or types[2])
+            said = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", said).replace("dict[str, Any]", "dict")
             right = " or ".join(TYPES.get(each, each) for each in said.split(", "))
             return f"{key} is {value[1] or value[2]}; it must be {right}."
     return message.partition("Given value type")[0]
@@ -143,7 +156,7 @@ class CLI(LightningCLI):
             Task,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=None,  # `before_fit` writes it where the run's other files are
+            save_config_callback=None,  # `_begin` writes it where the run's other files are
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -184,6 +197,12 @@ class CLI(LightningCLI):
         for line in overlaid(sys.argv[1:] if args is None else args):
             rank_zero_info(line)
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise MisconfigurationException(f"seed_everything cannot be had: {error}.") from error
+
     def _parse_ckpt_path(self) -> None:
         """Take no hyper-parameter from a checkpoint: they stand in config.yaml and on the command line."""
 
@@ -203,6 +222,8 @@ class CLI(LightningCLI):
         self.datamodule.preprocessing = self.model.preprocessing
         name = self._get(self.config, "name") or f"{self.datamodule.name}_{self.model.label}"
         self.name = re.sub(r"[^\w.+=-]+", "-", name)
+        if not self.name.strip("."):
+            raise MisconfigurationException(f"--name is {name!r}; it must name a folder of its own.")
         trainer = self.config[self.subcommand]["trainer"]
         self.folder = Path(trainer["default_root_dir"] or ".").expanduser() / self.name
         checkpoint = self._checkpoint()
@@ -306,11 +327,11 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Measure every probe on validation and test, and report."""
+        self.trainer.ckpt_path = None  # from here on the model is the one at hand
         if not isinstance(self.model, RedundancyProbe):
             self.trainer.test(self.model, datamodule=self.datamodule, weights_only=True)
             return
         trained = time.perf_counter()
-        self.trainer.ckpt_path = None  # from here on the model is the one at hand
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
         if self.trainer.is_global_zero:
@@ -344,6 +365,9 @@ class CLI(LightningCLI):
 
 def build(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a constructor; jsonargparse would bury what it raises under everything it tried instead."""
+    for name, parameter in inspect.signature(kind).parameters.items():  # jsonargparse lets null pass for any type
+        if kwargs.get(name, parameter) is None and "None" not in str(parameter.annotation):
+            fail(f"{next(iter(nearest_keys(name, cutoff=1)), name)} is null; leave it out, or give it a value.")
     try:
         return kind(*args, **kwargs)
     except MisconfigurationException as error:
@@ -419,22 +443,31 @@ def _num_classes(task: Task) -> int:
 
 def fail(message: str) -> NoReturn:
     """End with one line and exit status 2; of several processes that meet the same mistake, one says so."""
-    if said_by_processes(1) <= 1:
+    said = said_by_processes(1)
+    if said == 1 or (said is None and process() == 0):
         lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
         print(f"error: {' '.join(lines)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def said_by_processes(more: int) -> int:
-    """Add to the number of processes of this launch that met a mistake, and return it; 0 where it cannot be known."""
+def process() -> int:
+    """Return the rank of this process before and after there is a Trainer."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+
+
+def said_by_processes(more: int) -> int | None:
+    """Add to the number of processes of this launch that met a mistake, and return it.
+
+    None where it cannot be known: a single process, or the one that counts, the first without torchrun, is gone.
+    """
     if not {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"} <= set(os.environ):
-        return 0  # a single process, or others that were not started yet
+        return None  # a single process, or others that were not started yet
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2), wait_for_workers=False)
         return store.add(f"mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", more)
     except DistError:
-        return 0
+        return None
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -456,7 +489,8 @@ def main(args: Sequence[str] | None = None) -> None:
         # A loader's worker wraps its traceback around the message; the message is the last line.
         fail(str(error).strip().splitlines()[-1].partition("MisconfigurationException: ")[2] or str(error))
     except RuntimeError:
-        if said_by_processes(0):  # what is left of a process whose partner met a mistake
+        said = said_by_processes(0)
+        if said or (said is None and process() > 0):  # what is left of a process whose partner met a mistake
             sys.exit(2)
         raise
     finally:

@@ -70,7 +70,7 @@ class ImageFolder(Task):
             )
         files, labels = [], []
         for label, name in enumerate(classes):
-            found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+            found = sorted(path for path in (folder / name).rglob("*") if _is_image(path, folder))
             if not found:
                 raise MisconfigurationException(
                     f"{folder / name} holds no images; known endings are {', '.join(IMG_EXTENSIONS)}."
@@ -78,6 +78,12 @@ class ImageFolder(Task):
             files += [str(path.relative_to(folder)) for path in found]
             labels += [label] * len(found)
         return FileImages(folder, files, torch.tensor(labels))
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    """Return whether a file's name says so; hidden ones, as macOS leaves beside each image, are none."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in IMG_EXTENSIONS and not hidden and not path.is_dir()
 
 
 def _classes(folder: Path) -> list[str]:

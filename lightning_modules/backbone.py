@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import logging
+import math
 import sys
 import sysconfig
 import typing
@@ -53,8 +54,10 @@ class PretrainedCfgOverlay:
         channels = self.input_size[0] if self.input_size else 3
         for name, value, holds, right in (
             ("input_size", self.input_size, lambda v: len(v) == 3 and min(v) > 0, "channels, height and width"),
+            ("mean", self.mean, lambda v: all(map(math.isfinite, v)), "finite numbers"),
             ("mean", self.mean, lambda v: len(v) == channels, f"{channels} numbers, one per channel"),
-            ("std", self.std, lambda v: len(v) == channels and min(v) > 0, f"{channels} numbers above 0"),
+            ("std", self.std, lambda v: len(v) == channels, f"{channels} numbers, one per channel"),
+            ("std", self.std, lambda v: all(0 < each < math.inf for each in v), f"{channels} numbers above 0"),
             ("interpolation", self.interpolation, INTERPOLATIONS.__contains__, f"one of {', '.join(INTERPOLATIONS)}"),
             ("crop_pct", self.crop_pct, lambda v: 0 < v <= 1, "above 0, at most 1"),
         ):

@@ -19,6 +19,29 @@ SHARE = 0.05
 """Share of the time that may go into writing."""
 
 
+def check_belonging(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint that rests on something else than the run at hand.
+
+    Args:
+        theirs: What the checkpoint says of itself.
+        mine: What it would have to say.
+
+    Raises:
+        MisconfigurationException: If they differ; the message names the first difference.
+    """
+    for what, value in mine.items():
+        if theirs.get(what) != value:
+            raise MisconfigurationException(
+                f"The checkpoint does not belong here: its {what} is {_short(theirs.get(what))}, not {_short(value)}; "
+                f"take the configuration of its own run."
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 class Checkpoints(Checkpoint):
     """Writes the state of a fit at the end of the first epoch, of later ones as `PAUSE` and `SHARE` allow, and last.
 

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ SHARDS = 64
 LARGEST = 4096
 VERSIONS = f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
 
-Extract = Callable[[Sequence[Sequence[int]]], Iterator[Tensor]]
+Extract = Callable[[Sequence[Sequence[int]]], Generator[Tensor, None, None]]
 """From batches of places in a split to their representations, one tensor of shape (b, D) per batch, in order."""
 
 
@@ -104,12 +104,12 @@ class FeatureCache:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
         batches = [list(span[i : i + BATCH]) for _, span in missing for i in range(0, len(span), BATCH)]
-        extracted = extract(batches) if batches else iter(())
-        for path, span in missing:
-            values = torch.cat(list(itertools.islice(extracted, -(-len(span) // BATCH))))
-            with _writing(folder):
-                _write(path, values, said, span)
-        next(extracted, None)  # lets the extraction come to its end, and its progress bar
+        with contextlib.closing(extract(batches) if batches else (torch.empty(0) for _ in ())) as extracted:
+            for path, span in missing:
+                values = torch.cat(list(itertools.islice(extracted, -(-len(span) // BATCH))))
+                with _writing(folder):
+                    _write(path, values, said, span)
+            next(extracted, None)  # lets the extraction come to its end, and its progress bar
         self.barrier()
         try:
             tensors = [_open(path) for path in shards]

@@ -9,13 +9,17 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_modules import weights
 from lightning_modules.backbone import PretrainedCfgOverlay, is_timm_model
+from lightning_modules.checkpoints import check_belonging
+from lightning_modules.files import whole
 
 
 class Pretraining(LightningModule):
@@ -69,6 +73,36 @@ class Pretraining(LightningModule):
         """What a run of this model is called by default, after its task."""
         return f"{self.name}_pretraining"
 
+    def setup(self, stage: str) -> None:
+        """Refuse a checkpoint that cannot be read before Lightning does, in one line."""
+        if self.trainer.ckpt_path:
+            weights.read_torch(Path(self.trainer.ckpt_path))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the training rests on."""
+        checkpoint["pretraining"] = self._training()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with a training as it was not begun.
+
+        Raises:
+            MisconfigurationException: If the checkpoint is of another; the message says where.
+        """
+        check_belonging(checkpoint.get("pretraining", {}), self._training())
+
+    def _training(self) -> dict[str, Any]:
+        task = self.trainer.datamodule  # type: ignore[attr-defined]
+        return {
+            "architecture": self.name,
+            "classes": list(task.classes),
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "label_smoothing": self.label_smoothing,
+            "data.batch_size": task.batch_size,
+            "data.seed": task.seed,
+            "trainer.max_epochs": self.trainer.max_epochs,  # the schedule spans them
+        }
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with a linear warm-up and a cosine decay over the whole fit."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
@@ -107,9 +141,10 @@ class Pretraining(LightningModule):
         }
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            save_file(state, self.output, {"architecture": self.name})
-        except OSError as error:
+            with whole(self.output) as file:
+                save_file(state, file, {"architecture": self.name})
+        except (OSError, SafetensorError) as error:
             raise MisconfigurationException(
-                f"The weights cannot be written to {self.output} ({error.strerror}); set --model.output."
+                f"The weights cannot be written to {self.output} ({error}); set --model.output."
             ) from error
         rank_zero_info(f"Weights of {self.name} ({self.output.stat().st_size:,} bytes) written to {self.output}.")

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from lightning_modules import statistics, subsets, weights
 from lightning_modules.backbone import FrozenBackbone
+from lightning_modules.checkpoints import check_belonging
 from lightning_modules.feature_cache import FeatureCache, FeatureRows
 from lightning_modules.probe_bank import ProbeBank, parameters_of
 
@@ -311,7 +312,7 @@ class RedundancyProbe(LightningModule):
         directory = Path(self.cache_dir or Path(trainer.default_root_dir) / "feature_cache").expanduser()
         cache = FeatureCache(directory, trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
 
-        def extract(batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        def extract(batches: Sequence[Sequence[int]]) -> Generator[Tensor, None, None]:
             answers = task.image_batches(split, augmented=view is not None)
             requests = [task.request(batch, epoch=view or 0) for batch in batches]
             with tqdm(
@@ -366,7 +367,7 @@ class RedundancyProbe(LightningModule):
             self.std.copy_(std)
         self._warn_past_edge()
 
-    def on_train_end(self) -> None:
+    def on_fit_end(self) -> None:
         """Refuse to go on with probes that were never validated, and so never kept."""
         if self.kept_epoch.min() < 0:
             raise MisconfigurationException(
@@ -519,12 +520,13 @@ class RedundancyProbe(LightningModule):
         theirs, mine = checkpoint["probes"]["belonging"], self._belonging()
         if self.trainer.state.fn == "fit":
             theirs, mine = theirs | checkpoint["probes"]["training"], mine | self._training()
-        for what, value in mine.items():
-            if theirs.get(what) != value:
+            done, wanted = len(checkpoint["probes"]["train_losses"]), self.trainer.max_epochs
+            if 0 < (wanted or 0) < done:
                 raise MisconfigurationException(
-                    f"The checkpoint does not belong here: its {what} is {_short(theirs.get(what))}, not "
-                    f"{_short(value)}; take the configuration of its own run."
+                    f"trainer.max_epochs is {wanted}, but {self.trainer.ckpt_path} has gone through {done}; "
+                    f"give {done} or more."
                 )
+        check_belonging(theirs, mine)
 
     def _belonging(self) -> dict[str, Any]:
         """Say whose probes these are, in plain types."""
@@ -607,20 +609,15 @@ class RedundancyProbe(LightningModule):
             raise MisconfigurationException(
                 f"trainer.strategy is {type(trainer.strategy).__name__}; probes train on a single device or with ddp."
             )
-        for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+        for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "limit_train_batches"):
             limit = getattr(trainer, name)
             if isinstance(limit, int) or limit != 1:  # Lightning's 1.0 is all batches, its 1 is one
                 raise MisconfigurationException(
                     f"trainer.{name} is {limit}, but every image is counted; leave it, overfit_batches and "
                     f"fast_dev_run out (debug.yaml is a short run)."
                 )
-        if trainer.state.fn == "fit" and trainer.max_epochs == 0:
-            raise MisconfigurationException("trainer.max_epochs is 0; it must be at least 1.")
-        if trainer.state.fn == "fit" and 0 < (trainer.max_epochs or 0) < (trainer.check_val_every_n_epoch or 1):
-            raise MisconfigurationException(
-                f"trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}, beyond the "
-                f"{trainer.max_epochs} epochs of trainer.max_epochs; a probe is kept when it is validated."
-            )
+        if trainer.state.fn == "fit":
+            self._check_schedule()
         if self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value":
             raise MisconfigurationException(
                 "trainer.gradient_clip_val clips the norm over all probes together, so that each would feel the "
@@ -632,20 +629,48 @@ class RedundancyProbe(LightningModule):
                 f"or bf16-mixed."
             )
 
+    def _check_schedule(self) -> None:
+        """Refuse a fit that would make no step, or keep no probe."""
+        trainer = self.trainer
+        every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+        counts = ("max_epochs", "max_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+        for name in counts:
+            value = getattr(trainer, name)
+            if isinstance(value, int | float) and (value == 0 or (value < 0 and not name.startswith("max_"))):
+                raise MisconfigurationException(f"trainer.{name} is {value}; it must be above 0.")
+        if 0 < (trainer.max_epochs or 0) < (every or 1):
+            raise MisconfigurationException(
+                f"trainer.check_val_every_n_epoch is {every}, beyond the {trainer.max_epochs} epochs of "
+                f"trainer.max_epochs; a probe is kept when it is validated."
+            )
+        steps = -(-len(self._task.images["train"]) // self._task.batch_size)
+        if every and isinstance(interval, int) and interval > steps:
+            raise MisconfigurationException(
+                f"trainer.val_check_interval is {interval}, beyond the {steps} steps of an epoch; a probe is kept when "
+                f"it is validated."
+            )
+
 
 def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _seeds(value: int | list[int], name: str) -> list[int]:
-    if value == [] or (isinstance(value, int) and value < 1):
-        raise MisconfigurationException(f"model.{name} is {value}; give a number of seeds from 1, or a list of seeds.")
+    if value == [] or (isinstance(value, int) and not 1 <= value <= 100_000):  # more would only run out of memory later
+        raise MisconfigurationException(
+            f"model.{name} is {value}; give a number of seeds from 1 to 100,000, or a list of seeds."
+        )
     return list(range(value)) if isinstance(value, int) else value
 
 
 def _check_optimisation(
     candidates: Sequence[tuple[float, float]], momentum: float, step_size: int, gamma: float
 ) -> None:
+    if len(set(candidates)) < len(candidates):
+        twice = next(candidate for candidate in candidates if candidates.count(candidate) > 1)
+        raise MisconfigurationException(
+            f"model.learning_rate {twice[0]:g} with model.weight_decay {twice[1]:g} is listed twice; give each once."
+        )
     if not candidates:
         raise MisconfigurationException("model.learning_rate and model.weight_decay need at least one value each.")
     for name, value, holds, right in (
@@ -671,8 +696,3 @@ def _check_memory(parameters: int, candidates: int, probes: int, classes: int) -
             f"classes: {parameters * candidates:,} weights, with gradient, momentum and best), and "
             f"{available / 1e9:,.1f} GB are free; use fewer fractions, seeds or candidates."
         )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

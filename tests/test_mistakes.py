@@ -1,63 +1,746 @@
 """What a user's mistake is answered with, through the real command line: one line that names it, and nothing lost."""
 
+import contextlib
+import ctypes
+import os
+import pickle
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
-from conftest import launch
+import timm
+import torch
+from conftest import TORCHRUN, launch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train
 
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
+WEIGHTS = train.CONFIGS / "digits_0to4.safetensors"
+OVERLAY = "model.backbone.pretrained_cfg_overlay"
+ANY_CALLABLE = f"--{OVERLAY}={{input_size: [3, 32, 32], mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}}"
 
 
+def error_of(answer):
+    """Return the one line that a mistake is answered with, last and alone."""
+    status, out, err = answer
+    assert status == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors == err.splitlines()[-1:]
+    assert "usage:" not in err
+    return errors[0]
+
+
+def content(folder):
+    """Return every file below a folder with what it holds."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def half_written(folder):
+    """Return what an interrupted write left below a folder."""
+    return [path for path in folder.rglob("*") if path.name.startswith(("unfinished", ".")) or path.suffix == ".tmp"]
+
+
+# What is wrong, the arguments over those of a short run of the quickstart, and what the line must say.
 MISTAKES = {
-    "fraction 0": (["--model.fractions=0"], "model.fractions has 0"),
-    "negative fraction": (["--model.fractions=[0.1,-0.2]"], "model.fractions has -0.2"),
-    "fraction above 1": (["--model.fractions=1.5"], "model.fractions has 1.5"),
+    # Subsets.
+    "fraction 0": (["--model.fractions=0"], "model.fractions has 0; a fraction must be in (0, 1]"),
+    "negative fraction": (["--model.fractions=[0.1,-0.2]"], "model.fractions has -0.2; a fraction must be in (0, 1]"),
+    "fraction above 1": (["--model.fractions=1.5"], "model.fractions has 1.5; a fraction must be in (0, 1]"),
+    "fraction that is no number": (["--model.fractions=.nan"], "model.fractions has nan", "(0, 1]"),
+    "fraction as a word": (["--model.fractions=[0.1,few]"], "model.fractions is few", "a list of numbers"),
     "fraction twice": (["--model.fractions=[0.1,0.1]"], "model.fractions lists 0.1 twice"),
     "no fraction": (["--model.fractions=[]"], "model.fractions is empty"),
+    "null for fractions": (["--model.fractions=null"], "model.fractions is null", "give it a value"),
     "no seed": (["--model.seeds=[]"], "model.seeds is []"),
     "zero seeds": (["--model.seeds=0"], "model.seeds is 0; give a number of seeds from 1"),
-    "seed that is no integer": (["--model.seeds=[a]"], "seeds"),
+    "negative number of seeds": (["--model.seeds=-3"], "model.seeds is -3; give a number of seeds from 1"),
+    "negative seed": (["--model.seeds=[0,-1]"], "model.seeds has -1; a seed must be 0 or more"),
+    "seed twice": (["--model.seeds=[4,4]"], "model.seeds lists 4 twice"),
+    "broken number of seeds": (["--model.seeds=1.5"], "model.seeds is 1.5", "a whole number"),
+    "seed as a word": (["--model.seeds=[a]"], "model.seeds is a", "a list of whole numbers"),
+    "more seeds than can be counted": (["--model.seeds=1000000000"], "model.seeds is 1000000000", "to 100,000"),
+    "bank larger than memory": (
+        [
+            "--model.seeds=10000",
+            *(f"--model.{name}={list(range(1, 51))}" for name in ("learning_rate", "weight_decay")),
+        ],
+        "GB of memory (20001 probes x 2500 candidates",
+        "use fewer fractions, seeds or candidates",
+    ),
+    "full seed twice": (["--model.full_seeds=[0,0]"], "model.full_seeds lists 0 twice"),
+    "no full seed": (["--model.full_seeds=0"], "model.full_seeds is 0; give a number of seeds from 1"),
     "unknown selection": (["--model.selection=randm"], "'randm'; it must be one of first, random"),
-    "unknown timm name": (["--model.backbone.name=resnet27"], "did you mean"),
-    "unknown timm tag": (["--model.backbone.name=resnet18.nope"], "timm has no weights 'resnet18.nope'"),
+    "selection twice": (["--model.selection=[first,first]"], "model.selection lists first twice"),
+    "no selection": (["--model.selection=[]"], "model.selection is empty"),
+    # The backbone.
+    "unknown timm name": (["--model.backbone.name=resnet27"], "'resnet27' is neither", "did you mean resnet26"),
+    "unknown timm tag": (["--model.backbone.name=resnet18.nope"], "timm has no weights 'resnet18.nope'; there are"),
     "unknown layer": (["--model.backbone.layer=layr4"], "has no layer 'layr4'; near it are layer4"),
+    "backbone as a word": (["--model.backbone=resnet18"], "--model.backbone is 'resnet18'", "--model.backbone.name"),
+    "unknown kwarg": (["--model.backbone.kwargs={wide: 2}"], "does not take model.backbone.kwargs {'wide': 2}"),
+    "kwargs as a word": (["--model.backbone.kwargs=wide"], "model.backbone.kwargs is wide; it must be dict or null"),
+    "missing weights": (["--model.backbone.weights=nowhere.pth"], "no file of weights 'nowhere.pth'", "'random'"),
+    "weights of a wider network": (["--model.backbone.kwargs={}"], "does not hold the weights of this backbone"),
+    "command for a backbone": (
+        ["--model.backbone.name=os.system", "--model.backbone.kwargs={command: touch ran}", ANY_CALLABLE],
+        "os.system is not known to return an nn.Module and is not called",
+        "give a subclass of nn.Module",
+    ),
+    "dictionary for a backbone": (
+        ["--model.backbone.name=builtins.dict", "--model.backbone.kwargs={a: 1}", ANY_CALLABLE],
+        "builtins.dict is not known to return an nn.Module",
+    ),
+    "overlay of two means": ([f"--{OVERLAY}.mean=[0.5,0.5]"], f"{OVERLAY}.mean is [0.5, 0.5]", "3 numbers"),
+    "overlay of infinite means": ([f"--{OVERLAY}.mean=[.inf,0,0]"], f"{OVERLAY}.mean", "inf", "numbers"),
+    "overlay of std 0": ([f"--{OVERLAY}.std=[0,1,1]"], f"{OVERLAY}.std is [0.0, 1.0, 1.0]", "numbers above 0"),
+    "unknown interpolation": ([f"--{OVERLAY}.interpolation=cubic"], "interpolation is cubic", "bilinear, bicubic"),
+    "two numbers for a size": ([f"--{OVERLAY}.input_size=[32,32]"], "[32, 32]; it must be channels, height and width"),
+    "crop of more than all": ([f"--{OVERLAY}.crop_pct=1.5"], "crop_pct is 1.5; it must be above 0, at most 1"),
+    # Training.
+    "no views": (["--model.features=0"], "model.features is 0", "clean, off or a number"),
+    "unknown features": (["--model.features=cleen"], "model.features is cleen", "'clean'", "'off'"),
+    "unknown epoch to keep": (["--model.keep=bets"], "model.keep is bets; it must be 'best' or 'last'"),
+    "learning rate 0": (["--model.learning_rate=0"], "model.learning_rate is 0; it must be above 0"),
+    "negative learning rate": (["--model.learning_rate=[0.1,-1]"], "model.learning_rate is -1; it must be above 0"),
+    "learning rate that is no number": (["--model.learning_rate=.nan"], "model.learning_rate is nan", "above 0"),
+    "learning rate as a word": (["--model.learning_rate=fast"], "model.learning_rate is fast", "a number"),
+    "no learning rate": (["--model.learning_rate=[]"], "model.learning_rate", "at least one value"),
+    "learning rate twice": (["--model.learning_rate=[0.1,0.1]"], "model.learning_rate 0.1", "twice"),
+    "negative weight decay": (["--model.weight_decay=-1"], "model.weight_decay is -1; it must be 0 or more"),
+    "momentum 1": (["--model.momentum=1"], "model.momentum is 1; it must be from 0 to below 1"),
+    "gamma 0": (["--model.gamma=0"], "model.gamma is 0; it must be above 0"),
+    "step size 0": (["--model.step_size=0"], "model.step_size is 0; it must be at least 1"),
+    "neither true nor false": (["--model.standardise=maybe"], "model.standardise is maybe", "true or false"),
+    # The task.
     "unknown task": (["--data=Digit"], "--data is 'Digit'; it must be one of CIFAR10, CIFAR100, Digits"),
-    "unknown model": (["--model=Probe"], "--model is 'Probe'; it must be one of"),
-    "unknown configuration": (["--config=quikstart.yaml"], "'quikstart.yaml'"),
-    "missing weights": (["--model.backbone.weights=nowhere.safetensors"], "no file of weights 'nowhere.safetensors'"),
-    "foreign weights": (["--model.backbone.kwargs={}"], "does not hold the weights of this backbone"),
-    "batch size 0": (["--data.batch_size=0"], "data.batch_size is 0"),
-    "unknown key": (["--model.fraction=0.1"], "fraction"),
-    "no views": (["--model.features=0"], "model.features is 0"),
-    "unknown augmentation": (["--data.augmentation=papr"], "data.augmentation is 'papr'"),
-    "learning rate 0": (["--model.learning_rate=0"], "model.learning_rate is 0"),
-    "output below a file": (["--trainer.default_root_dir=file/runs"], "The run cannot be written to file/runs"),
-    "cache below a file": (["--model.cache_dir=file/features"], "Features cannot be written to file/features"),
-    "folder without images": (["--data=ImageFolder", "--data.root=nowhere"], "nowhere has no folder train/"),
+    "unknown model": (["--model=Probe"], "--model is 'Probe'; it must be one of Pretraining, RedundancyProbe"),
+    "batch size 0": (["--data.batch_size=0"], "data.batch_size is 0; it must be at least 1"),
+    "broken batch size": (["--data.batch_size=1.5"], "data.batch_size is 1.5; it must be a whole number"),
+    "batch size as a word": (["--data.batch_size=big"], "data.batch_size is big; it must be a whole number"),
+    "null for a batch size": (["--data.batch_size=null"], "data.batch_size is null", "give it a value"),
+    "negative workers": (["--data.num_workers=-1"], "data.num_workers is -1; it must be at least 0"),
+    "negative data seed": (["--data.seed=-1"], "data.seed is -1; it must be 0 or more"),
+    "negative seed of everything": (["--seed_everything=-1"], "seed_everything", "-1 is not in bounds"),
+    "unknown augmentation": (
+        ["--data.augmentation=papr"],
+        "data.augmentation is 'papr'; it must be one of none, paper",
+    ),
+    "one digit": (["--data.digits=[5]"], "data.digits is [5]", "at least two different digits"),
+    "missing root": (
+        ["--data=ImageFolder", "--data.root=nowhere"],
+        "nowhere has no folder train/",
+        "nowhere/train/<class>",
+    ),
+    # The Trainer.
+    "more devices than there are": (
+        ["--trainer.accelerator=gpu", "--trainer.devices=99"],
+        "accelerator gpu, devices 99",
+    ),
+    "no device": (["--trainer.devices=0"], "devices 0"),
+    "unknown accelerator": (["--trainer.accelerator=gpux"], "accelerator gpux", "Available names are"),
+    "unknown strategy": (["--trainer.strategy=ddpp"], "trainer.strategy is 'ddpp'; it must be one of auto, ddp"),
+    "strategy that cuts the model": (["--trainer.strategy=fsdp"], "trainer.strategy is 'fsdp'", "one of auto, ddp"),
+    "unknown precision": (["--trainer.precision=bf17"], "trainer.precision is bf17", "'bf16-mixed'"),
+    "precision that rounds probes": (["--trainer.precision=bf16-true"], "trainer.precision is bf16-true", "bf16-mixed"),
+    "no epoch": (["--trainer.max_epochs=0"], "trainer.max_epochs is 0; it must be above 0"),
+    "no step": (["--trainer.max_steps=0"], "trainer.max_steps is 0; it must be above 0"),
+    "no time": (["--trainer.max_time=00:00:00:00"], "no probe was kept", "max_time"),
+    "epochs as a word": (["--trainer.max_epochs=many"], "trainer.max_epochs is many; it must be a whole number"),
+    "validation after the end": (
+        ["--trainer.check_val_every_n_epoch=4"],
+        "trainer.check_val_every_n_epoch is 4",
+        "beyond the 3 epochs of trainer.max_epochs",
+    ),
+    "validation after every zero epochs": (
+        ["--trainer.check_val_every_n_epoch=0"],
+        "trainer.check_val_every_n_epoch is 0; it must be above 0",
+    ),
+    "validation after every zero steps": (
+        ["--trainer.val_check_interval=0"],
+        "trainer.val_check_interval is 0; it must be above 0",
+    ),
+    "validation after more steps than there are": (
+        ["--trainer.val_check_interval=1000"],
+        "trainer.val_check_interval is 1000, beyond the 9 steps",
+    ),
+    "no validation batch": (
+        ["--trainer.limit_val_batches=0"],
+        "trainer.limit_val_batches is 0",
+        "every image is counted",
+    ),
+    "half of the test batches": (["--trainer.limit_test_batches=0.5"], "trainer.limit_test_batches is 0.5", "leave it"),
+    "half of the training batches": (["--trainer.limit_train_batches=0.5"], "trainer.limit_train_batches is 0.5"),
+    "a run for developers": (["--trainer.fast_dev_run=true"], "fast_dev_run", "debug.yaml is a short run"),
+    "clipped gradients": (["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val", "leave it null"),
+    "no batch to accumulate": (
+        ["--trainer.accumulate_grad_batches=0"],
+        "trainer.accumulate_grad_batches is 0",
+        "above 0",
+    ),
+    "the trainer as a word": (["--trainer=fast"], "--trainer is 'fast'", "it must be settings"),
+    # Flags.
+    "unknown flag": (["--overwrit=true"], "no option 'overwrit'; did you mean overwrite?"),
+    "unknown flag of the trainer": (["--trainer.max_epochz=3"], "did you mean trainer.max_epochs?"),
+    "abbreviated flag": (["--trainer.max_epoch=3"], "no option 'trainer.max_epoch'; did you mean trainer.max_epochs?"),
+    "unknown flag of the data": (["--data.batch_sise=3"], "did you mean data.batch_size?"),
+    "unknown flag of the model": (["--model.fraction=0.1"], "did you mean model.fractions?"),
+    "unknown flag of the backbone": (["--model.backbone.layr=fc"], "did you mean model.backbone.layer?"),
+    "unknown flag of the overlay": ([f"--{OVERLAY}.crop_pt=1"], f"crop_pt'; did you mean {OVERLAY}.crop_pct?"),
+    "flag like no other": (["--zzz=1"], "no option 'zzz'", "`train.py fit --help` lists all"),
+    "word too many": (["quickly"], "quickly"),
+    "neither true nor false to overwrite": (["--overwrite=maybe"], "overwrite is maybe; it must be true or false"),
+    # Files.
+    "unknown configuration": (["--config=quikstart.yaml"], "'quikstart.yaml'", "try quickstart.yaml"),
+    "folder for a configuration": (["--config=."], "no configuration '.'", "quickstart.yaml"),
+    "name outside of the runs": (["--name=.."], "--name is '..'; it must name a folder of its own"),
+    "output below a file": (["--trainer.default_root_dir=file/runs"], "written to file/runs", "default_root_dir"),
+    "cache below a file": (["--model.cache_dir=file/features"], "written to file/features", "--model.cache_dir"),
+    "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "no checkpoint 'nowhere.ckpt'; give a file, or say last"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line(cli, tmp_path, mistake):
+def test_a_mistake_ends_in_one_line_that_names_it_and_what_would_be_right(cli, tmp_path, mistake):
     (tmp_path / "file").write_text("not a folder")
-    arguments, said = MISTAKES[mistake]
-    status, out, err = cli(*SHORT, *arguments)
-    assert status == 2
-    assert out == ""
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert said in errors[0]
-    assert "Traceback" not in err
-    assert err.splitlines()[-1] == errors[0]
+    arguments, *said = MISTAKES[mistake]
+    error = error_of(cli(*SHORT, *arguments))
+    for part in said:
+        assert part in error
+    assert len(error) < 500
+    assert not (tmp_path / "ran").exists()
     assert not list(tmp_path.rglob("results.csv"))
 
 
-def test_a_corrupt_image_is_named_by_path_from_a_worker_process(cli, image_folder):
-    broken = image_folder / "train" / "cat" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:100])
-    status, _, err = cli(*SHORT, "--data=ImageFolder", f"--data.root={image_folder}", "--data.num_workers=1")
-    assert status == 2
-    assert err.splitlines()[-1].startswith(f"error: {broken} is not a readable image")
-    assert "Traceback" not in err
+VERBS = {
+    "no verb": ([], "fit,validate,test,predict"),
+    "unknown verb": (["fitt", "--config", "quickstart.yaml"], "'fitt'", "'fit', 'validate', 'test', 'predict'"),
+    "configuration before the verb": (["--config", "quickstart.yaml", "fit"], "--config comes after the verb"),
+    "nothing but a verb": (["fit"], "Nothing sets model.backbone.name", "--config"),
+    "test without a run": (["test", "--config", "quickstart.yaml"], "no runs/quickstart/checkpoints/last.ckpt"),
+    "prediction without a run": (["predict", "--config", "quickstart.yaml"], "name the --config of a run"),
+}
+
+
+@pytest.mark.parametrize("mistake", VERBS)
+def test_a_command_line_without_its_parts_says_which(cli, mistake):
+    arguments, *said = VERBS[mistake]
+    error = error_of(cli(*arguments))
+    for part in said:
+        assert part in error
+
+
+# ---------------------------------------------------------------------------------------------------- configurations
+
+YAMLS = {
+    "broken": (b"model: {fractions: [0.1\n", "own.yaml is not valid YAML at line 2"),
+    "a tab": (b"model:\n\tseeds: 2\n", "own.yaml is not valid YAML at line 2, column 1", "\\t"),
+    "a list": (b"- 1\n- 2\n", "own.yaml holds [1, 2]; it must hold settings"),
+    "a word": (b"CIFAR10", "own.yaml holds 'CIFAR10'; it must hold settings"),
+    "nothing": (b"", "own.yaml holds None; it must hold settings"),
+    "code": (
+        b"name: !!python/object/apply:os.system ['touch ran']\n",
+        "own.yaml is not valid YAML at line 1",
+        "python",
+    ),
+    "no text": (b"\x89PNG\r\n\x1a\n\x00\x00\xff", "own.yaml is not valid YAML"),
+    "a key at the top": (b"nam: x\n", "no option 'nam'; did you mean name"),
+    "a key of the trainer": (b"trainer: {max_epoch: 3}\n", "did you mean trainer.max_epochs?"),
+    "a key of the data": (b"data: {class_path: Digits, init_args: {batchsize: 3}}\n", "did you mean data.batch_size?"),
+    "a key of the model": (b"model: {fractoins: 0.1}\n", "did you mean model.fractions?"),
+    "a key of the backbone": (b"model: {backbone: {weight: random}}\n", "did you mean model.backbone.weights?"),
+    "a key of the overlay": (
+        b"model: {backbone: {pretrained_cfg_overlay: {men: [0, 0, 0]}}}\n",
+        "did you mean model.backbone.pretrained_cfg_overlay.mean?",
+    ),
+    "a wrong value": (b"model: {seeds: many}\n", "model.seeds is many", "a whole number"),
+}
+
+
+@pytest.mark.parametrize("mistake", YAMLS)
+def test_a_configuration_with_a_mistake_is_named_and_nothing_in_it_is_run(cli, tmp_path, mistake):
+    written, *said = YAMLS[mistake]
+    (tmp_path / "own.yaml").write_bytes(written)
+    error = error_of(cli(*SHORT, "--config=own.yaml"))
+    for part in said:
+        assert part in error
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+class Code:
+    """A pickle that touches a file when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def nan_weights(path):
+    state = load_file(WEIGHTS)
+    state["layer4.0.bn3.weight"] = state["layer4.0.bn3.weight"] * float("nan")
+    save_file(state, path)
+
+
+BAD_WEIGHTS = {
+    "of another architecture": (
+        "own.safetensors",
+        lambda path: save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path),
+        "own.safetensors does not hold the weights of this backbone",
+        "missing",
+        "unknown",
+    ),
+    "a page as safetensors": (
+        "own.safetensors",
+        lambda path: path.write_text("<!DOCTYPE html><html>404</html>"),
+        "own.safetensors is not a complete safetensors file",
+    ),
+    "a page as pth": (
+        "own.pth",
+        lambda path: path.write_text("<!DOCTYPE html><html>404</html>"),
+        "own.pth is no file of weights (neither safetensors nor torch)",
+    ),
+    "truncated safetensors": (
+        "own.safetensors",
+        lambda path: path.write_bytes(WEIGHTS.read_bytes()[:-1000]),
+        "own.safetensors is not a complete safetensors file",
+    ),
+    "truncated pth": (
+        "own.pth",
+        lambda path: (torch.save(load_file(WEIGHTS), path), path.write_bytes(path.read_bytes()[:-1000])),
+        "own.pth is no file of weights",
+    ),
+    "empty": ("own.pth", lambda path: path.touch(), "own.pth is no file of weights"),
+    "code in a pth": (
+        "own.pth",
+        lambda path: torch.save({"state_dict": Code()}, path),
+        "own.pth is a pickle that holds code, which is never run",
+        "safetensors.torch.save_file",
+    ),
+    "code in a bare pickle": ("own.pth", lambda path: path.write_bytes(pickle.dumps(Code())), "own.pth is"),
+    "no weights": ("own.pth", lambda path: torch.save({"epoch": 3}, path), "own.pth holds no state dict"),
+    "that are no numbers": (
+        "own.safetensors",
+        nan_weights,
+        "Layer 'penultimate'",
+        "is not finite for image",
+        "of train",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_WEIGHTS)
+def test_weights_that_cannot_be_are_named_and_no_code_in_them_is_run(cli, tmp_path, mistake):
+    name, write, *said = BAD_WEIGHTS[mistake]
+    write(tmp_path / name)
+    error = error_of(cli(*SHORT, f"--model.backbone.weights={name}"))
+    for part in said:
+        assert part in error
+    assert not (tmp_path / "ran").exists()
+    assert not list(tmp_path.rglob("results.csv"))
+    assert not half_written(tmp_path)
+
+
+NETWORKS = '''
+from torch import nn
+
+
+class Shapeless(nn.Module):
+    """Its body has five dimensions, and one part of it is never run."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.body = nn.Unflatten(1, (2, 2))
+        self.idle = nn.Linear(4, 4)
+        self.pool = nn.AdaptiveAvgPool3d(1)
+        self.head = nn.Linear(2, 5)
+
+    def forward(self, images):
+        return self.head(self.pool(self.body(self.stem(images))).flatten(1))
+
+
+def make() -> dict:
+    return {}
+
+
+def fails():
+    raise KeyError("no such thing")
+'''
+OWN = {
+    "layer of five dimensions": (
+        ["Shapeless", "body"],
+        "model.backbone.layer 'body'",
+        "gives (2, 2, 2, 30, 30)",
+        "tokens",
+    ),
+    "layer that is never run": (["Shapeless", "idle"], "model.backbone.layer 'idle'", "is never run"),
+    "layer that is not there": (["Shapeless", "boddy"], "no layer 'boddy'; near it are body"),
+    "function of something else": (["make", "penultimate"], "own_networks.make is not known to return an nn.Module"),
+    "function that fails": (["fails", "penultimate"], "own_networks.fails({}) fails ('no such thing')"),
+    "function that is not there": (["mak", "penultimate"], "'own_networks.mak' is neither"),
+}
+
+
+@pytest.mark.parametrize("mistake", OWN)
+def test_a_network_of_ones_own_that_cannot_be_probed_is_named(cli, tmp_path, monkeypatch, mistake):
+    (tmp_path / "own_networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_networks", raising=False)
+    (name, layer), *said = OWN[mistake]
+    backbone = [f"--model.backbone.name=own_networks.{name}", f"--model.backbone.layer={layer}"]
+    error = error_of(
+        cli(*SHORT, *backbone, "--model.backbone.weights=random", "--model.backbone.kwargs={}", ANY_CALLABLE)
+    )
+    for part in said:
+        assert part in error
+
+
+# -------------------------------------------------------------------------------------------------------- finished runs
+
+
+@pytest.fixture
+def finished(quickstart, tmp_path):
+    """A copy of a real finished run below the folder that the command line runs in."""
+    shutil.copytree(quickstart[0].parent, tmp_path / "runs", ignore=shutil.ignore_patterns("wandb"))
+    return tmp_path / "runs" / "quickstart"
+
+
+def rerun(verb, *args):
+    quiet = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
+    return (verb, "--config", "runs/quickstart/config.yaml", *quiet, *args)
+
+
+FOREIGN = {
+    "backbone": (["--model.backbone.weights=random"], "its backbone is resnet26-digits_0to4"),
+    "layer": (["--model.backbone.layer=layer3"], "its layer is penultimate, not layer3"),
+    "task": (["--data=ImageFolder", "--data.root=pets"], "its task is digits"),
+    "classes": (["--data.digits=[4,6,7,8,9]"], "its classes is ['5'"),
+    "selection": (["--model.selection=first"], "its selection is ['random'], not ['first']"),
+    "fractions": (["--model.fractions=[0.1,0.5]"], "its fractions is [0.005"),
+    "seeds": (["--model.seeds=4"], "its seeds is [0, 1, 2, 3, 4], not [0, 1, 2, 3]"),
+    "standardise": (["--model.standardise=true"], "its standardise is False, not True"),
+    "interpolation": ([f"--{OVERLAY}.interpolation=bicubic"], "its preprocessing is"),
+}
+CHANGED = {
+    "learning rate": (["--model.learning_rate=0.2"], "its learning_rate and weight_decay is [[0.1, 0.0001]]"),
+    "momentum": (["--model.momentum=0.5"], "its momentum is 0.9, not 0.5"),
+    "step size": (["--model.step_size=10"], "its step_size is 20, not 10"),
+    "batch size": (["--data.batch_size=32"], "its data.batch_size is 64, not 32"),
+    "data seed": (["--data.seed=1"], "its data.seed is 0, not 1"),
+    "epoch to keep": (["--model.keep=last"], "its keep is best, not last"),
+    "features": (["--model.features=off"], "its features is clean, not off"),
+    "precision": (["--trainer.precision=bf16-mixed"], "its trainer.precision is 32-true, not bf16-mixed"),
+    "fewer epochs than are done": (["--trainer.max_epochs=50"], "100", "50"),
+}
+
+
+@pytest.mark.parametrize("mistake", FOREIGN)
+def test_the_checkpoint_of_another_run_is_refused_by_every_verb(cli, finished, image_folder, mistake):
+    arguments, said = FOREIGN[mistake]
+    name = ["--name=quickstart"]
+    before = content(finished)
+    assert said in error_of(cli(*rerun("test", *arguments, *name, "--ckpt_path=last")))
+    assert said in error_of(cli(*rerun("fit", *arguments, *name, "--ckpt_path=last", "--overwrite=true")))
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize("mistake", CHANGED)
+def test_a_training_is_not_resumed_otherwise_than_it_began(cli, finished, mistake):
+    arguments, *said = CHANGED[mistake]
+    before = content(finished)
+    error = error_of(cli(*rerun("fit", *arguments, "--ckpt_path=last", "--overwrite=true")))
+    for part in said:
+        assert part in error
+    assert content(finished) == before
+
+
+BAD_CHECKPOINTS = {
+    "a page": (lambda path: path.write_text("<!DOCTYPE html><html>404</html>"), "own.ckpt is no"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-2000]), "own.ckpt is no"),
+    "empty": (lambda path: path.write_bytes(b""), "own.ckpt is no"),
+    "code": (lambda path: torch.save({"probes": Code()}, path), "own.ckpt is a pickle that holds code"),
+    "weights": (lambda path: torch.save(load_file(WEIGHTS), path), "own.ckpt holds no probes", "name a checkpoint"),
+    "a list": (lambda path: torch.save([1, 2], path), "own.ckpt holds no probes"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_CHECKPOINTS)
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_file_that_is_no_checkpoint_is_named_and_no_code_in_it_is_run(cli, finished, tmp_path, verb, mistake):
+    write, *said = BAD_CHECKPOINTS[mistake]
+    shutil.copy(finished / "checkpoints" / "last.ckpt", tmp_path / "own.ckpt")
+    write(tmp_path / "own.ckpt")
+    before = content(finished)
+    overwrite = ["--overwrite=true"] if verb == "fit" else []
+    error = error_of(cli(*rerun(verb, "--ckpt_path=own.ckpt", *overwrite)))
+    for part in said:
+        assert part in error
+    assert not (tmp_path / "ran").exists()
+    assert content(finished) == before
+
+
+def test_a_finished_run_of_the_same_name_is_kept(cli, finished):
+    before = content(finished)
+    error = error_of(cli(*rerun("fit")))
+    assert "runs/quickstart holds a finished run; choose another --name, or say --overwrite true" in error
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model.fractions=0"],
+        ["--model.backbone.layer=nope"],
+        ["--trainer.devices=0"],
+        ["--trainer.max_epochs=0"],
+        ["--trainer.check_val_every_n_epoch=0"],
+        ["--trainer.val_check_interval=1000"],
+        ["--trainer.accumulate_grad_batches=0"],
+        ["--model.cache_dir=runs/quickstart/config.yaml"],
+        ["--data=ImageFolder", "--data.root=nowhere"],
+        ["--model.backbone.weights=nan.safetensors"],
+    ],
+    ids=" ".join,
+)
+def test_overwriting_together_with_a_mistake_destroys_nothing(cli, finished, tmp_path, arguments):
+    nan_weights(tmp_path / "nan.safetensors")
+    before = content(finished)
+    error_of(cli(*rerun("fit", "--overwrite=true", "--name=quickstart", *arguments)))
+    assert content(finished) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+FOLDER = (*SHORT, "--data=ImageFolder", "--data.root=pets", "--data.num_workers=0")
+
+
+def noise(path, size=(32, 32), mode="RGB"):
+    """Write an image of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size[1], size[0], 3)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)).convert(mode).save(path)
+
+
+def keep(folder, number):
+    """Leave that many files in a folder."""
+    for path in sorted(folder.iterdir())[number:]:
+        path.unlink()
+
+
+LAYOUTS = {
+    "no class": (
+        lambda root: [shutil.rmtree(each) for each in (root / "train").iterdir()],
+        "train holds 0 classes",
+        "two",
+    ),
+    "one class": (
+        lambda root: shutil.rmtree(root / "train" / "dog"),
+        "train holds 1 classes; a task needs at least two",
+    ),
+    "no folder train": (lambda root: (root / "train").rename(root / "training"), "pets has no folder train/"),
+    "a class without images": (lambda root: keep(root / "train" / "dog", 0), "train/dog holds no images", ".jpg"),
+    "a class too small to split": (
+        lambda root: keep(root / "train" / "dog", 2),
+        "Class 'dog' of pets/train has 2 images; to cut val and test from train it needs at least 3",
+    ),
+    "a class that test lacks": (lambda root: noise(root / "test" / "cat" / "a.png"), "pets/test lacks ['dog']"),
+    "a class that val adds": (
+        lambda root: [noise(root / "val" / name / "a.png") for name in ("cat", "dog", "cow")],
+        "pets/val adds ['cow']",
+    ),
+    "a class without images in test": (
+        lambda root: (noise(root / "test" / "cat" / "a.png"), (root / "test" / "dog").mkdir()),
+        "pets/test/dog holds no images",
+    ),
+    "hidden images alone": (
+        lambda root: (keep(root / "train" / "dog", 0), noise(root / "train" / "dog" / "._1.jpg")),
+        "train/dog holds no images",
+    ),
+    "a file for a root": (lambda root: (shutil.rmtree(root), root.touch()), "pets has no folder train/"),
+}
+
+
+@pytest.mark.parametrize("mistake", LAYOUTS)
+def test_a_folder_that_is_laid_out_otherwise_says_where(cli, image_folder, mistake):
+    change, *said = LAYOUTS[mistake]
+    change(image_folder)
+    error = error_of(cli(*FOLDER))
+    for part in said:
+        assert part in error
+
+
+BROKEN = {
+    "corrupt": lambda path: path.write_bytes(path.read_bytes()[:40] + bytes(200) + path.read_bytes()[240:]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("this is no image"),
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_file_that_is_no_image_is_named_by_its_path(cli, image_folder, damage, ending):
+    broken = image_folder / "train" / "cat" / f"x.{ending}"
+    noise(broken)
+    BROKEN[damage](broken)
+    error = error_of(cli(*FOLDER))
+    assert error.startswith(f"error: pets/train/cat/x.{ending} is not a readable image (")
+
+
+@pytest.mark.parametrize("features", ["clean", "off"])
+def test_a_corrupt_image_is_named_by_its_path_from_a_worker_process(cli, image_folder, features):
+    BROKEN["truncated"](image_folder / "train" / "cat" / "3.png")
+    error = error_of(cli(*FOLDER, "--data.num_workers=1", f"--model.features={features}"))
+    assert error.startswith("error: pets/train/cat/3.png is not a readable image (")
+
+
+def test_unusual_images_and_files_that_are_none_are_taken_as_they_are_meant(cli, image_folder):
+    cat = image_folder / "train" / "cat"
+    for name, mode in (("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("grey.png", "L"), ("bits.png", "1")):
+        noise(cat / name, mode=mode)
+    noise(cat / "alpha.png", mode="RGBA")
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save(cat / "deep.png")
+    noise(cat / "pixel.png", (1, 1))
+    noise(cat / "thin.png", (1, 500))
+    noise(cat / "flat.JPG", (500, 1))
+    noise(cat / "deeper" / "UPPER.JPEG")
+    for name in ("._cmyk.jpg", ".DS_Store", "Thumbs.db", "notes.txt", ".hidden/image.png"):
+        (cat / name).parent.mkdir(exist_ok=True)
+        (cat / name).write_bytes(b"\x00\x05\x16\x07 no image")
+    (cat / "folder.png").mkdir()
+    (image_folder / "train" / ".Trashes").mkdir()
+    status, _, err = cli(*FOLDER)
+    assert status == 0, err
+    results = pd.read_csv("runs/quickstart/results.csv")
+    shares = {split: int(rows["images"].iloc[0]) for split, rows in results.groupby("split")}
+    assert shares == {"val": 10, "test": 10}  # a fifth of 30 and of 20, so that train has the 30 others of 50
+    assert "Features of train, clean view: 30 x" in err
+
+
+def test_features_that_are_not_finite_are_named_with_layer_and_image(cli, image_folder, tmp_path):
+    state = load_file(WEIGHTS)
+    state["layer4.0.bn3.bias"] = torch.full_like(state["layer4.0.bn3.bias"], float("inf"))
+    save_file(state, tmp_path / "infinite.safetensors")
+    error = error_of(cli(*FOLDER, "--model.backbone.weights=infinite.safetensors", "--model.backbone.layer=layer4"))
+    assert "Layer 'layer4' of" in error
+    assert "is not finite for cat/" in error
+    assert "check the weights and trainer.precision" in error
+
+
+# ----------------------------------------------------------------------------------------------------- disks and rights
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """Let no file grow beyond `room` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # Python ignores the signal: writes fail with an OSError
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_too_full_for_the_features_leaves_a_finished_run_alone(cli, finished, tmp_path):
+    before = content(finished)
+    with full_disk(20_000):
+        answer = cli(*rerun("fit", "--overwrite=true", "--name=quickstart", "--model.cache_dir=full"))
+    assert "Features cannot be written to full/" in error_of(answer)
+    assert "--model.cache_dir" in error_of(answer)
+    assert content(finished) == before
+    assert not half_written(tmp_path)
+    assert not list((tmp_path / "full").rglob("*.safetensors"))
+
+
+def test_a_disk_too_full_for_a_checkpoint_leaves_other_runs_alone(cli, finished, tmp_path):
+    before = content(finished)
+    with full_disk(20_000):
+        answer = cli(*rerun("fit", "--name=next"))
+    assert "The checkpoint runs/next/checkpoints/last.ckpt cannot be written (File too large); make room" in error_of(
+        answer
+    )
+    assert content(finished) == before
+    assert not half_written(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "runs" / "next").rglob("*")) == ["checkpoints", "config.yaml"]
+
+
+def test_a_disk_too_full_for_the_results_loses_no_training(cli, finished, tmp_path, monkeypatch):
+    report = train.report
+
+    def on_a_full_disk(*args):
+        with full_disk(5_000):
+            return report(*args)
+
+    before = content(finished)
+    monkeypatch.setattr(train, "report", on_a_full_disk)
+    error = error_of(cli(*rerun("fit", "--name=next")))
+    assert "cannot be written to runs/next (File too large); make room there" in error
+    assert content(finished) == before
+    assert not half_written(tmp_path)
+    assert not (tmp_path / "runs" / "next" / "results.csv").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    status, out, err = cli(*rerun("fit", "--name=next", "--ckpt_path=last"))  # what the line advises
+    assert status == 0, err
+    assert "To keep 90 % of the accuracy" in out
+    there, again = (pd.read_csv(tmp_path / "runs" / name / "results.csv") for name in ("quickstart", "next"))
+    pd.testing.assert_frame_equal(there, again, check_exact=False, rtol=1e-6)
+
+
+@contextlib.contextmanager
+def bound_by_permissions():
+    """Take root's right to write everywhere from this process; others do not have it."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    header, before = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, before)
+    effective, *others = before
+    if libc.capset(header, (ctypes.c_uint32 * 6)(effective & ~0b110, *others)):  # DAC_OVERRIDE, DAC_READ_SEARCH
+        pytest.skip("root cannot lay down its rights here")
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder that nobody may write to."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    with bound_by_permissions():
+        yield folder
+    folder.chmod(0o755)
+
+
+def test_a_folder_that_must_not_be_written_is_named_before_any_image_is_seen(cli, read_only):
+    error = error_of(answer := cli(*SHORT, f"--trainer.default_root_dir={read_only}"))
+    assert f"The run cannot be written to {read_only}/quickstart (Permission denied)" in error
+    assert "--trainer.default_root_dir" in error
+    assert "Features of" not in answer[2]
+
+
+def test_a_cache_that_must_not_be_written_is_named(cli, read_only):
+    error = error_of(cli(*SHORT, f"--model.cache_dir={read_only}"))
+    assert f"Features cannot be written to {read_only}/" in error
+    assert "(Permission denied); name another folder with --model.cache_dir" in error
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
 
 
 def test_a_mistake_in_a_process_of_its_own_is_one_line_and_nothing_else(tmp_path):
@@ -65,3 +748,54 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line_and_nothing_else(tmp_path
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: model.fractions has 0; a fraction must be in (0, 1].\n"
+
+
+def said_by(processes):
+    """Return the lines that processes end with, which all must be of one and none of the others."""
+    done = [process.wait() for process in processes]
+    assert [each.returncode for each in done] == [2] * len(done), [each.stderr for each in done]
+    assert not any("Traceback" in each.stderr or each.stdout for each in done)
+    return [line for each in done for line in each.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_a_mistake_of_all_processes_is_told_once(start, tmp_path):
+    said = said_by(start(*SHORT, "--model.fractions=0", cwd=tmp_path, processes=2))
+    assert said == ["error: model.fractions has 0; a fraction must be in (0, 1]."]
+
+
+@pytest.mark.parametrize("broken", ["cat/0.png", "dog/9.png"])
+def test_a_mistake_that_one_process_meets_ends_all_and_is_told_once(start, image_folder, tmp_path, broken):
+    for split in ("val", "test"):  # train then has 40 images: 32 for the first process, 8 for the second
+        for name in ("cat", "dog"):
+            noise(image_folder / split / name / "a.png")
+    BROKEN["truncated"](image_folder / "train" / broken)
+    said = said_by(start(*FOLDER, cwd=tmp_path, processes=2))
+    assert len(said) == 1
+    assert f"pets/train/{broken} is not a readable image" in said[0]
+    assert not list(tmp_path.rglob("results.csv"))
+
+
+def test_fewer_images_than_processes_are_told_once(start, image_folder, tmp_path):
+    for split in ("val", "test"):
+        for name in ("cat", "dog"):
+            noise(image_folder / split / name / "a.png")
+    said = said_by(start(*FOLDER, cwd=tmp_path, processes=3))
+    assert said == ["error: The val split of pets has 2 images, fewer than the 3 processes; use at most 2 devices."]
+
+
+def test_torchrun_tells_a_mistake_once(tmp_path):
+    done = launch(*SHORT, "--model.fractions=0", cwd=tmp_path, launcher=(*TORCHRUN, "2"))
+    assert done.returncode != 0
+    lines = done.stderr.splitlines()
+    assert lines.count("error: model.fractions has 0; a fraction must be in (0, 1].") == 1
+    assert not any(line.startswith("error: ") and "model.fractions" not in line for line in lines)
+
+
+def test_an_unreachable_dashboard_is_no_mistake(cli, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    arguments = [argument for argument in SHORT if "logger" not in argument]
+    status, out, err = cli(*arguments)
+    assert status == 0, err
+    assert "offline" in out + err
+    assert Path("runs/quickstart/results.csv").exists()
