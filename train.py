@@ -36,6 +36,8 @@ from lightning_modules.reporting import dashboard, report
 CONFIGS = Path(__file__).resolve().parent / "configs"
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 """Processes that run the whole command line, each on one device."""
+PARENT = os.getppid()
+"""The process that started this one."""
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "a word"}
 TYPES |= {"list[int]": "a list of whole numbers", "list[float]": "a list of numbers", "list[str]": "a list of words"}
 """What types are called to a user."""
@@ -444,24 +446,28 @@ def _num_classes(task: Task) -> int:
 def fail(message: str) -> NoReturn:
     """End with one line and exit status 2; of several processes that meet the same mistake, one says so."""
     said = said_by_processes(1)
-    if said == 1 or (said is None and process() == 0):
+    if said == 1 or (said is None and not is_left_behind()):
         lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
         print(f"error: {' '.join(lines)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def process() -> int:
-    """Return the rank of this process before and after there is a Trainer."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+def is_left_behind() -> bool:
+    """Return whether this is one of several that Lightning started, and the first, which started it, is ending."""
+    patience = 5.0 if int(os.environ.get("LOCAL_RANK", 0)) else 0.0
+    while patience > 0 and os.getppid() == PARENT:
+        time.sleep(0.1)
+        patience -= 0.1
+    return patience > 0
 
 
 def said_by_processes(more: int) -> int | None:
     """Add to the number of processes of this launch that met a mistake, and return it.
 
-    None where it cannot be known: a single process, or the one that counts, the first without torchrun, is gone.
+    None where nobody counts: a single process, processes that do not know of each other yet, or whose first is gone.
     """
     if not {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"} <= set(os.environ):
-        return None  # a single process, or others that were not started yet
+        return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2), wait_for_workers=False)
@@ -490,7 +496,7 @@ def main(args: Sequence[str] | None = None) -> None:
         fail(str(error).strip().splitlines()[-1].partition("MisconfigurationException: ")[2] or str(error))
     except RuntimeError:
         said = said_by_processes(0)
-        if said or (said is None and process() > 0):  # what is left of a process whose partner met a mistake
+        if said or (said is None and is_left_behind()):  # a collective broke off where another met a mistake
             sys.exit(2)
         raise
     finally:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from torch.distributed import TCPStore
 
 import train
 
@@ -90,6 +90,7 @@ def start(tmp_path_factory):
         text=True,
     )
     count = 0
+    stores = []
 
     def ask(command):
         server.stdin.write(json.dumps(command) + "\n")
@@ -98,14 +99,15 @@ def start(tmp_path_factory):
 
     def run(*args, cwd, processes=1, **variables):
         nonlocal count
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        if processes > 1:  # where torchrun's processes meet, as long as it lives
+            stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         started = []
         for rank in range(processes):
             count += 1
             environment = {"NETRC": str(Path(cwd) / "no-netrc"), **variables}
             if processes > 1:  # what torchrun sets
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port)}
+                environment |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
                 environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             out, err = folder / f"{count}.out", folder / f"{count}.err"
