@@ -20,6 +20,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed import DistError, TCPStore
@@ -97,6 +98,7 @@ class Parser(LightningArgumentParser):
 def explain(message: str) -> str:
     """Return what jsonargparse says of a mistake as one line that names the wrong value and what would be right."""
     name = re.search(r'Parser key "(data|model)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
+    name = name or re.search(r'Parser key "(data|model)":.*Given value: (\w+)$', message, re.DOTALL)
     if name:
         return f"--{name[1]} is {name[2]!r}; it must be one of {', '.join(offered(name[1]))}, or a class's import path."
     unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", message)
@@ -213,6 +215,8 @@ class CLI(LightningCLI):
         for kind in (Task, LightningModule, FrozenBackbone):
             self.parser.add_instantiator(build, kind, subclasses=True)
         self.config[self.subcommand]["weights_only"] = True
+        if self.config[self.subcommand]["model"].get("init_args", {}).get("num_classes") is not None:
+            raise MisconfigurationException("model.num_classes is that of the task; leave it out.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Give the run its name and folder, and the Trainer the checkpoints and the logger that go there.
@@ -257,6 +261,8 @@ class CLI(LightningCLI):
             environment = getattr(trainer.strategy, "cluster_environment", None)
             if environment is not None:
                 environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+            if isinstance(environment, LightningEnvironment) and trainer.num_nodes > 1 and not _knows_its_node():
+                raise ValueError("start torchrun on each node, or set MASTER_ADDR, MASTER_PORT and NODE_RANK there.")
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             asked = ", ".join(f"{key} {config[key]}" for key in ("accelerator", "devices", "num_nodes", "strategy"))
             raise MisconfigurationException(f"There is no Trainer with {asked} here: {error}") from error
@@ -437,6 +443,10 @@ def _settings(args: Sequence[str]) -> Iterator[dict[str, Any]]:
             place = place[key]
         place[last] = yaml.safe_load(value) if value.startswith("{") else value
     yield flags
+
+
+def _knows_its_node() -> bool:
+    return {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= set(os.environ)
 
 
 def _num_classes(task: Task) -> int:

@@ -1,7 +1,7 @@
 """What every task shares: named splits, a seeded validation split, and loaders that count each image exactly once."""
 
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from datamodules.transforms import AUGMENTATIONS, Preprocessing, Transform, eval
 SPLITS = ("train", "val", "test")
 
 
-class Task(LightningDataModule):
+class Task(LightningDataModule, ABC):
     """A downstream data set with its splits and classes.
 
     A concrete task sets `name` and `classes` and says in `load` which images belong to which split. Validation and

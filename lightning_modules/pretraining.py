@@ -76,7 +76,7 @@ class Pretraining(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse a checkpoint that cannot be read before Lightning does, in one line."""
         if self.trainer.ckpt_path:
-            weights.read_torch(Path(self.trainer.ckpt_path))
+            weights.read_torch(Path(self.trainer.ckpt_path), "checkpoint")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the training rests on."""

@@ -129,6 +129,12 @@ class ProbeBank(nn.Module):
         self.bias = nn.Parameter(torch.empty(len(self.probes), classes))
         self.register_buffer("orders", torch.cat(orderings), persistent=False)
         self._place = torch.cat([stack.probes.flatten() for stack in self._stacks]).argsort()
+        self._homes = {
+            index: (stack, group, rank)
+            for stack in self._stacks
+            for group, members in enumerate(stack.probes.tolist())
+            for rank, index in enumerate(members)
+        }
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -182,11 +188,10 @@ class ProbeBank(nn.Module):
 
     def _pieces(self, flat: Tensor, index: int) -> Iterator[tuple[Tensor, slice]]:
         """Yield a probe's parts of the flat parameter, shape (C, neurons), with their columns."""
-        for stack in self._stacks:
-            for group, rank in (stack.probes == index).nonzero().tolist():
-                for block in stack.blocks:
-                    if block.probe <= rank:
-                        yield stack.view(flat, block)[group, rank - block.probe], slice(block.start, block.stop)
+        stack, group, rank = self._homes[index]
+        for block in stack.blocks:
+            if block.probe <= rank:
+                yield stack.view(flat, block)[group, rank - block.probe], slice(block.start, block.stop)
 
 
 def parameters_of(probes: Sequence[Probe], classes: int) -> int:

@@ -14,6 +14,7 @@ import pandas as pd
 import psutil
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -282,7 +283,7 @@ class RedundancyProbe(LightningModule):
         """Look at the images once, and let the task serve what was seen."""
         self._check_trainer()
         if self.trainer.ckpt_path:  # Lightning loads it after the look, which would have been for nothing
-            self._check_belonging(weights.read_torch(Path(self.trainer.ckpt_path)))
+            self._check_belonging(weights.read_torch(Path(self.trainer.ckpt_path), "checkpoint"))
         if self.features == "off":
             return
         started = time.perf_counter()
@@ -633,6 +634,13 @@ class RedundancyProbe(LightningModule):
         """Refuse a fit that would make no step, or keep no probe."""
         trainer = self.trainer
         every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+        if trainer.max_epochs == trainer.max_steps == -1 and not any(
+            isinstance(callback, Timer | EarlyStopping)
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+        ):
+            raise MisconfigurationException(
+                "trainer.max_epochs is -1, and nothing else ends the fit; give a number, max_steps or max_time."
+            )
         counts = ("max_epochs", "max_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
         for name in counts:
             value = getattr(trainer, name)

@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise MisconfigurationException(f"{path} is not a complete safetensors file ({error}).") from error
-    content = read_torch(path)
+    content = read_torch(path, "file of weights")
     for container in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(container), dict):
             content = content[container]
@@ -73,8 +73,12 @@ def pickles_closed() -> Iterator[None]:
             os.environ[variable] = before
 
 
-def read_torch(path: Path) -> Any:
+def read_torch(path: Path, what: str) -> Any:
     """Return what a torch file holds, of plain types only.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message.
 
     Raises:
         MisconfigurationException: If the file is none, is cut short, or holds code.
@@ -94,7 +98,7 @@ def read_torch(path: Path) -> Any:
                 f"`safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=False)['state_dict'], "
                 f"'weights.safetensors')`."
             ) from error
-        raise MisconfigurationException(f"{path} is no file of weights (neither safetensors nor torch).") from error
+        raise MisconfigurationException(f"{path} is no {what}, or not a whole one.") from error
 
 
 def load(network: nn.Module, path: Path, classifier: Collection[str]) -> None:
