@@ -65,8 +65,9 @@ def log_configuration(loggers: Sequence[Logger], settings: dict[str, Any]) -> No
         except Exception as error:  # W&B raises errors of several families, in its own words
             if not isinstance(logger, WandbLogger):
                 raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise MisconfigurationException(
-                f"W&B does not take the run ({str(error).splitlines()[0]}); `wandb login`, set WANDB_MODE=offline, or "
+                f"W&B does not take the run ({reason}); `wandb login`, set WANDB_MODE=offline, or "
                 f"say --trainer.logger false."
             ) from error
         if isinstance(logger, WandbLogger) and getattr(logger.experiment, "url", None):
