@@ -51,11 +51,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_one_that_was_no
         assert (tmp_path / "runs/killed" / name).read_bytes() == (tmp_path / "runs/whole" / name).read_bytes()
 
 
-def test_a_finished_run_that_is_lengthened_ends_as_one_that_was_as_long(cli, tmp_path):
-    command = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.seeds=2")
+@pytest.mark.parametrize("features", ["clean", "off"])
+def test_a_finished_run_that_is_lengthened_ends_as_one_that_was_as_long(cli, tmp_path, features):
+    command = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.seeds=2", "--data.augmentation=paper")
+    command += (f"--model.features={features}",)
     assert cli(*command, "--name=whole", "--trainer.max_epochs=6")[0] == 0
     assert cli(*command, "--name=longer", "--trainer.max_epochs=4")[0] == 0
-    status, _, err = cli(*command, "--name=longer", "--trainer.max_epochs=6", "--ckpt_path=last", "--overwrite", "true")
+    again = ("--trainer.max_epochs=6", "--ckpt_path=last", "--overwrite=true")
+    status, _, err = cli(*command, "--name=longer", *again)
     assert status == 0, err
     whole, longer = (pd.read_csv(tmp_path / "runs" / name / "results.csv") for name in ("whole", "longer"))
     pd.testing.assert_frame_equal(whole, longer, check_exact=True)
