@@ -99,7 +99,7 @@ class FeatureCache:
             for start in range(0, images, rows)
         }
         mine = list(shards.items())[self.process :: self.processes]
-        missing = [(path, span) for path, span in mine if not _is_valid(path, said, span)]
+        missing = [(path, span) for path, span in mine if not _is_valid(path, fingerprint, span)]
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
@@ -108,7 +108,7 @@ class FeatureCache:
             for path, span in missing:
                 values = torch.cat(list(itertools.islice(extracted, -(-len(span) // BATCH))))
                 with _writing(folder):
-                    _write(path, values, said, span)
+                    _write(path, values, fingerprint, span)
             next(extracted, None)  # lets the extraction come to its end, and its progress bar
         self.barrier()
         try:
@@ -141,15 +141,15 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_valid(path: Path, fingerprint: str, span: range) -> bool:
+def _is_valid(path: Path, fingerprint: dict[str, Any], span: range) -> bool:
     """Return whether a shard is there, whole, unaltered and the one asked for; say why where it is not."""
     if not path.exists():
         return False
     try:
         with safe_open(path, framework="pt") as shard:
-            metadata = shard.metadata() or {}
+            metadata = json.loads((shard.metadata() or {}).get("shard", "{}"))
             values = shard.get_tensor("features")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         rank_zero_info(f"{path} is torn ({error}); it is computed again.")
         return False
     if (metadata.get("fingerprint"), metadata.get("rows")) != (fingerprint, str(span)) or len(values) != len(span):
@@ -168,12 +168,13 @@ def _open(path: Path) -> Tensor:
         return shard.get_tensor("features")
 
 
-def _write(path: Path, values: Tensor, fingerprint: str, span: range) -> None:
+def _write(path: Path, values: Tensor, fingerprint: dict[str, Any], span: range) -> None:
     """Write a shard."""
     metadata = {"fingerprint": fingerprint, "rows": str(span), "digest": _digest(values), "versions": VERSIONS}
     try:
         with whole(path) as file:
-            save_file({"features": values}, file, metadata)
+            # Under one name, as safetensors leaves the order of several to chance: equal shards are equal files.
+            save_file({"features": values}, file, {"shard": json.dumps(metadata, sort_keys=True)})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
 
