@@ -1,0 +1,117 @@
+"""Coordinates to pick from, and orders to pick them in: principal components, random projections, rankings."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_modules.statistics import CONSTANT, Moments, rounding
+
+
+class Ordering(NamedTuple):
+    """Nested subsets: the first k coordinates of an ordering, for several k."""
+
+    order: Tensor
+    """Distinct coordinates, the most wanted first, at least as many as the largest size."""
+    sizes: Sequence[int]
+    """The m subset sizes k, ascending; equal ones are allowed."""
+    basis: Tensor | None = None
+    """Coordinates as columns, shape (D, M), a representation x having the coordinates basis' x; None for the layer's
+    own neurons."""
+
+    @property
+    def chosen(self) -> Tensor:
+        """The coordinates of the largest subset, in order."""
+        return self.order[: self.sizes[-1]]
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Return the coordinates of the largest subset in order, shape (b, k), of rows of shape (b, D)."""
+        if self.basis is None:
+            return rows[:, self.chosen.to(rows.device)]
+        return rows @ self.basis[:, self.chosen.to(self.basis.device)].to(rows)
+
+    def square(self, matrix: Tensor) -> Tensor:
+        """Return a quadratic form over neurons, shape (D, D) and symmetric, over the coordinates, shape (k, k)."""
+        return self.coordinates(self.coordinates(matrix).t())
+
+    def masks(self) -> Tensor:
+        """Return which of the ordered coordinates each size sees, shape (k, m), as float64 zeros and ones."""
+        places = torch.arange(self.sizes[-1]).unsqueeze(1)
+        return (places < torch.tensor(self.sizes)).double()
+
+
+class PrincipalComponents(NamedTuple):
+    """The directions of a representation by descending variance."""
+
+    variances: Tensor
+    """Population variance along each, descending, shape (D,)."""
+    components: Tensor
+    """One per column, orthonormal, shape (D, D); the entry of the largest magnitude is positive."""
+    rank: int
+    """How many have a variance that is not zero: fewer than the images."""
+
+
+def principal_components(moments: Moments) -> PrincipalComponents:
+    """Return the principal components of centred representations."""
+    count = moments.count
+    variances, components = torch.linalg.eigh(moments.scatter / count)
+    variances, components = variances.flip(0).clamp(min=0), components.flip(1)
+    largest = components.gather(0, components.abs().argmax(0, keepdim=True))
+    # Rounding is relative to what was summed, which includes the means.
+    tolerance = rounding(moments.width) * (moments.squares.sum() / count)
+    rank = min(int((variances > tolerance).sum()), int(count) - 1)
+    return PrincipalComponents(variances, components * largest.sign(), rank)
+
+
+def variance_order(moments: Moments) -> Tensor:
+    """Order neurons by descending variance, shape (D,), on the CPU; ties go to the smaller index."""
+    return _descending(moments.variance)
+
+
+def fisher_order(moments: Moments) -> Tensor:
+    """Order neurons by how well each alone separates the classes, shape (D,), on the CPU.
+
+    Fisher's ratio of the variance between classes to that within, descending; ties go to the smaller index. A neuron
+    that varies between classes only is among the first, one that never changes among the last.
+    """
+    seen = moments.counts > 0
+    counts, means = moments.counts[seen].unsqueeze(1), moments.class_means[seen]
+    between = (counts * (means - moments.mean).square()).sum(0) / moments.count
+    within = moments.variance - between
+    unseen = CONSTANT * (moments.variance + moments.mean.square())
+    between, within = (part.masked_fill(part <= unseen, 0) for part in (between, within))
+    return _descending((between / within).nan_to_num(nan=-1.0, posinf=torch.inf))
+
+
+def _descending(scores: Tensor) -> Tensor:
+    return scores.argsort(descending=True, stable=True).cpu()
+
+
+def gaussian_projection(width: int, seed: int) -> Tensor:
+    """Draw a random projection with independent normal entries of variance 1 / D, shape (D, D), float64.
+
+    So a coordinate has the scale of a neuron. Here as below the first k columns are the projection on k coordinates,
+    which therefore nest, and the numbers come from a generator of their own on the CPU.
+    """
+    entries = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return entries / width**0.5
+
+
+def orthogonal_projection(width: int, seed: int) -> Tensor:
+    """Draw a rotation or reflection, every one as likely as any other (Haar), shape (D, D), float64.
+
+    The orthogonal factor of a Gaussian matrix, with the signs that make the triangular factor's diagonal positive
+    (Mezzadri, 2007).
+    """
+    q, r = torch.linalg.qr(gaussian_projection(width, seed))
+    return q * r.diagonal().sign()
+
+
+def positive_projection(width: int, seed: int) -> Tensor:
+    """Draw a projection with entries uniform in [0, 1), as the paper's code does, shape (D, D), float64.
+
+    For reproduction: it is not scaled, as theirs is not, and since no entry is negative all columns are nearly
+    parallel (their expected cosine is 3/4), so that coordinates are mostly copies of the neurons' sum.
+    """
+    return torch.rand(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

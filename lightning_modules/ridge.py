@@ -1,0 +1,126 @@
+"""Closed-form probes: ridge regression of the one-hot labels on any subset, from moments alone."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_modules.bases import Ordering
+from lightning_modules.statistics import Moments, rounding
+
+
+class RidgeProbe(NamedTuple):
+    """A linear probe in closed form, in float64."""
+
+    weight: Tensor
+    """Shape (C, k), over the subset in its order."""
+    bias: Tensor
+    """Shape (C,); not penalised."""
+    penalty: float
+    """The chosen one."""
+    error: float
+    """Its squared error on validation, summed over classes, mean over images."""
+
+
+class _Split(NamedTuple):
+    """What a split says about the coordinates of the largest subset."""
+
+    scatter: Tensor
+    """Shape (k, k)."""
+    cross: Tensor
+    """Shape (k, C)."""
+    mean: Tensor
+    """Shape (k,)."""
+    shares: Tensor
+    """Mean of the one-hot labels, shape (C,)."""
+    images: Tensor
+    """How many."""
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Return the squared error of a probe of shape (C, k) on the first k coordinates, mean over images."""
+        size = weight.shape[1]
+        labels = self.images * (1 - self.shares.square().sum())  # one-hot labels have length 1
+        fitted = ((weight @ self.scatter[:size, :size] - 2 * self.cross[:size].t()) * weight).sum()
+        missed = self.shares - bias - weight @ self.mean[:size]
+        return float((labels + fitted) / self.images + missed.square().sum())
+
+
+def ridge_probes(
+    train: Moments, val: Moments, orderings: Sequence[Ordering], penalties: Sequence[float]
+) -> list[list[RidgeProbe]]:
+    """Fit a probe on every subset, each with the penalty that errs least on validation.
+
+    A probe minimises |Y - Z W' - 1 b'|_F^2 + penalty * s * |W|_F^2 over the training images, with s the mean diagonal
+    of the *whole layer's* centred X'X, so that a penalty means the same for every subset and basis. Subsets nest: the
+    Cholesky factor of the largest one's system holds those of all others as leading blocks, and so does the forward
+    substitution. The validation error follows from that split's moments. Of equal errors the larger penalty is taken.
+
+    Args:
+        train: Moments of the training images, with products.
+        val: Moments of the validation images, with products.
+        orderings: The subsets.
+        penalties: Candidates, 0 or more.
+
+    Returns:
+        For each ordering the probes of its sizes.
+
+    Raises:
+        MisconfigurationException: If all penalties are too small for the system of a subset to be solved.
+    """
+    matrices = [moments.scatter for moments in (train, val)]
+    scale = float(matrices[0].diagonal().mean())
+    results = []
+    for ordering in orderings:
+        fitted, judged = (
+            _split(moments, scatter, ordering) for moments, scatter in zip((train, val), matrices, strict=True)
+        )
+        best: list[RidgeProbe | None] = [None] * len(ordering.sizes)
+        for penalty in sorted(penalties, reverse=True):
+            system = fitted.scatter.clone()
+            system.diagonal().add_(penalty * scale)
+            factor = _factor(system)
+            half = torch.linalg.solve_triangular(factor, fitted.cross[: len(factor)], upper=False)
+            for place, size in enumerate(ordering.sizes):
+                if size > len(factor):
+                    continue
+                upper = factor[:size, :size].t()
+                weight = torch.linalg.solve_triangular(upper, half[:size], upper=True).t()
+                bias = fitted.shares - weight @ fitted.mean[:size]
+                error, known = judged.error(weight, bias), best[place]
+                if known is None or error < known.error:
+                    best[place] = RidgeProbe(weight, bias, penalty, error)
+        for size, probe in zip(ordering.sizes, best, strict=True):
+            if probe is None:
+                raise MisconfigurationException(
+                    f"No ridge penalty of {', '.join(format(penalty, 'g') for penalty in penalties)} determines a "
+                    f"probe on {size} neurons; give a larger one."
+                )
+        results.append([probe for probe in best if probe is not None])
+    return results
+
+
+def _split(moments: Moments, scatter: Tensor, ordering: Ordering) -> _Split:
+    return _Split(
+        ordering.square(scatter),
+        ordering.coordinates(moments.cross.t()).t(),
+        ordering.coordinates(moments.mean.unsqueeze(0)).squeeze(0),
+        moments.counts / moments.count,
+        moments.count,
+    )
+
+
+def _factor(system: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of the largest leading block that is positive definite beyond rounding."""
+    size = len(system)
+    factor = system[:0, :0]
+    while size:
+        factor, failed = torch.linalg.cholesky_ex(system[:size, :size])
+        if failed == 0:
+            break
+        size = int(failed) - 1
+    # A pivot is what a neuron still varies given those before it; one of rounding errors would make huge weights.
+    known = factor.diagonal().square() > rounding(len(system)) * system.diagonal()[: len(factor)]
+    size = len(factor) if known.all() else int(known.int().argmin())
+    return factor[:size, :size]

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+
+from lightning_modules.bases import Ordering, orthogonal_projection, principal_components
+from lightning_modules.similarity import DebiasedCKA, linear_cka, neighbours_kept
+from lightning_modules.statistics import Moments
+
+
+def orderings(width, moments):
+    """Neurons at random, with a size twice; the least principal components; a random basis, all of it."""
+    pca = principal_components(moments)
+    return [
+        Ordering(torch.randperm(width, generator=torch.Generator().manual_seed(1)), [1, 1, 12, width // 2, width]),
+        Ordering(torch.arange(pca.rank).flip(0), [1, pca.rank // 2 + 1], pca.components),
+        Ordering(torch.arange(width), [5, width], orthogonal_projection(width, 0)),
+    ]
+
+
+def subsets(representations, ordering):
+    values = representations.double().numpy()
+    coordinates = values if ordering.basis is None else values @ ordering.basis.numpy()
+    return [coordinates[:, ordering.order[:size].numpy()] for size in ordering.sizes]
+
+
+def biased(kernel, other):
+    centring = np.eye(len(kernel)) - 1 / len(kernel)
+    return np.trace(kernel @ centring @ other @ centring)
+
+
+def unbiased(kernel, other):
+    kernel, other = kernel - np.diag(np.diag(kernel)), other - np.diag(np.diag(other))
+    n, one = len(kernel), np.ones(len(kernel))
+    sums = (one @ kernel @ one) * (one @ other @ one) / ((n - 1) * (n - 2))
+    return (np.trace(kernel @ other) + sums - 2 / (n - 2) * one @ kernel @ other @ one) / (n * (n - 3))
+
+
+def cka(hsic, part, whole):
+    kernel, other = part @ part.T, whole @ whole.T
+    return hsic(kernel, other) / np.sqrt(hsic(kernel, kernel) * hsic(other, other))
+
+
+@pytest.mark.parametrize(("images", "width"), [(120, 512), (240, 60), (4, 30)])
+def test_cka_is_that_of_the_kernels_on_real_features(real_features, images, width):
+    representations = real_features.train[:: 240 // images, :width]
+    labels = real_features.train_labels[:: 240 // images]
+    train = Moments(width, 12)
+    train.update(representations, labels)
+    groups = orderings(width, train)
+    processes = [DebiasedCKA(width, 12, groups, shift=real_features.test[:, :width].mean(0)) for _ in range(2)]
+    for rows, of_rows, process in zip(
+        representations.chunk(4), labels.chunk(4), [processes[place] for place in (0, 1, 0, 0)], strict=True
+    ):
+        process.update(rows, of_rows)
+    processes[1].reduce(lambda sums: sums)
+    others = iter(list(processes[1].sums.values()))
+    processes[0].reduce(lambda sums: sums + next(others))
+    whole = representations.double().numpy()
+    for ordering, plain, debiased in zip(groups, linear_cka(processes[0], groups), processes[0].compute(), strict=True):
+        parts = subsets(representations, ordering)
+        np.testing.assert_allclose(plain, [cka(biased, part, whole) for part in parts], rtol=1e-5)
+        np.testing.assert_allclose(debiased, [cka(unbiased, part, whole) for part in parts], rtol=1e-5, atol=1e-9)
+
+
+def test_only_the_debiased_cka_of_few_images_is_about_that_of_many():
+    representations = torch.randn(60, 400, generator=torch.Generator().manual_seed(0))
+    ordering = Ordering(torch.arange(400), [100])
+    sums = DebiasedCKA(400, 1, [ordering])
+    sums.update(representations, torch.zeros(60, dtype=torch.int64))
+    # Independent neurons of equal variance: k / sqrt(k D).
+    np.testing.assert_allclose(sums.compute()[0], 0.5, atol=0.05)
+    assert linear_cka(sums, [ordering])[0] > 0.7
+
+
+def test_neurons_that_never_change_and_too_few_images_have_no_cka():
+    representations = torch.rand(30, 5, generator=torch.Generator().manual_seed(0))
+    representations[:, 1:3] = torch.tensor([0.3, 7.7])
+    group = Ordering(torch.tensor([1, 2, 0, 3, 4]), [1, 2, 3])
+    sums = DebiasedCKA(5, 1, [group], shift=representations.mean(0))
+    sums.update(representations[:3], torch.zeros(3, dtype=torch.int64))
+    assert sums.compute()[0].isnan().all()
+    sums.update(representations[3:], torch.zeros(27, dtype=torch.int64))
+    assert sums.compute()[0].isnan().tolist() == [True, True, False]
+    assert linear_cka(sums, [group])[0].isnan().tolist() == [True, True, False]
+
+
+def nearest(queries, gallery, neighbours):
+    return NearestNeighbors(n_neighbors=neighbours, metric="cosine").fit(gallery).kneighbors(queries)[1]
+
+
+def test_neighbours_are_scikit_learns_on_real_features(real_features, monkeypatch):
+    monkeypatch.setattr("lightning_modules.similarity.QUERIES", 50)  # several chunks, the last smaller
+    queries, gallery = real_features.test, real_features.train
+    # One and two coordinates of ReLUs leave ties, whose order scikit-learn does not say.
+    groups = [
+        Ordering(torch.randperm(1280, generator=torch.Generator().manual_seed(2)), [30, 400, 1280]),
+        Ordering(torch.arange(1280), [25], orthogonal_projection(1280, 0)),
+    ]
+    wanted = nearest(queries.double().numpy(), gallery.double().numpy(), 10)
+    for group, found in zip(groups, neighbours_kept(queries, gallery, groups), strict=True):
+        kept = [
+            sum(len(set(a) & set(b)) for a, b in zip(wanted, nearest(part, stored, 10), strict=True))
+            for part, stored in zip(subsets(queries, group), subsets(gallery, group), strict=True)
+        ]
+        assert found.tolist() == kept
+    assert kept[-1] < 1200
+
+
+def test_a_vector_is_no_neighbour_of_itself_and_ties_go_to_the_smaller_index():
+    gallery = torch.tensor([[1.0, 0], [2, 0], [0, 1], [0, 3], [3, 0.1], [0, 0]])
+    # Nearest of the whole layer: 0 -> 1, 1 -> 0, 2 -> 3, 3 -> 2, 4 -> 0, 5 (zero, cosine 0 with all) -> 0.
+    # Of the first neuron alone 0, 1 and 4 point the same way, 2, 3 and 5 are zero: 1, 0, 0, 0, 0, 0.
+    kept = neighbours_kept(
+        gallery, gallery, [Ordering(torch.arange(2), [1, 2])], neighbours=1, own=torch.arange(len(gallery))
+    )
+    assert kept[0].tolist() == [4, 6]
