@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import timm
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from lightning_modules import weights as weight_files
 
+PENULTIMATE = "penultimate"
+"""The layer before the classifier."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """How timm can resize images."""
 
@@ -72,6 +74,26 @@ class PretrainedCfgOverlay:
         }
 
 
+class GivenVectors(nn.Module):
+    """Stands where there is no backbone: vectors are the representations.
+
+    Args:
+        width: D.
+    """
+
+    label = "none"
+    layers = ("none",)
+    preprocessing: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.widths = {"none": width}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the representations depend on beside the vectors: nothing."""
+        return {"weights": self.label, "preprocessing": {}}
+
+
 @final
 class FrozenBackbone(nn.Module):
     """A pre-trained network that turns images into representations and never changes.
@@ -86,8 +108,11 @@ class FrozenBackbone(nn.Module):
         kwargs: Passed on to the model's constructor, for example `{pad_type: same}`.
         pretrained_cfg_overlay: Preprocessing, where it differs from the model's default. A callable needs at least
             `input_size`, `mean` and `std`.
-        layer: `penultimate`, what enters the classifier; or the name of a module. Spatial maps and tokens are averaged.
-            Of a callable's network, `penultimate` is what enters the linear or convolutional layer that runs last.
+        layer: `penultimate`, what enters the classifier; or the name of a module; or a list of them, which are read in
+            the same pass and stand side by side in the representation. Of a callable's network, `penultimate` is what
+            enters the linear or convolutional layer that runs last.
+        pooling: What becomes of spatial maps and tokens: `mean` averages them, `flatten` makes every place's values
+            neurons of their own.
 
     Raises:
         MisconfigurationException: If a name is unknown, weights cannot be had or do not fit, the preprocessing of a
@@ -100,13 +125,17 @@ class FrozenBackbone(nn.Module):
         weights: str = "pretrained",
         kwargs: dict[str, Any] | None = None,
         pretrained_cfg_overlay: PretrainedCfgOverlay = PretrainedCfgOverlay(),
-        layer: str = "penultimate",
+        layer: str | list[str] = "penultimate",
+        pooling: Literal["mean", "flatten"] = "mean",
     ) -> None:
         super().__init__()
         self.name = name
         self.weights = weights
         self.kwargs = kwargs or {}
-        self.layer = layer
+        self.layers = [layer] if isinstance(layer, str) else layer
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise MisconfigurationException(f"model.backbone.layer is {layer}; give at least one layer, each once.")
+        self.pooling = pooling
         overlay = pretrained_cfg_overlay.given()
         self.network: Any
         file = None if weights in ("pretrained", "random") else weight_files.find(weights)
@@ -118,15 +147,23 @@ class FrozenBackbone(nn.Module):
             self.network, self.preprocessing = _build_callable(name, weights, self.kwargs, overlay)
             self.eval().requires_grad_(False)
             self._classifier = self._unread()
-        self._captured: Tensor | None = None
-        self._reads_output = layer == "penultimate" and is_timm_model(name)
-        if not self._reads_output:
-            self._capture(self._classifier[0] if layer == "penultimate" else layer, inputs=layer == "penultimate")
+        self._captured: dict[str, Tensor] = {}
+        self._reads_output = is_timm_model(name)
+        for each in self.layers:
+            if each != PENULTIMATE:
+                self._capture(each, each, inputs=False)
+            elif not self._reads_output:
+                self._capture(each, self._classifier[0], inputs=True)
         if file is not None:
             weight_files.load(self.network, file, self._classifier)
         # Convolutions over channels-last images are never slower on current CPUs and GPUs, up to three times faster.
         self.network.to(memory_format=torch.channels_last)
-        self.width = self._width()
+        self.widths = self._widths()
+
+    @property
+    def width(self) -> int:
+        """Neurons of all layers that are read."""
+        return sum(self.widths.values())
 
     @property
     def label(self) -> str:
@@ -142,14 +179,19 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return the representations of `images`, shape (B, C, H, W), as float32 of shape (B, D)."""
+        """Return the representations of `images`, shape (B, C, H, W), as float32 of shape (B, sum of widths)."""
+        return torch.cat(list(self._read(images).values()), dim=1)
+
+    def _read(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what each layer gives for `images`, as float32 of shape (B, D)."""
         output = self.network(images.contiguous(memory_format=torch.channels_last))
-        if not self._reads_output:
-            output, self._captured = self._captured, None
-            if output is None:
-                raise MisconfigurationException(f"model.backbone.layer {self.layer!r} of {self.name} is never run.")
-            return output.float()
-        return self._pool(output).float()
+        if self._reads_output and PENULTIMATE in self.layers:
+            self._captured[PENULTIMATE] = self._pool(output, PENULTIMATE)
+        captured, self._captured = self._captured, {}
+        for layer in self.layers:
+            if layer not in captured:
+                raise MisconfigurationException(f"model.backbone.layer {layer!r} of {self.name} is never run.")
+        return {layer: captured[layer].float() for layer in self.layers}
 
     def identity(self) -> dict[str, Any]:
         """Return what the representations of an image depend on, apart from the image and the precision."""
@@ -164,18 +206,21 @@ class FrozenBackbone(nn.Module):
             "kwargs": repr(self.kwargs),
             "network": repr(self.network),
             "weights": seen.hexdigest(),
-            "layer": self.layer,
+            "layers": self.layers,
+            "pooling": self.pooling,
             "preprocessing": {key: str(value) for key, value in sorted(self.preprocessing.items())},
         }
 
-    def _pool(self, output: Any) -> Tensor:
-        """Average a module's output over space or tokens, shape (B, D); a copy, as what follows may overwrite it."""
+    def _pool(self, output: Any, layer: str) -> Tensor:
+        """Make neurons of a module's output, shape (B, D); a copy, as what follows may overwrite it."""
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise MisconfigurationException(
-                f"model.backbone.layer {self.layer!r} of {self.name} gives {shape}; it must give (images, neurons), "
+                f"model.backbone.layer {layer!r} of {self.name} gives {shape}; it must give (images, neurons), "
                 f"tokens (images, tokens, neurons) or a map (images, neurons, height, width)."
             )
+        if self.pooling == "flatten":
+            return output.flatten(1).clone()
         if output.ndim == 3:  # tokens; class and register tokens come first and are no part of the image
             patches = getattr(getattr(self.network, "patch_embed", None), "num_patches", None)
             prefix = getattr(self.network, "num_prefix_tokens", 0)
@@ -188,17 +233,19 @@ class FrozenBackbone(nn.Module):
             return output.mean((1, 2) if last else (2, 3))
         return output.clone()
 
-    def _width(self) -> int:
-        """Look at what comes out: what models say of their width is not always so."""
+    def _widths(self) -> dict[str, int]:
+        """Look at what comes out of each layer: what models say of their width is not always so."""
         try:
-            return self(torch.zeros(2, *self.preprocessing["input_size"])).shape[1]
+            with torch.no_grad():
+                read = self._read(torch.zeros(2, *self.preprocessing["input_size"]))
+            return {layer: output.shape[1] for layer, output in read.items()}
         except (RuntimeError, AssertionError, ValueError) as error:
             raise MisconfigurationException(
                 f"{self.name} cannot take images of {tuple(self.preprocessing['input_size'])} "
                 f"({_one_line(error)}); set model.backbone.pretrained_cfg_overlay.input_size or kwargs."
             ) from error
 
-    def _capture(self, module: str, inputs: bool) -> None:
+    def _capture(self, layer: str, module: str, inputs: bool) -> None:
         names = [name for name, _ in self.network.named_modules() if name]
         if module not in names:
             near = difflib.get_close_matches(module, names, n=3, cutoff=0.3) or names[-3:]
@@ -207,7 +254,7 @@ class FrozenBackbone(nn.Module):
             )
 
         def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            self._captured = self._pool(arguments[0] if inputs else output)
+            self._captured[layer] = self._pool(arguments[0] if inputs else output, layer)
 
         self.network.get_submodule(module).register_forward_hook(hook)
 
@@ -233,9 +280,9 @@ class FrozenBackbone(nn.Module):
             for place, name in enumerate(order)
             if isinstance(self.network.get_submodule(name), nn.Linear | nn.Conv2d)
         ]
-        if self.layer == "penultimate" and not weighted:
+        if PENULTIMATE in self.layers and not weighted:
             raise MisconfigurationException(f"{self.name} has no linear or convolutional layer; name a layer.")
-        return [order[weighted[-1]]] if weighted and self.layer not in order[weighted[-1] :] else []
+        return [order[weighted[-1]]] if weighted and not set(self.layers) & set(order[weighted[-1] :]) else []
 
 
 def is_timm_model(name: str) -> bool:

@@ -61,7 +61,7 @@ class Checkpoints(Checkpoint):
             ended = time.monotonic()
             self._due = ended + max(PAUSE, (ended - started) / SHARE)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final state."""
         trainer.save_checkpoint(self.path, weights_only=False)
 

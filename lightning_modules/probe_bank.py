@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.subsets import Probe, subset
+from lightning_modules.coordinates import nests
+from lightning_modules.subsets import Probe
 
 
 class Block(NamedTuple):
@@ -68,37 +69,41 @@ class _BankLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, stacks: Sequence[Stack], *inputs: Tensor) -> Tensor:
-        results = []
+        total = sum(stack.probes.numel() for stack in stacks)
+        results = flat.new_empty(total, stacks[0].classes, inputs[0].shape[-1])
+        first = 0
         for stack, columns in zip(stacks, inputs, strict=True):
             groups, count = stack.probes.shape
-            logits = columns.new_zeros(groups, count, stack.classes, columns.shape[-1])
-            for block in stack.blocks:
-                weights = stack.view(flat, block).flatten(1, 2)
-                seen = logits[:, block.probe :]
-                seen += torch.bmm(weights, columns[:, block.start : block.stop]).view_as(seen)
-            results.append(logits.flatten(0, 1))
+            logits = results[first : first + groups * count].view(groups, count * stack.classes, -1)
+            first += groups * count
+            for number, block in enumerate(stack.blocks):
+                weights, rows = stack.view(flat, block).flatten(1, 2), columns[:, block.start : block.stop]
+                if number == 0:  # all probes see it
+                    torch.bmm(weights, rows, out=logits)
+                else:
+                    logits[:, block.probe * stack.classes :] += torch.bmm(weights, rows)
         ctx.save_for_backward(*inputs)
         ctx.stacks, ctx.shape = stacks, flat.shape
-        return torch.cat(results)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
+        gradient = gradients[0].contiguous()
         flat = gradient.new_empty(ctx.shape)  # the blocks cover it
         first = 0
         for stack, columns in zip(ctx.stacks, ctx.saved_tensors, strict=True):
             groups, count = stack.probes.shape
-            of_stack = gradient[first : first + groups * count].unflatten(0, (groups, count))
+            of_stack = gradient[first : first + groups * count].view(groups, count * stack.classes, -1)
             first += groups * count
             for block in stack.blocks:
-                seen = of_stack[:, block.probe :].flatten(1, 2)
+                seen = of_stack[:, block.probe * stack.classes :]
                 weights = stack.view(flat, block).flatten(1, 2)
                 torch.bmm(seen, columns[:, block.start : block.stop].transpose(1, 2), out=weights)
         return flat, None, *[None] * len(ctx.saved_tensors)
 
 
 class ProbeBank(nn.Module):
-    """All probes of a run: P linear classifiers with C classes, each on its own subset of D neurons.
+    """All probes of a run: P linear classifiers with C classes, each on its own subset of coordinates.
 
     Each starts as `nn.Linear(k, C)` does by default, from random numbers seeded by its selection, size and seed, so
     that it does not depend on its company. Logits are computed in the parameter's own precision (float32), whatever
@@ -106,29 +111,26 @@ class ProbeBank(nn.Module):
 
     Args:
         probes: The probes.
-        width: D.
         classes: C.
     """
 
-    orders: Tensor
+    place: Tensor
 
-    def __init__(self, probes: Sequence[Probe], width: int, classes: int) -> None:
+    def __init__(self, probes: Sequence[Probe], classes: int) -> None:
         super().__init__()
         self.probes = list(probes)
-        self.width = width
         self.classes = classes
         self._stacks: list[Stack] = []
-        orderings: list[Tensor] = []
         offset = 0
-        for sizes, members in _alike(self.probes).items():
-            stack = Stack(torch.tensor(members), sizes, classes, offset)
-            orderings.append(torch.cat([self.subset(group[-1]) for group in members]))  # the largest holds the others
-            self._stacks.append(stack)
-            offset = stack.end
+        for alike in nests(self.probes):
+            members = torch.tensor([nest.probes for nest in alike])
+            self._stacks.append(Stack(members, alike[0].sizes, classes, offset))
+            offset = self._stacks[-1].end
         self.weight = nn.Parameter(torch.empty(offset))
         self.bias = nn.Parameter(torch.empty(len(self.probes), classes))
-        self.register_buffer("orders", torch.cat(orderings), persistent=False)
-        self._place = torch.cat([stack.probes.flatten() for stack in self._stacks]).argsort()
+        place = torch.cat([stack.probes.flatten() for stack in self._stacks]).argsort()
+        self._in_order = torch.equal(place, torch.arange(len(place)))  # no rearrangement to pay for
+        self.register_buffer("place", place, persistent=False)
         self._homes = {
             index: (stack, group, rank)
             for stack in self._stacks
@@ -147,22 +149,17 @@ class ProbeBank(nn.Module):
             bias = torch.empty(self.classes).uniform_(-bound, bound, generator=generator)
             self.set_probe(index, weight, bias)
 
-    def forward(self, representations: Tensor) -> Tensor:
-        """Return the logits of every probe, shape (P, C, B), for representations of shape (B, D)."""
-        with torch.autocast(representations.device.type, enabled=False):
-            columns = representations.to(self.weight.dtype).t().contiguous()
-            inputs, start = [], 0
-            for stack in self._stacks:
-                groups, size = len(stack.probes), max(stack.sizes)
-                rows = self.orders[start : start + groups * size]
-                start += groups * size
-                inputs.append(columns.index_select(0, rows).view(groups, size, -1))
+    def forward(self, coordinates: Tensor) -> Tensor:
+        """Return the logits of every probe, shape (P, C, B), for coordinates as `Coordinates` gathers them."""
+        with torch.autocast(coordinates.device.type, enabled=False):
+            columns = coordinates.to(self.weight.dtype)
+            sizes = [(len(stack.probes), max(stack.sizes)) for stack in self._stacks]
+            parts = columns.split([groups * size for groups, size in sizes])
+            inputs = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
             logits = _BankLogits.apply(self.weight, self._stacks, *inputs)
-            return logits[self._place] + self.bias.unsqueeze(-1)
-
-    def subset(self, index: int) -> Tensor:
-        """Return the neurons that a probe sees, shape (k,)."""
-        return subset(self.probes[index], self.width)
+            if not self._in_order:
+                logits = logits.index_select(0, self.place)
+            return logits.add_(self.bias.unsqueeze(-1))
 
     @torch.no_grad()
     def set_probe(self, index: int, weight: Tensor, bias: Tensor) -> None:
@@ -197,15 +194,3 @@ class ProbeBank(nn.Module):
 def parameters_of(probes: Sequence[Probe], classes: int) -> int:
     """Return how many weights and biases a bank of these probes holds."""
     return sum((probe.neurons + 1) * classes for probe in probes)
-
-
-def _alike(probes: Sequence[Probe]) -> dict[tuple[int, ...], list[list[int]]]:
-    """Group probes: by their subset sizes, then by ordering; each ordering's probes by ascending size."""
-    by_ordering: dict[tuple[str, int], list[int]] = {}
-    for index, probe in enumerate(probes):
-        by_ordering.setdefault((probe.selection, probe.seed), []).append(index)
-    alike: dict[tuple[int, ...], list[list[int]]] = {}
-    for members in by_ordering.values():
-        members.sort(key=lambda index: probes[index].neurons)
-        alike.setdefault(tuple(probes[index].neurons for index in members), []).append(members)
-    return alike

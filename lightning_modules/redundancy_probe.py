@@ -9,70 +9,30 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
-import psutil
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, Timer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import Metric
 from tqdm import tqdm
 
-from lightning_modules import statistics, subsets, weights
-from lightning_modules.backbone import FrozenBackbone
+from lightning_modules import checks, statistics, subsets, weights
+from lightning_modules.backbone import FrozenBackbone, GivenVectors
 from lightning_modules.checkpoints import check_belonging
+from lightning_modules.coordinates import Coordinates
 from lightning_modules.feature_cache import FeatureCache, FeatureRows
+from lightning_modules.measurement import Measured, Measurement, neighbour_rows
 from lightning_modules.probe_bank import ProbeBank, parameters_of
+from lightning_modules.reporting import tables
+from lightning_modules.ridge import ridge_probes
+from lightning_modules.scores import ProbeScores, losses
+from lightning_modules.statistics import Moments
 
 PAPER_FRACTIONS = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.9)
-
-
-class ProbeScores(Metric):
-    """Exact counts for every probe: right answers by class, images by class, and the summed loss.
-
-    Args:
-        probes: Number of probes.
-        classes: Number of classes.
-    """
-
-    full_state_update = False
-    correct: Tensor
-    images: Tensor
-    loss: Tensor
-
-    def __init__(self, probes: int, classes: int) -> None:
-        super().__init__()
-        self.add_state("correct", torch.zeros(probes, classes, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(classes, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("loss", torch.zeros(probes, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits of shape (P, C, B), labels of shape (B,)."""
-        hits = (logits.argmax(1) == labels).long()
-        self.correct.index_add_(1, labels, hits)
-        self.images.index_add_(0, labels, torch.ones_like(labels))
-        self.loss += losses(logits, labels).double()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return accuracy and mean loss, shape (P,), float64; correct, shape (P, C), and images, shape (C,)."""
-        total = self.images.sum()
-        return {
-            "accuracy": self.correct.sum(1).double() / total,
-            "loss": self.loss / total,
-            "correct": self.correct.clone(),
-            "images": self.images.clone(),
-        }
-
-
-def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return each probe's cross-entropy summed over the batch, shape (P,), from logits (P, C, B) and labels (B,)."""
-    return F.cross_entropy(logits, labels.expand(len(logits), -1), reduction="none").sum(1)
+LAYER_COLUMNS = ["layer", "width", "split", "images", "participation_ratio", "effective_rank"]
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class RedundancyProbe(LightningModule):
@@ -82,12 +42,17 @@ class RedundancyProbe(LightningModule):
     `weight_decay` is a list, every probe is trained with every combination and keeps the best on validation.
 
     Args:
-        backbone: The frozen pre-trained network; see `FrozenBackbone`.
+        backbone: The frozen pre-trained network, see `FrozenBackbone`; null where the task holds vectors.
         num_classes: C; taken from the task.
+        width: D of the task's vectors; taken from the task.
         fractions: Fractions of the layer's neurons to probe, each in (0, 1].
         seeds: Subset seeds; a number n means 0 to n - 1.
-        selection: Rules that pick subsets: `random`, `first`.
+        selection: Rules that pick subsets: `random`; `first`; by the training images `pca`, `pca_least`, `variance` and
+            `fisher`; `random_projection`, `orthogonal_projection` and, for reproduction, `positive_projection`.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
+        solver: `sgd`, which trains softmax probes; or `ridge`, least squares in closed form.
+        penalty: Of ridge, over the mean diagonal of the full layer's centred X'X; of a list every probe takes the one
+            with the smallest squared error on validation.
         features: What the probes train on: `clean`, one view without augmentation, looked at once; a number of
             augmented views, each looked at once and cycled over epochs; or `off`, fresh augmentation in every epoch,
             with a pass of the backbone each.
@@ -98,6 +63,12 @@ class RedundancyProbe(LightningModule):
         step_size: Epochs between two drops of the learning rate.
         gamma: Factor of a drop.
         standardise: Whether to subtract each neuron's mean and divide by its standard deviation over train.
+        similarity: Whether to measure the linear CKA of every subset with its layer, and the layers' participation
+            ratio and effective rank; costs 2 n D^2 operations for n images and D^2 numbers of memory.
+        ensembles: Whether to measure what the subsets of a fraction say together, beside one probe with as many
+            neurons.
+        neighbours: How many nearest neighbours of test images among training images to look for in every subset; 0 for
+            none. Costs 2 n m D operations for n test and m training images for every seed of every selection.
         cache_dir: Where features are kept; null is `feature_cache` under `trainer.default_root_dir`.
 
     Raises:
@@ -106,12 +77,15 @@ class RedundancyProbe(LightningModule):
 
     def __init__(
         self,
-        backbone: FrozenBackbone,
+        backbone: FrozenBackbone | None,
         num_classes: int,
+        width: int | None = None,
         fractions: float | list[float] = list(PAPER_FRACTIONS),  # noqa: B006 (never changed)
         seeds: int | list[int] = 5,
         selection: str | list[str] = "random",
         full_seeds: int | list[int] = 1,
+        solver: Literal["sgd", "ridge"] = "sgd",
+        penalty: float | list[float] = list(PENALTIES),  # noqa: B006 (never changed)
         features: Literal["clean", "off", False] | int = "clean",
         keep: Literal["best", "last"] = "best",
         learning_rate: float | list[float] = 0.1,
@@ -120,10 +94,18 @@ class RedundancyProbe(LightningModule):
         step_size: int = 20,
         gamma: float = 0.1,
         standardise: bool = False,
+        similarity: bool = True,
+        ensembles: bool = False,
+        neighbours: int = 0,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        if backbone is None and width is None:
+            raise MisconfigurationException("model.backbone is null, but the task holds images; name a backbone.")
+        if backbone is not None and width is not None:
+            raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
+        self.backbone: Any = GivenVectors(width or 0) if backbone is None else backbone
+        self.widths: dict[str, int] = self.backbone.widths
         self.selections, fractions = _list(selection), _list(fractions)
         seeds, full_seeds = _seeds(seeds, "seeds"), _seeds(full_seeds, "full_seeds")
         subsets.check(self.selections, fractions, seeds, full_seeds)
@@ -133,33 +115,60 @@ class RedundancyProbe(LightningModule):
             raise MisconfigurationException(
                 f"model.features is {features}; it must be clean, off or a number of augmented views from 1."
             )
+        if backbone is None and features != "clean":
+            raise MisconfigurationException(f"model.features is {features}, but vectors have no views; leave it clean.")
         self.features = features
         self.keep = keep
+        self.solver = solver
+        self.penalties = _list(penalty)
         self.candidates = list(itertools.product(_list(learning_rate), _list(weight_decay)))
-        _check_optimisation(self.candidates, momentum, step_size, gamma)
+        checks.optimisation(self.candidates, momentum, step_size, gamma)
+        checks.penalties(self.penalties)
+        if solver == "ridge":
+            self.candidates = [(math.nan, math.nan)]
         self.momentum, self.step_size, self.gamma = momentum, step_size, gamma
         self.standardise = standardise
+        self.similarity = similarity
+        self.neighbours = neighbours
+        if neighbours < 0 or (neighbours and features != "clean"):
+            raise MisconfigurationException(
+                f"model.neighbours is {neighbours} with model.features {features}; it must be 0 or more, and "
+                f"neighbours are looked for among clean features."
+            )
         self.cache_dir = cache_dir
 
-        self.probes = subsets.plan(self.selections, fractions, seeds, full_seeds, backbone.width)
-        _check_memory(parameters_of(self.probes, num_classes), len(self.candidates), len(self.probes), num_classes)
-        bank = ProbeBank(self.probes, backbone.width, num_classes)
+        self.probes = subsets.plan(self.selections, fractions, seeds, full_seeds, self.widths, ensembles)
+        checks.memory(
+            parameters_of(self.probes, num_classes),
+            len(self.candidates),
+            len(self.probes),
+            num_classes,
+            self.widths if similarity or solver == "ridge" else {},
+        )
+        bank = ProbeBank(self.probes, num_classes)
+        self.coordinates = Coordinates(self.probes, self.widths)
         self.banks = nn.ModuleList(copy.deepcopy(bank) for _ in self.candidates)
         self.kept = nn.ModuleList(copy.deepcopy(bank).requires_grad_(False) for _ in self.candidates)
         shape = (len(self.candidates), len(self.probes))
         self.register_buffer("kept_accuracy", torch.full(shape, -1.0, dtype=torch.float64))
         self.register_buffer("kept_epoch", torch.full(shape, -1))
-        self.register_buffer("mean", torch.zeros(backbone.width))
-        self.register_buffer("std", torch.ones(backbone.width))
+        self.register_buffer("kept_penalty", torch.full((len(self.probes),), math.nan, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(sum(self.widths.values())))
+        self.register_buffer("std", torch.ones(sum(self.widths.values())))
         self.scores = ProbeScores(math.prod(shape), num_classes)
+        self.ensembles = subsets.ensembles(self.probes, fractions) if ensembles else []
+        self.measurement = Measurement(
+            self.probes, self.coordinates, num_classes, solver == "ridge", similarity, self.ensembles
+        )
         self.num_classes = num_classes
         self.train_losses: list[Tensor] = []
         self.epoch_loss = torch.zeros(shape, dtype=torch.float64)  # no buffer: DDP would give all processes the first's
-        self.evaluated: dict[str, dict[str, Tensor]] = {}
+        self.measured: dict[str, Measured] = {}
+        self.neighbour_rows: list[dict[str, Any]] = []
         self.predictions: Tensor | None = None
         self.strict_loading = False  # a checkpoint never holds the backbone; `on_load_checkpoint` checks the rest
         self.look_seconds = 0.0
-        self._represented: set[str] = set()
+        self._represented: dict[str, Any] = {}
         self._identity: dict[str, Any] | None = None
         self._digests: dict[str, str] = {}
         # What processes need not tell each other: they build the same, and a frozen backbone stays so. Without this
@@ -167,9 +176,11 @@ class RedundancyProbe(LightningModule):
         still = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = still + [name for name, _ in self.named_buffers()]
 
+    banks: Any  # nn.ModuleList of ProbeBank, one for each candidate
     kept: Any  # nn.ModuleList of ProbeBank
     kept_accuracy: Tensor
     kept_epoch: Tensor
+    kept_penalty: Tensor
     mean: Tensor
     std: Tensor
 
@@ -187,73 +198,52 @@ class RedundancyProbe(LightningModule):
 
     def results(self) -> pd.DataFrame:
         """Return one row per probe and evaluated split, with the columns of `results.csv`."""
-        chosen = self._chosen()
-        rows = []
-        for split, scores in self.evaluated.items():
-            for probe, (candidate, index) in zip(self.probes, chosen, strict=True):
-                learning_rate, weight_decay = self.candidates[candidate]
-                place = candidate * len(self.probes) + index
-                by_class = scores["correct"][place].double() / scores["images"]
-                rows.append(
-                    {
-                        "task": self._task.name,
-                        "backbone": self.backbone.label,
-                        "layer": self.backbone.layer,
-                        "selection": probe.selection,
-                        "fraction": probe.fraction,
-                        "neurons": probe.neurons,
-                        "width": self.backbone.width,
-                        "seed": probe.seed,
-                        "split": split,
-                        "images": int(scores["images"].sum()),
-                        "accuracy": scores["accuracy"][place].item(),
-                        "loss": scores["loss"][place].item(),
-                        "solver": "sgd",
-                        "augmentation": "none" if self.features == "clean" else self._task.augmentation,
-                        "features": self.features,
-                        "epoch": int(self.kept_epoch[candidate, index]),
-                        "learning_rate": learning_rate,
-                        "weight_decay": weight_decay,
-                        "mean_class_accuracy": by_class[scores["images"] > 0].mean().item(),
-                    }
-                )
-        return pd.DataFrame(rows)
+        candidates = [self.candidates[candidate] for candidate, _ in self._chosen()]
+        return tables.results(
+            self.probes,
+            self.widths,
+            {split: measured.scores for split, measured in self.measured.items()},
+            {
+                "task": self._task.label,
+                "backbone": self.backbone.label,
+                "solver": self.solver,
+                "augmentation": "none" if self.features == "clean" else self._task.augmentation,
+                "features": self.features,
+            },
+            {
+                "epoch": self._of_chosen(self.kept_epoch).tolist(),
+                "learning_rate": [rate for rate, _ in candidates],
+                "weight_decay": [decay for _, decay in candidates],
+                "penalty": self.kept_penalty.tolist(),
+            },
+        )
 
-    def class_results(self) -> pd.DataFrame:
-        """Return one row per probe, evaluated split and class, with the columns of `classes.csv`."""
-        tables = []
-        for split, scores in self.evaluated.items():
-            for probe, (candidate, index) in zip(self.probes, self._chosen(), strict=True):
-                tables.append(
-                    pd.DataFrame(
-                        {
-                            "selection": probe.selection,
-                            "fraction": probe.fraction,
-                            "seed": probe.seed,
-                            "split": split,
-                            "class": list(self._task.classes),
-                            "images": scores["images"].cpu().numpy(),
-                            "correct": scores["correct"][candidate * len(self.probes) + index].cpu().numpy(),
-                        }
-                    )
-                )
-        return pd.concat(tables, ignore_index=True)
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Return all that was measured, by the name of its file: `results`, `classes` and what was asked for beside."""
+        scores = {split: measured.scores for split, measured in self.measured.items()}
+        layers = [{"split": split} | row for split, measured in self.measured.items() for row in measured.layers]
+        found = {
+            "results": self.results(),
+            "classes": tables.classes(self.probes, self._task.classes, scores),
+            "layers": pd.DataFrame(layers, columns=LAYER_COLUMNS),
+            "neighbours": pd.DataFrame(self.neighbour_rows),
+        }
+        if self.ensembles:
+            found["ensembles"] = tables.ensembles(
+                self.probes,
+                self.ensembles,
+                self.widths,
+                {split: measured.ensembles for split, measured in self.measured.items()},
+                found["results"],
+            )
+        return {name: table for name, table in found.items() if len(table)}
 
     def prediction_table(self) -> pd.DataFrame:
-        """Return one row per test image: its name, its label, and the class each probe gives it.
-
-        A probe's column is named `<selection>/<fraction>/<seed>`.
-        """
+        """Return one row per test image: its name, its label, and the class each probe gives it."""
         assert self.predictions is not None
-        images, classes = self._task.images["test"], np.array(self._task.classes)
-        columns = {
-            "image": [images.name(index) for index in range(len(images))],
-            "label": classes[images.labels.numpy()],
-        }
-        for probe, (candidate, index) in zip(self.probes, self._chosen(), strict=True):
-            row = self.predictions[candidate * len(self.probes) + index]
-            columns[f"{probe.selection}/{probe.fraction:g}/{probe.seed}"] = classes[row.cpu().numpy()]
-        return pd.DataFrame(columns)
+        return tables.predictions(
+            self.probes, self._task.images["test"], self._task.classes, self.predictions, len(self.widths) > 1
+        )
 
     def remarks(self) -> list[str]:
         """Name the probes whose training should not be trusted as it stands, one line per reason."""
@@ -281,13 +271,17 @@ class RedundancyProbe(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Look at the images once, and let the task serve what was seen."""
-        self._check_trainer()
+        checks.trainer(self.trainer)
+        if self.trainer.state.fn == "fit" and self.solver == "sgd":
+            checks.schedule(self.trainer, -(-len(self._task.images["train"]) // self._task.batch_size))
         if self.trainer.ckpt_path:  # Lightning loads it after the look, which would have been for nothing
             self._check_belonging(weights.read_torch(Path(self.trainer.ckpt_path), "checkpoint"))
-        if self.features == "off":
+        wanted = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+        if isinstance(self.backbone, GivenVectors):  # the task serves them
+            self._represented |= {split: self._task.representations(split)[0] for split in wanted[stage]}
+        if self.features == "off" or isinstance(self.backbone, GivenVectors):
             return
         started = time.perf_counter()
-        wanted = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
         self.backbone.to(self.trainer.strategy.root_device)
         for split in wanted[stage]:
             if split in self._represented:
@@ -295,18 +289,20 @@ class RedundancyProbe(LightningModule):
             views: list[int | None] = [None]
             if split == "train" and self.features != "clean":
                 views = list(range(int(self.features)))
-            self._task.represent(split, [self._look(split, view) for view in views])
-            self._represented.add(split)
+            rows = [self._look(split, view) for view in views]
+            self._task.represent(split, rows)
+            self._represented[split] = rows[0]
         self.look_seconds += time.perf_counter() - started
 
     def _look(self, split: str, view: int | None) -> FeatureRows:
         """Return the representations of a split: its clean view, or the augmented one of that number."""
         task, trainer = self._task, self.trainer
         images = task.images[split]
+        clean = "clean view, squashed whole" if task.whole_image else "clean view"
         fingerprint = {
             "backbone": self.identity,
             "split": split,
-            "view": "clean view" if view is None else f"{task.augmentation} view {view} of seed {task.seed}",
+            "view": clean if view is None else f"{task.augmentation} view {view} of seed {task.seed}",
             "images": self._digest(split),
             "precision": str(trainer.precision),
         }
@@ -334,17 +330,40 @@ class RedundancyProbe(LightningModule):
             representations = self.backbone(images.to(self.trainer.strategy.root_device, non_blocking=True))
         if not representations.isfinite().all():
             bad = indices[(~representations.isfinite().all(1)).nonzero()[0].item()]
+            layer = self._layer_of(~representations.isfinite().all(0))
             raise MisconfigurationException(
-                f"Layer {self.backbone.layer!r} of {self.backbone.label} is not finite for "
+                f"Layer {layer!r} of {self.backbone.label} is not finite for "
                 f"{self._task.images[split].name(int(bad))} of {split}; check the weights and trainer.precision."
             )
         return representations
 
-    def _inputs(self, batch: Any, split: str) -> Tensor:
-        """Return what the probes see of a batch, shape (B, D)."""
-        looked = split in self._represented
-        representations = batch.inputs if looked else self._represent(batch.inputs, batch.indices, split)
+    def _inputs(self, inputs: Tensor, indices: Tensor, split: str) -> Tensor:
+        """Return what the probes see of images or representations, shape (B, sum of widths)."""
+        images = inputs.ndim == 4
+        representations = self._represent(inputs, indices, split) if images else inputs.to(self.device)
         return (representations - self.mean) / self.std if self.standardise else representations
+
+    def _seen(self, loader: Any, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the probes see of a loader's batches, with labels."""
+        for batch in loader:
+            yield self._inputs(batch.inputs, batch.indices, split), batch.labels.to(self.device)
+
+    def _clean_train(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process' share of what the probes see of the clean view of train, with labels."""
+        if self.features == "clean":
+            yield from self._train_view(0)
+            return
+        loader = self._task.clean_loader("train")
+        with tqdm(
+            loader, desc="Looking at train, clean", unit="batch", disable=not self.trainer.is_global_zero
+        ) as seen:
+            yield from self._seen(seen, "train")
+
+    def _train_view(self, view: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process' share of what the probes train on in the epoch of that number, with labels."""
+        loader = self._task.train_dataloader()
+        loader.sampler.set_epoch(view)
+        yield from self._seen(loader, "train")
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -361,12 +380,64 @@ class RedundancyProbe(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        """Take the statistics that need one look at what the probes will train on."""
+        """Take from one look at train what must be known before the first step; with ridge, that is all."""
+        if not self.trainer.ckpt_path:
+            self._learn_coordinates()
+        if self.solver == "ridge":
+            self._solve()
+            self.trainer.fit_loop.max_epochs = 0  # there is nothing left to train
+        else:
+            self._warn_past_edge()
+
+    def _learn_coordinates(self) -> None:
+        """Fill in what depends on the clean view of train: mean and spread, orders, and bases."""
         if self.standardise:
-            mean, std = statistics.mean_and_std(self._first_view(), self._sum)
-            self.mean.copy_(mean)
-            self.std.copy_(std)
-        self._warn_past_edge()
+            moments = self._sum_moments(self._clean_train(), products=False)
+            self.mean.copy_(torch.cat([each.mean for each in moments.values()]))
+            std = torch.cat([each.variance for each in moments.values()]).sqrt()
+            self.std.copy_(std.masked_fill(std == 0, 1.0))
+        if self.coordinates.informed:
+            moments = self._sum_moments(self._clean_train())
+            self.coordinates.look({name: subsets.Layer(self.widths[name], each) for name, each in moments.items()})
+
+    def _sum_moments(self, batches: Iterator[tuple[Tensor, Tensor]], products: bool = True) -> dict[str, Moments]:
+        """Return the moments of each layer, of this and all other processes, as the probes see it."""
+        moments = {
+            layer: Moments(width, self.num_classes, outer=products, device=self.device)
+            for layer, width in self.widths.items()
+        }
+        for inputs, labels in batches:
+            for layer, part in self.coordinates.by_layer(inputs).items():
+                moments[layer].update(part, labels)
+        for each in moments.values():
+            each.reduce(self._sum)
+        return moments
+
+    def _layer_of(self, columns: Tensor) -> str:
+        """Return the first layer with a true column, shape (sum of widths,)."""
+        parts = self.coordinates.by_layer(columns.unsqueeze(0))
+        return next(layer for layer, part in parts.items() if part.any())
+
+    def _solve(self) -> None:
+        """Set every probe in closed form, from sums over train and validation."""
+        views = self.features if isinstance(self.features, int) else 1
+        batches = itertools.chain.from_iterable(self._train_view(view) for view in range(views))
+        train = self._sum_moments(batches)
+        val = self._sum_moments(self._seen(self._task.val_dataloader(), "val"))
+        for layer in self.widths:
+            nests = self.coordinates.of(layer)
+            solved = ridge_probes(
+                train[layer], val[layer], [self.coordinates.ordering(nest) for nest in nests], self.penalties
+            )
+            for nest, probes in zip(nests, solved, strict=True):
+                centre = self.coordinates.centre(nest)
+                for index, probe in zip(nest.probes, probes, strict=True):
+                    # Ridge knows nothing of where a basis has its origin.
+                    bias = probe.bias + probe.weight @ centre[: probe.weight.shape[1]]
+                    for bank in (self.banks[0], self.kept[0]):
+                        bank.set_probe(index, probe.weight, bias)
+                    self.kept_penalty[index] = probe.penalty
+        self.kept_epoch.zero_()
 
     def on_fit_end(self) -> None:
         """Refuse to go on with probes that were never validated, and so never kept."""
@@ -382,8 +453,8 @@ class RedundancyProbe(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of all probes' losses; a sum, so that no probe feels another."""
-        inputs = self._inputs(batch, "train")
-        summed = torch.stack([losses(bank(inputs), batch.labels) for bank in self.banks])
+        coordinates = self.coordinates(self._inputs(batch.inputs, batch.indices, "train"))
+        summed = torch.stack([losses(bank(coordinates), batch.labels) for bank in self.banks])
         self.epoch_loss += summed.detach()
         # Gradients are averaged over processes; each weighs as much as its share of the batch.
         return summed.sum() * (self.trainer.world_size / batch.total)
@@ -392,7 +463,7 @@ class RedundancyProbe(LightningModule):
         """Note each probe's training loss, and keep the last weights where those are wanted."""
         loss = self._sum(self.epoch_loss) / len(self._task.images["train"])
         self.train_losses.append(loss.cpu())
-        self._log("train", "loss", loss)
+        self._log("train", "loss", self._of_chosen(loss))
         if self.keep == "last":
             self._keep(torch.ones_like(self.kept_epoch, dtype=torch.bool))
 
@@ -404,27 +475,17 @@ class RedundancyProbe(LightningModule):
     def _warn_past_edge(self) -> None:
         """Say which probes take steps longer than 2 (1 + momentum) / curvature, past which descent can be unstable."""
         sample: list[Tensor] = []
-        for inputs in self._first_view():
-            sample.append((inputs - self.mean) / self.std if self.standardise else inputs)
+        for inputs, _ in self._train_view(0):
+            sample.append(self.coordinates.spaces(inputs).t())
             if sum(map(len, sample)) >= 4096:
                 break
-        masks = torch.zeros(len(self.probes), self.backbone.width, dtype=torch.bool, device=self.device)
-        for index, probe in enumerate(self.probes):
-            masks[index, subsets.subset(probe, self.backbone.width).to(self.device)] = True
-        curvature = statistics.largest_curvature(torch.cat(sample), masks)
+        curvature = statistics.largest_curvature(torch.cat(sample), self.coordinates.masks())
         steps, edge = max(rate for rate, _ in self.candidates) * curvature, 2 * (1 + self.momentum)
         if (steps > edge).any():
             rank_zero_info(
                 f"Learning rate x curvature can reach {steps.max():.3g}, past the edge of stability at {edge:.3g}, for "
                 f"{self._say(steps > edge)}; model.standardise or a lower model.learning_rate trains them further."
             )
-
-    def _first_view(self) -> Iterator[Tensor]:
-        """Yield this process' share of what the probes see of train in the first epoch, not standardised."""
-        for batch in self._task.train_dataloader():
-            looked = "train" in self._represented
-            inputs = batch.inputs if looked else self._represent(batch.inputs, batch.indices, "train")
-            yield inputs.to(self.device)
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
@@ -437,50 +498,72 @@ class RedundancyProbe(LightningModule):
         self._score(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Keep each probe's weights where its validation accuracy is the best so far."""
-        scores = self._finish("val")
+        """Keep each probe's weights where its validation accuracy is the best so far; after a fit, measure them."""
+        if self.trainer.state.fn != "fit":
+            self._measure("val")
+            return
+        accuracy = self.scores.compute()["accuracy"].view_as(self.kept_accuracy)
+        self.scores.reset()
         if self.trainer.sanity_checking:
             return
-        if self.trainer.state.fn == "fit":
-            accuracy = scores["accuracy"].view_as(self.kept_accuracy)
-            better = accuracy > self.kept_accuracy if self.keep == "best" else torch.ones_like(accuracy).bool()
-            self.kept_accuracy.copy_(torch.where(better, accuracy, self.kept_accuracy))
-            if self.keep == "best":
-                self._keep(better)
-        self._log("val", "accuracy", scores["accuracy"].view_as(self.kept_accuracy))
+        better = accuracy > self.kept_accuracy if self.keep == "best" else torch.ones_like(accuracy).bool()
+        self.kept_accuracy.copy_(torch.where(better, accuracy, self.kept_accuracy))
+        if self.keep == "best":
+            self._keep(better)
+        self._log("val", "accuracy", self._of_chosen(accuracy))
 
     def on_test_epoch_end(self) -> None:
-        """Report the test accuracy per fraction."""
-        self._log("test", "accuracy", self._finish("test")["accuracy"].view_as(self.kept_accuracy))
+        """Measure the weights that were kept."""
+        self._measure("test")
+        if self.neighbours and "train" in self._represented:
+            self._find_neighbours()
 
     def on_predict_start(self) -> None:
         """Make room for one class per probe and image."""
-        shape = (len(self.candidates) * len(self.probes), len(self._task.images["test"]))
+        shape = (len(self.probes), len(self._task.images["test"]))
         self.predictions = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         """Note the class each probe gives each test image."""
         assert self.predictions is not None
-        self.predictions[:, batch.indices] = self._logits(batch, "test").argmax(1)
+        inputs = self._inputs(batch.inputs, batch.indices, "test")
+        self.predictions[:, batch.indices] = self._kept_logits(inputs).argmax(1)
 
     def on_predict_end(self) -> None:
         """Put the shares of all processes together: each has zeros where the others have classes."""
         assert self.predictions is not None
         self.predictions = self._sum(self.predictions)
 
-    def _logits(self, batch: Any, split: str) -> Tensor:
-        inputs = self._inputs(batch, split)
-        return torch.cat([bank(inputs) for bank in (self.banks if self.trainer.state.fn == "fit" else self.kept)])
+    def _kept_logits(self, inputs: Tensor) -> Tensor:
+        """Return the logits of each probe's kept weights, of the chosen candidate, shape (P, C, B)."""
+        coordinates = self.coordinates(inputs)
+        return self._of_chosen(torch.stack([bank(coordinates) for bank in self.kept]))
 
     def _score(self, batch: Any, split: str) -> None:
-        self.scores.update(self._logits(batch, split), batch.labels)
+        inputs = self._inputs(batch.inputs, batch.indices, split)
+        if self.trainer.state.fn == "fit":
+            coordinates = self.coordinates(inputs)
+            self.scores.update(torch.cat([bank(coordinates) for bank in self.banks]), batch.labels)
+            return
+        self.measurement.update(inputs, self._kept_logits(inputs), batch.labels)
 
-    def _finish(self, split: str) -> dict[str, Tensor]:
-        scores = self.scores.compute()
-        self.scores.reset()
-        if self.trainer.state.fn != "fit":
-            self.evaluated[split] = scores
-        return scores
+    def _measure(self, split: str) -> None:
+        """Take what was measured of a split."""
+        self.measured[split] = self.measurement.compute(self.device, self._sum)
+        for metric in ("accuracy", "cka"):
+            if metric in self.measured[split].scores:
+                self._log(split, metric, self.measured[split].scores[metric])
+
+    def _find_neighbours(self) -> None:
+        """Look for the test images' nearest training images, this process for its share."""
+        places = {split: torch.arange(len(self._task.images[split])) for split in ("test", "train")}
+        places["test"] = places["test"][self.trainer.global_rank :: self.trainer.world_size]
+        queries, gallery = (
+            self._inputs(self._represented[split][indices], indices, split) for split, indices in places.items()
+        )
+        self.neighbour_rows = neighbour_rows(
+            self.coordinates, self.probes, queries, gallery, self.neighbours, self._sum
+        )
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -499,7 +582,7 @@ class RedundancyProbe(LightningModule):
             "belonging": self._belonging(),
             "training": self._training(),
             "probes": [list(probe) for probe in self.probes],
-            "indices": [subsets.subset(probe, self.backbone.width) for probe in self.probes],
+            "indices": [self.coordinates.subset(index) for index in range(len(self.probes))],
             "train_losses": self.train_losses,
         }
 
@@ -532,17 +615,20 @@ class RedundancyProbe(LightningModule):
     def _belonging(self) -> dict[str, Any]:
         """Say whose probes these are, in plain types."""
         return {
-            "task": self._task.name,
+            "task": self._task.label,
             "classes": list(self._task.classes),
             "backbone": self.backbone.label,
-            "layer": self.backbone.layer,
+            "layer": ", ".join(self.widths),
             "weights": self.identity["weights"],
             "preprocessing": json.dumps(self.identity["preprocessing"]),
             "selection": self.selections,
             "fractions": sorted({probe.fraction for probe in self.probes if probe.selection != subsets.FULL}),
             "seeds": sorted({probe.seed for probe in self.probes if probe.selection != subsets.FULL}),
             "probes": [list(probe) for probe in self.probes],
-            "learning_rate and weight_decay": [list(candidate) for candidate in self.candidates],
+            "solver": self.solver,
+            "learning_rate and weight_decay": [list(candidate) for candidate in self.candidates]
+            if self.solver == "sgd"
+            else [],
             "standardise": self.standardise,
         }
 
@@ -584,79 +670,42 @@ class RedundancyProbe(LightningModule):
         return values[torch.tensor(candidates), torch.tensor(places)]
 
     def _log(self, split: str, metric: str, values: Tensor) -> None:
-        """Log means over seeds as `<split>/<metric>/<selection>/<fraction>`, from values of shape (K, P)."""
-        chosen = self._of_chosen(values).tolist()
+        """Log means over seeds as `<split>/<metric>/<selection>/<fraction>`, from values of shape (P,)."""
         grouped: dict[str, list[float]] = {}
-        for probe, value in zip(self.probes, chosen, strict=True):
-            grouped.setdefault(f"{split}/{metric}/{probe.selection}/{probe.fraction:g}", []).append(value)
-        self.log_dict({name: sum(group) / len(group) for name, group in grouped.items()}, rank_zero_only=True)
+        for probe, value in zip(self.probes, values.tolist(), strict=True):
+            layer = f"{probe.layer}/" if len(self.widths) > 1 else ""
+            grouped.setdefault(f"{split}/{metric}/{layer}{probe.selection}/{probe.fraction:g}", []).append(value)
+        means = {name: sum(group) / len(group) for name, group in grouped.items()}
+        if self.trainer.state.fn != "fit":
+            self.log_dict(means, rank_zero_only=True)
+            return
+        # Twice in every epoch, log_dict would take a tenth of the training's time to handle single numbers.
+        self.trainer.callback_metrics.update({name: torch.tensor(mean) for name, mean in means.items()})
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"epoch": self.current_epoch, **means}, self.global_step)
+            logger.save()
 
     def _say(self, which: Tensor) -> str:
-        """Name probes by selection and fraction, with how many seeds of each."""
-        said: dict[str, int] = {}
+        """Name probes by selection and fraction, with how many seeds of each; many of a selection by their range."""
+        said: dict[str, dict[float, int]] = {}
         for probe, chosen in zip(self.probes, which.tolist(), strict=True):
             if chosen:
-                name = probe.selection if probe.selection == subsets.FULL else f"{probe.selection} {probe.fraction:g}"
-                said[name] = said.get(name, 0) + 1
-        return ", ".join(name if count == 1 else f"{name} (x{count})" for name, count in said.items())
+                layer = f"{probe.layer} " if len(self.widths) > 1 else ""
+                fractions = said.setdefault(f"{layer}{probe.selection}", {})
+                fractions[probe.fraction] = fractions.get(probe.fraction, 0) + 1
+        parts = []
+        for name, fractions in said.items():
+            groups = {f" {fraction:g}": count for fraction, count in fractions.items()}
+            if len(groups) > 3:
+                groups = {f" {min(fractions):g} to {max(fractions):g}": sum(fractions.values())}
+            elif name.endswith(subsets.FULL):
+                groups = {"": fractions[1.0]}
+            parts += [f"{name}{group}" + (f" (x{count})" if count > 1 else "") for group, count in groups.items()]
+        return ", ".join(parts)
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over processes."""
         return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
-
-    def _check_trainer(self) -> None:
-        trainer = self.trainer
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise MisconfigurationException(
-                f"trainer.strategy is {type(trainer.strategy).__name__}; probes train on a single device or with ddp."
-            )
-        for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "limit_train_batches"):
-            limit = getattr(trainer, name)
-            if isinstance(limit, int) or limit != 1:  # Lightning's 1.0 is all batches, its 1 is one
-                raise MisconfigurationException(
-                    f"trainer.{name} is {limit}, but every image is counted; leave it, overfit_batches and "
-                    f"fast_dev_run out (debug.yaml is a short run)."
-                )
-        if trainer.state.fn == "fit":
-            self._check_schedule()
-        if self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value":
-            raise MisconfigurationException(
-                "trainer.gradient_clip_val clips the norm over all probes together, so that each would feel the "
-                "others; leave it null."
-            )
-        if str(self.trainer.precision) not in ("32-true", "16-mixed", "bf16-mixed", "64-true"):
-            raise MisconfigurationException(
-                f"trainer.precision is {self.trainer.precision}, which would round the probes; use 32-true, 16-mixed "
-                f"or bf16-mixed."
-            )
-
-    def _check_schedule(self) -> None:
-        """Refuse a fit that would make no step, or keep no probe."""
-        trainer = self.trainer
-        every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
-        if trainer.max_epochs == trainer.max_steps == -1 and not any(
-            isinstance(callback, Timer | EarlyStopping)
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-        ):
-            raise MisconfigurationException(
-                "trainer.max_epochs is -1, and nothing else ends the fit; give a number, max_steps or max_time."
-            )
-        counts = ("max_epochs", "max_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
-        for name in counts:
-            value = getattr(trainer, name)
-            if isinstance(value, int | float) and (value == 0 or (value < 0 and not name.startswith("max_"))):
-                raise MisconfigurationException(f"trainer.{name} is {value}; it must be above 0.")
-        if 0 < (trainer.max_epochs or 0) < (every or 1):
-            raise MisconfigurationException(
-                f"trainer.check_val_every_n_epoch is {every}, beyond the {trainer.max_epochs} epochs of "
-                f"trainer.max_epochs; a probe is kept when it is validated."
-            )
-        steps = -(-len(self._task.images["train"]) // self._task.batch_size)
-        if every and isinstance(interval, int) and interval > steps:
-            raise MisconfigurationException(
-                f"trainer.val_check_interval is {interval}, beyond the {steps} steps of an epoch; a probe is kept when "
-                f"it is validated."
-            )
 
 
 def _list(value: Any) -> list[Any]:
@@ -669,38 +718,3 @@ def _seeds(value: int | list[int], name: str) -> list[int]:
             f"model.{name} is {value}; give a number of seeds from 1 to 100,000, or a list of seeds."
         )
     return list(range(value)) if isinstance(value, int) else value
-
-
-def _check_optimisation(
-    candidates: Sequence[tuple[float, float]], momentum: float, step_size: int, gamma: float
-) -> None:
-    if len(set(candidates)) < len(candidates):
-        twice = next(candidate for candidate in candidates if candidates.count(candidate) > 1)
-        raise MisconfigurationException(
-            f"model.learning_rate {twice[0]:g} with model.weight_decay {twice[1]:g} is listed twice; give each once."
-        )
-    if not candidates:
-        raise MisconfigurationException("model.learning_rate and model.weight_decay need at least one value each.")
-    for name, value, holds, right in (
-        *(("learning_rate", rate, rate > 0, "above 0") for rate, _ in candidates),
-        *(("weight_decay", decay, decay >= 0, "0 or more") for _, decay in candidates),
-        ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
-        ("step_size", step_size, step_size >= 1, "at least 1"),
-        ("gamma", gamma, 0 < gamma <= 1, "above 0, at most 1"),
-    ):
-        if not (holds and math.isfinite(value)):
-            raise MisconfigurationException(f"model.{name} is {value:g}; it must be {right}.")
-
-
-def _check_memory(parameters: int, candidates: int, probes: int, classes: int) -> None:
-    """Refuse a bank that cannot fit: weights, gradients, momentum and kept weights, four bytes each."""
-    needed = 4 * 4 * parameters * candidates
-    available = psutil.virtual_memory().available
-    if torch.cuda.is_available():
-        available = torch.cuda.mem_get_info()[0]
-    if needed > available:
-        raise MisconfigurationException(
-            f"The bank needs {needed / 1e9:,.1f} GB of memory ({probes} probes x {candidates} candidates, {classes} "
-            f"classes: {parameters * candidates:,} weights, with gradient, momentum and best), and "
-            f"{available / 1e9:,.1f} GB are free; use fewer fractions, seeds or candidates."
-        )

@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.distributed import TCPStore
 
 import train
+from lightning_modules.backbone import FrozenBackbone, PretrainedCfgOverlay
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -142,3 +145,41 @@ def image_folder(tmp_path):
             pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pets" / "train" / name / f"{index}.png")
     return tmp_path / "pets"
+
+
+class Features(NamedTuple):
+    """Representations of real images, float32, and their labels."""
+
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+    classes: int
+
+
+@pytest.fixture(scope="session")
+def real_features():
+    """What a MobileNetV2 pre-trained on ImageNet makes of 240 + 120 photographs of 12 flowers."""
+    weights = SHARED / "weights" / "mobilenetv2_100.imagenet1k.safetensors"
+    if not weights.exists():
+        pytest.skip("The shared weights are not beside this checkout.")
+    backbone = FrozenBackbone(
+        "mobilenetv2_100",
+        weights=str(weights),
+        kwargs={"pad_type": "same"},
+        pretrained_cfg_overlay=PretrainedCfgOverlay(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    )
+
+    def look(split, each):
+        """Look at the first images of each class; they have the network's size."""
+        with tarfile.open(SHARED / "data" / f"flowers12_{split}.tar") as tar:
+            names = sorted(name for name in tar.getnames() if name.endswith(".jpg"))
+            classes = sorted({name.split("/")[0] for name in names})
+            chosen = [name for label in classes for name in [n for n in names if n.startswith(f"{label}/")][:each]]
+            images = [np.asarray(Image.open(tar.extractfile(name)).convert("RGB")) for name in chosen]
+        inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        with torch.inference_mode():
+            features = torch.cat([backbone(batch) for batch in inputs.split(32)]).clone()
+        return features, torch.tensor([classes.index(name.split("/")[0]) for name in chosen])
+
+    return Features(*look("train", 20), *look("test", 10), classes=12)

@@ -628,3 +628,26 @@ def test_a_squeezenet_files_features_are_torchvisions_also_behind_its_classifier
         for place in range({"classifier.1": 2, "classifier.2": 3, "classifier": 4}.get(layer, 0)):
             expected = source.classifier[place](expected).clone()
     assert_close(backbone(images()), expected.mean((2, 3)))
+
+
+def test_several_layers_stand_side_by_side_and_flatten_keeps_every_place():
+    names = ["layer1", "penultimate", "layer3"]
+    alone = [FrozenBackbone("resnet10t", weights="random", pretrained_cfg_overlay=SMALL, layer=name) for name in names]
+    both = FrozenBackbone("resnet10t", weights="random", pretrained_cfg_overlay=SMALL, layer=names)
+    flat = FrozenBackbone(
+        "resnet10t", weights="random", pretrained_cfg_overlay=SMALL, layer="layer3", pooling="flatten"
+    )
+    for other in (*alone, flat):
+        other.network.load_state_dict(both.network.state_dict())
+    images = torch.randn(2, 3, *both.preprocessing["input_size"][1:])
+    assert list(both.widths) == names
+    torch.testing.assert_close(both(images), torch.cat([backbone(images) for backbone in alone], 1))
+    places = flat(images).shape[1] // both.widths["layer3"]
+    assert places > 1
+    pooled = flat(images).view(2, both.widths["layer3"], places).mean(2)
+    torch.testing.assert_close(pooled, alone[2](images), atol=1e-5, rtol=1e-4)
+
+
+def test_layers_are_given_once_each():
+    assert "each once" in refusal("resnet10t", weights="random", layer=["layer1", "layer1"])
+    assert "at least one layer" in refusal("resnet10t", weights="random", layer=[])

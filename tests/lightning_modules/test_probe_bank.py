@@ -3,12 +3,14 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_modules.coordinates import Coordinates
 from lightning_modules.probe_bank import ProbeBank, parameters_of
-from lightning_modules.redundancy_probe import losses
-from lightning_modules.subsets import Probe, plan, subset
+from lightning_modules.scores import losses
+from lightning_modules.subsets import Probe, plan
 
 WIDTH, CLASSES = 60, 4
-PROBES = plan(["random", "first"], [0.01, 0.02, 0.05, 0.3, 0.9, 1.0], [0, 1, 7], [0, 1], WIDTH)
+PROBES = plan(["random", "first"], [0.01, 0.02, 0.05, 0.3, 0.9, 1.0], [0, 1, 7], [0, 1], {"penultimate": WIDTH})
+COORDINATES = Coordinates(PROBES, {"penultimate": WIDTH})
 
 
 def data(count=50, dtype=torch.float32):
@@ -32,18 +34,18 @@ def sgd(parameters, rate=0.1):
 
 
 def test_logits_are_those_of_the_sliced_features():
-    bank = ProbeBank(PROBES, WIDTH, CLASSES)
+    bank = ProbeBank(PROBES, CLASSES)
     inputs, _ = data()
-    logits = bank(inputs).detach().numpy()
-    for index, probe in enumerate(PROBES):
+    logits = bank(COORDINATES(inputs)).detach().numpy()
+    for index in range(len(PROBES)):
         weight, bias = (part.numpy() for part in bank.get_probe(index))
-        expected = inputs.numpy()[:, subset(probe, WIDTH).numpy()] @ weight.T + bias
+        expected = inputs.numpy()[:, COORDINATES.subset(index).numpy()] @ weight.T + bias
         np.testing.assert_allclose(logits[index].T, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "steps", "tolerance"), [(torch.float32, 5, 1e-6), (torch.float64, 300, 1e-10)])
 def test_a_probe_trains_as_a_separate_linear_layer_does(dtype, steps, tolerance):
-    bank = ProbeBank(PROBES, WIDTH, CLASSES).to(dtype)
+    bank = ProbeBank(PROBES, CLASSES).to(dtype)
     inputs, labels = data(dtype=dtype)
     alone = [linear(bank, index) for index in range(len(PROBES))]
     optimizers = [sgd(layer.parameters()) for layer in alone]
@@ -51,11 +53,11 @@ def test_a_probe_trains_as_a_separate_linear_layer_does(dtype, steps, tolerance)
     for step in range(steps):
         batch = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(step))[:16]
         together.zero_grad()
-        (losses(bank(inputs[batch]), labels[batch]).sum() / len(batch)).backward()
+        (losses(bank(COORDINATES(inputs[batch])), labels[batch]).sum() / len(batch)).backward()
         together.step()
         for index, (layer, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
             optimizer.zero_grad()
-            seen = inputs[batch][:, subset(PROBES[index], WIDTH)]
+            seen = inputs[batch][:, COORDINATES.subset(index)]
             nn.functional.cross_entropy(layer(seen), labels[batch]).backward()
             optimizer.step()
     for index, layer in enumerate(alone):
@@ -66,35 +68,35 @@ def test_a_probe_trains_as_a_separate_linear_layer_does(dtype, steps, tolerance)
 
 @pytest.mark.parametrize("index", [0, 1, 4, 9, len(PROBES) - 1])
 def test_a_probe_starts_the_same_in_any_company(index):
-    bank, alone = ProbeBank(PROBES, WIDTH, CLASSES), ProbeBank([PROBES[index]], WIDTH, CLASSES)
+    bank, alone = ProbeBank(PROBES, CLASSES), ProbeBank([PROBES[index]], CLASSES)
     for mine, theirs in zip(alone.get_probe(0), bank.get_probe(index), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_probes_start_as_nn_linear_does():
-    wide = ProbeBank([Probe("random", 1.0, 4000, 3)], 4000, 50)
+    wide = ProbeBank([Probe("random", 1.0, 4000, 3)], 50)
     weight, bias = wide.get_probe(0)
     reference = nn.Linear(4000, 50)
     assert weight.abs().max() <= 4000**-0.5 >= bias.abs().max()
     assert weight.std().item() == pytest.approx(reference.weight.std().item(), rel=0.01)
-    assert not torch.equal(weight, ProbeBank([Probe("random", 1.0, 4000, 4)], 4000, 50).get_probe(0)[0])
+    assert not torch.equal(weight, ProbeBank([Probe("random", 1.0, 4000, 4)], 50).get_probe(0)[0])
 
 
 def test_building_a_bank_leaves_global_random_numbers_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    ProbeBank(PROBES, WIDTH, CLASSES)
+    ProbeBank(PROBES, CLASSES)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_bank_stores_no_weight_that_a_mask_would_hide():
-    bank = ProbeBank(PROBES, WIDTH, CLASSES)
+    bank = ProbeBank(PROBES, CLASSES)
     assert sum(p.numel() for p in bank.parameters()) == parameters_of(PROBES, CLASSES)
     assert parameters_of(PROBES, CLASSES) == sum((probe.neurons + 1) * CLASSES for probe in PROBES)
 
 
 def test_copying_takes_the_chosen_probes_and_no_others():
-    mine, theirs = ProbeBank(PROBES, WIDTH, CLASSES), ProbeBank(PROBES, WIDTH, CLASSES)
+    mine, theirs = ProbeBank(PROBES, CLASSES), ProbeBank(PROBES, CLASSES)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(1)
@@ -107,9 +109,9 @@ def test_copying_takes_the_chosen_probes_and_no_others():
 
 
 def test_probes_stay_in_float32_under_autocast():
-    bank = ProbeBank(PROBES, WIDTH, CLASSES)
+    bank = ProbeBank(PROBES, CLASSES)
     inputs, _ = data()
     with torch.autocast("cpu", torch.bfloat16):
-        logits = bank(inputs)
+        logits = bank(COORDINATES(inputs))
     assert logits.dtype == torch.float32
-    assert torch.equal(logits, bank(inputs))
+    assert torch.equal(logits, bank(COORDINATES(inputs)))

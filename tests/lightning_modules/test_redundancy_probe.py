@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import NearestNeighbors
 
 from datamodules import Digits
 from lightning_modules import FrozenBackbone, RedundancyProbe
@@ -19,9 +20,9 @@ OVERLAY = PretrainedCfgOverlay([3, 32, 32], [0.5] * 3, [0.5] * 3, "bilinear", 1.
 KWARGS = {"channels": [12, 24, 48, 96], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8}
 
 
-def build(**changes):
+def build(layer="penultimate", **changes):
     """Return the quickstart's model, with changes."""
-    backbone = FrozenBackbone("resnet26", "digits_0to4.safetensors", KWARGS, OVERLAY)
+    backbone = FrozenBackbone("resnet26", "digits_0to4.safetensors", KWARGS, OVERLAY, layer)
     return RedundancyProbe(backbone, **{"num_classes": 5, "fractions": [0.02, 0.1, 0.5], "seeds": 2, **changes})
 
 
@@ -88,10 +89,10 @@ def test_counts_and_losses_are_those_of_numpy(tmp_path):
     model, task, _ = fit(tmp_path, build())
     labels = task.images["test"].labels.numpy()
     inputs = task._representations["test"][0][torch.arange(len(labels))].numpy()
-    results, classes = model.results(), model.class_results()
+    results, classes = model.results(), model.tables()["classes"]
     for index, probe in enumerate(model.probes):
         weight, bias = (part.numpy() for part in model.kept[0].get_probe(index))
-        logits = inputs[:, model.banks[0].subset(index).numpy()] @ weight.T + bias
+        logits = inputs[:, model.coordinates.subset(index).numpy()] @ weight.T + bias
         right = logits.argmax(1) == labels
         shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
         loss = (np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]).mean()
@@ -125,7 +126,7 @@ def test_trained_to_the_optimum_probes_agree_with_scikit_learn(tmp_path):
     std[std < 1e-9] = 1
     results = model.results()
     for index, row in enumerate(results[results["split"] == "test"].itertuples()):
-        subset = model.banks[0].subset(index).numpy()
+        subset = model.coordinates.subset(index).numpy()
         # The bias is penalised like a weight here, so it is one: a neuron that is always one.
         sliced = {
             split: np.c_[((values - mean) / std)[:, subset], np.ones(len(values))]
@@ -219,3 +220,153 @@ def test_what_would_let_probes_feel_each_other_or_round_them_is_refused(tmp_path
 def test_a_bank_too_large_for_memory_is_refused_with_the_numbers():
     with pytest.raises(MisconfigurationException, match=r"needs [\d,.]+ GB .*\(1001 probes"):
         build(fractions=[0.5], seeds=1000, num_classes=100_000)
+
+
+# ------------------------------------------------------------------------------- one pass, every measure
+
+
+def rows_of(task, split):
+    """The representations of a split, as the probes got them, and its labels."""
+    labels = task.images[split].labels
+    return task.representations(split)[0][torch.arange(len(labels))].double().numpy(), labels.numpy()
+
+
+def test_layers_read_in_one_pass_are_those_read_alone(tmp_path):
+    both = build(layer=["layer2", "penultimate"])
+    together, task, _ = fit(tmp_path, both)
+    assert together.widths == {"layer2": 96, "penultimate": 384}
+    results = together.results()
+    assert results.groupby(["layer", "split"])["selection"].apply(lambda names: (names == "full").sum()).eq(1).all()
+    start = 0
+    for layer, width in together.widths.items():
+        alone, alone_task, _ = fit(tmp_path / layer, build(layer=layer))
+        values, _ = rows_of(alone_task, "test")
+        np.testing.assert_allclose(rows_of(task, "test")[0][:, start : start + width], values, atol=1e-5)
+        start += width
+        for index, probe in enumerate(alone.probes):
+            mine = together.banks[0].get_probe(together.probes.index(probe))
+            for one, other in zip(mine, alone.banks[0].get_probe(index), strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_ridge_probes_are_those_of_scikit_learn(tmp_path, standardise):
+    penalties = [1e-3, 1e-1, 10.0]
+    selections = ["random", "pca", "fisher"]
+    model, task, _ = fit(
+        tmp_path, build(solver="ridge", selection=selections, penalty=penalties, standardise=standardise)
+    )
+    (train, labels), (val, val_labels), (test, test_labels) = (rows_of(task, s) for s in ("train", "val", "test"))
+    if standardise:
+        mean, std = train.mean(0), train.std(0)
+        std[std < 1e-9] = 1
+        train, val, test = ((part - mean) / std for part in (train, val, test))
+    scale = (train - train.mean(0)).var(0).mean() * len(train)
+    results = model.results().query("split == 'test'")
+    for index, row in enumerate(results.itertuples()):
+        nest = next(nest for nest in model.coordinates.nests if index in nest.probes)
+        ordering = model.coordinates.ordering(nest)
+        place = nest.probes.index(index)
+        seen = [
+            ordering.coordinates(torch.from_numpy(part)).numpy()[:, : nest.sizes[place]] for part in (train, val, test)
+        ]
+        fits = [Ridge(alpha=penalty * scale).fit(seen[0], np.eye(5)[labels]) for penalty in penalties]
+        errors = [np.square(each.predict(seen[1]) - np.eye(5)[val_labels]).sum(1).mean() for each in fits]
+        best = int(np.argmin(errors))
+        assert row.penalty == penalties[best]
+        assert row.accuracy == (fits[best].predict(seen[2]).argmax(1) == test_labels).mean()
+        np.testing.assert_allclose(model.kept[0].get_probe(index)[0], fits[best].coef_, rtol=1e-4, atol=1e-6)
+        assert row.loss == pytest.approx(
+            np.square(fits[best].predict(seen[2]) - np.eye(5)[test_labels]).sum(1).mean(), rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("features", ["clean", 2, "off"])
+def test_what_depends_on_the_images_comes_from_the_clean_view_of_train(tmp_path, features):
+    model, _, _ = fit(tmp_path, build(selection=["pca"], features=features), data={"augmentation": "paper"}, epochs=1)
+    clean, _, _ = fit(tmp_path / "clean", build(selection=["pca"]), epochs=1)
+    for name, value in clean.coordinates.state_dict().items():
+        torch.testing.assert_close(model.coordinates.state_dict()[name], value, atol=1e-4, rtol=1e-3)
+
+
+def centred_kernel(values):
+    values = values - values.mean(0)
+    return values @ values.T
+
+
+def test_similarities_are_those_of_the_kernels_over_the_images(tmp_path):
+    model, task, _ = fit(tmp_path, build(selection=["random", "pca_least"]), epochs=1)
+    for split in ("val", "test"):
+        values, _ = rows_of(task, split)
+        whole = centred_kernel(values)
+        results = model.results().query("split == @split")
+        for index, row in enumerate(results.itertuples()):
+            nest = next(nest for nest in model.coordinates.nests if index in nest.probes)
+            ordering = model.coordinates.ordering(nest)
+            size = nest.sizes[nest.probes.index(index)]
+            part = centred_kernel(ordering.coordinates(torch.from_numpy(values)).numpy()[:, :size])
+            expected = (part * whole).sum() / np.sqrt((part**2).sum() * (whole**2).sum())
+            assert row.cka == pytest.approx(expected, rel=1e-5)
+        layers = model.tables()["layers"].query("split == @split")
+        eigenvalues = np.linalg.eigvalsh(np.cov(values.T))
+        expected = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+        assert layers["participation_ratio"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gained_and_lost_are_the_difference_to_the_full_layer(tmp_path):
+    model, _, _ = fit(tmp_path, build(full_seeds=2), epochs=2)
+    for _, rows in model.results().groupby("split"):
+        full = rows.iloc[0]
+        assert (full["gained"], full["lost"]) == (0, 0)
+        difference = (rows["accuracy"] - full["accuracy"]) * rows["images"]
+        np.testing.assert_allclose(rows["gained"] - rows["lost"], difference, atol=1e-9)
+        assert (rows["gained"] + rows["lost"]).max() > 0
+
+
+def test_ensembles_are_counted_as_numpy_counts_them(tmp_path):
+    model, task, _ = fit(tmp_path, build(ensembles=True, seeds=3, fractions=[0.05, 0.2, 0.5]), epochs=2)
+    values, labels = rows_of(task, "test")
+    table = model.tables()["ensembles"].query("split == 'test'").set_index(["fraction", "rule"])
+    for fraction in (0.05, 0.2, 0.5):
+        members = [i for i, p in enumerate(model.probes) if (p.selection, p.fraction) == ("random", fraction)]
+        logits = []
+        for index in members:
+            weight, bias = (part.double().numpy() for part in model.kept[0].get_probe(index))
+            logits.append(values[:, model.coordinates.subset(index).numpy()] @ weight.T + bias)
+        logits = np.stack(logits)
+        shifted = np.exp(logits - logits.max(2, keepdims=True))
+        mean = (shifted / shifted.sum(2, keepdims=True)).mean(0)
+        votes = np.eye(5)[logits.argmax(2)].sum(0)
+        voted = np.where(votes == votes.max(1, keepdims=True), mean, -1).argmax(1)
+        assert table.loc[(fraction, "mean_probability"), "accuracy"] == (mean.argmax(1) == labels).mean()
+        assert table.loc[(fraction, "majority_vote"), "accuracy"] == (voted == labels).mean()
+        together = len(set(torch.cat([model.coordinates.subset(index) for index in members]).tolist()))
+        row = table.loc[(fraction, "mean_probability")]
+        assert (row["members"], row["neurons"], row["single_neurons"]) == (3, together, together)
+        alike = model.results().query("split == 'test' and selection == 'random' and neurons == @together")
+        assert row["single_accuracy"] == pytest.approx(alike["accuracy"].mean())
+
+
+def test_neighbours_are_counted_among_training_images(tmp_path):
+    model, task, _ = fit(tmp_path, build(neighbours=10, fractions=[0.1]), epochs=1)
+    gallery, queries = rows_of(task, "train")[0], rows_of(task, "test")[0]
+
+    def nearest(subset):
+        search = NearestNeighbors(n_neighbors=10, metric="cosine").fit(gallery[:, subset])
+        return search.kneighbors(queries[:, subset], return_distance=False)
+
+    wanted = nearest(slice(None))
+    for index, row in enumerate(model.tables()["neighbours"].itertuples()):
+        found = nearest(model.coordinates.subset(index).numpy())
+        kept = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(wanted, found, strict=True)])
+        assert (row.queries, row.gallery, row.neighbours) == (179, 538, 10)
+        assert row.kept == pytest.approx(kept, abs=1e-9)
+
+
+def test_vectors_need_no_backbone(tmp_path):
+    _, task, _ = fit(tmp_path, build(), epochs=1)
+    vectors, _ = rows_of(task, "train")
+    model = RedundancyProbe(None, num_classes=5, width=vectors.shape[1], solver="ridge")
+    assert (model.label, model.widths) == ("none_random", {"none": 384})
+    with pytest.raises(MisconfigurationException, match="holds images; name a backbone"):
+        RedundancyProbe(None, num_classes=5)

@@ -2,9 +2,31 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.subsets import FULL, SELECTIONS, Probe, check, neurons, order, plan, subset
+from lightning_modules.statistics import Moments
+from lightning_modules.subsets import (
+    FULL,
+    OFFERED,
+    SELECTIONS,
+    Layer,
+    check,
+    ensembles,
+    held_together,
+    neurons,
+    order,
+    plan,
+    references,
+)
 
 FRACTIONS = [0.0005, 0.01, 0.1, 0.29, 0.5, 1.0]
+
+
+def layer(width):
+    """A layer with 60 images of three classes, for the selections that depend on images."""
+    moments = Moments(width, 3)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (60,), generator=generator)
+    moments.update(torch.randn(60, width, generator=generator) + labels.unsqueeze(1), labels)
+    return Layer(width, moments)
 
 
 @pytest.mark.parametrize("width", [1, 7, 512, 2048])
@@ -13,39 +35,40 @@ def test_a_random_subset_is_the_start_of_the_papers_permutation(width, seed):
     permutation = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
     for fraction in FRACTIONS:
         k = neurons(fraction, width)
-        assert torch.equal(subset(Probe("random", fraction, k, seed), width), permutation[:k])
+        assert torch.equal(order("random", Layer(width), seed)[:k], permutation[:k])
 
 
-@pytest.mark.parametrize("selection", [FULL, *SELECTIONS])
+@pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("seed", [0, 4])
-def test_every_selection_orders_all_neurons_and_its_subsets_nest(selection, seed):
-    whole = order(selection, 50, seed)
-    assert whole.sort().values.tolist() == list(range(50))
-    smaller = set()
-    for fraction in FRACTIONS:
-        picked = subset(Probe(selection, fraction, neurons(fraction, 50), seed), 50).tolist()
-        assert len(set(picked)) == len(picked) == max(1, int(50 * fraction))
-        assert smaller <= set(picked)
-        smaller = set(picked)
+def test_every_selection_orders_all_coordinates(selection, seed):
+    assert order(selection, layer(50), seed).sort().values.tolist() == list(range(50))
 
 
 def test_the_full_layer_and_first_keep_the_layers_order():
-    assert subset(Probe(FULL, 1.0, 9, 3), 9).tolist() == list(range(9))
-    assert subset(Probe("first", 0.5, 4, 3), 9).tolist() == [0, 1, 2, 3]
+    assert order(FULL, Layer(9), 3).tolist() == order("first", Layer(9), 3).tolist() == list(range(9))
+
+
+def test_neurons_are_ranked_by_what_train_says_of_them():
+    moments = Moments(3, 2)
+    labels = torch.tensor([0, 0, 1, 1])
+    moments.update(torch.tensor([[1.0, -9.0, 0.0], [1.2, 9.0, 0.0], [2.0, -8.0, 0.0], [2.2, 8.0, 0.0]]), labels)
+    assert order("variance", Layer(3, moments), 0).tolist() == [1, 0, 2]
+    assert order("fisher", Layer(3, moments), 0).tolist() == [0, 1, 2]
 
 
 def test_only_chance_feels_the_seed():
     for selection, rule in SELECTIONS.items():
-        assert torch.equal(order(selection, 40, 0), order(selection, 40, 1)) != rule.by_chance
+        if rule.basis is None:
+            assert torch.equal(order(selection, layer(40), 0), order(selection, layer(40), 1)) != rule.by_chance
 
 
-@pytest.mark.parametrize("selection", [FULL, *SELECTIONS])
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_global_random_numbers_are_neither_read_nor_moved(selection):
     torch.manual_seed(1)
-    once = order(selection, 100, 2)
+    once = order(selection, layer(100), 2)
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    again = order(selection, 100, 2)
+    again = order(selection, layer(100), 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(once, again)
 
@@ -80,22 +103,41 @@ def test_k_is_exact_where_the_fraction_is(width):
 
 
 def test_a_plan_has_the_full_layer_first_then_selections_by_seed_and_fraction():
-    assert plan(["random", "first"], [0.5, 0.1], seeds=[3, 0], full_seeds=[0, 1], width=20) == [
-        (FULL, 1.0, 20, 0),
-        (FULL, 1.0, 20, 1),
-        ("random", 0.1, 2, 3),
-        ("random", 0.5, 10, 3),
-        ("random", 0.1, 2, 0),
-        ("random", 0.5, 10, 0),
-        ("first", 0.1, 2, 0),
-        ("first", 0.5, 10, 0),
+    probes = plan(["random", "first"], [0.5, 0.1], seeds=[3, 0], full_seeds=[0, 1], widths={"a": 20, "b": 10})
+    assert [tuple(probe) for probe in probes if probe.layer == "a"] == [
+        (FULL, 1.0, 20, 0, "a"),
+        (FULL, 1.0, 20, 1, "a"),
+        ("random", 0.1, 2, 3, "a"),
+        ("random", 0.5, 10, 3, "a"),
+        ("random", 0.1, 2, 0, "a"),
+        ("random", 0.5, 10, 0, "a"),
+        ("first", 0.1, 2, 0, "a"),
+        ("first", 0.5, 10, 0, "a"),
     ]
+    assert [probe.neurons for probe in probes if probe.layer == "b"] == [10, 10, 1, 5, 1, 5, 1, 5]
+    assert references(probes).tolist() == [0] * 8 + [8] * 8
 
 
 def test_fractions_of_the_same_k_keep_their_own_rows():
-    probes = plan(["random"], [0.01, 0.02, 0.1, 1.0], seeds=[0], full_seeds=[0], width=10)
+    probes = plan(["random"], [0.01, 0.02, 0.1, 1.0], seeds=[0], full_seeds=[0], widths={"a": 10})
     assert [(probe.fraction, probe.neurons) for probe in probes[1:]] == [(0.01, 1), (0.02, 1), (0.1, 1), (1.0, 10)]
-    assert torch.equal(subset(probes[1], 10), subset(probes[3], 10))
+
+
+def test_ensembles_have_a_probe_with_as_many_neurons_beside_them():
+    widths, seeds = {"a": 40}, [0, 1, 2]
+    probes = plan(["random", "first"], [0.1, 0.5], seeds, [0], widths, ensembles=True)
+    members = ensembles(probes, [0.1, 0.5])
+    assert [[(probes[i].fraction, probes[i].seed) for i in each] for each in members] == [
+        [(0.1, 0), (0.1, 1), (0.1, 2)],
+        [(0.5, 0), (0.5, 1), (0.5, 2)],
+    ]
+    for each in members:
+        size = probes[each[0]].neurons
+        drawn = {n for seed in seeds for n in order("random", Layer(40), seed)[:size].tolist()}
+        together = held_together("random", size, seeds, 40)
+        assert together == len(drawn)
+        assert sum(p.neurons == together for p in probes if p.selection == "random") == len(seeds)
+    assert {probe.fraction for probe in probes if probe.selection == "first"} == {0.1, 0.5}
 
 
 RUN = {"selections": ["random", "first"], "fractions": [0.1, 1.0], "seeds": [0, 5]}
@@ -114,7 +156,7 @@ def test_a_run_that_can_be_is_not_refused():
         ({"selections": ["first", "random", "first"]}, ["model.selection", "first", "twice"]),
         ({"fractions": [0.5, 0.25, 0.5]}, ["model.fractions", "0.5", "twice"]),
         ({"seeds": [1, 7, 7]}, ["model.seeds", "7", "twice"]),
-        ({"selections": ["randon"]}, ["model.selection", "'randon'", *SELECTIONS]),
+        ({"selections": ["randon"]}, ["model.selection", "'randon'", *OFFERED]),
         ({"selections": [FULL]}, ["model.selection", "'full'"]),
         ({"fractions": [0.5, 0.0]}, ["model.fractions", "has 0;", "(0, 1]"]),
         ({"fractions": [-0.5]}, ["model.fractions", "-0.5", "(0, 1]"]),

@@ -1,0 +1,94 @@
+"""Bases and orders, on real features and against scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from lightning_modules.coordinates import Coordinates
+from lightning_modules.statistics import Moments
+from lightning_modules.subsets import OFFERED, SELECTIONS, Layer, plan
+
+WIDTHS = {"early": 12, "late": 30}
+FRACTIONS = [0.1, 0.5, 1.0]
+
+
+def representations(count=80):
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(count, 42, generator=generator) @ torch.randn(42, 42, generator=generator)
+    return values + 5, torch.randint(3, (count,), generator=generator)
+
+
+def looked(selections, inputs, labels, widths=WIDTHS):
+    coordinates = Coordinates(plan(selections, FRACTIONS, [0, 1], [0], widths), widths)
+    layers = {}
+    for layer, part in coordinates.by_layer(inputs).items():
+        moments = Moments(widths[layer], 3)
+        moments.update(part, labels)
+        layers[layer] = Layer(widths[layer], moments)
+    coordinates.look(layers)
+    return coordinates
+
+
+def test_every_probe_sees_what_its_subset_and_basis_say():
+    inputs, labels = representations()
+    coordinates = looked(OFFERED, inputs, labels)
+    gathered, spaces, masks = coordinates(inputs), coordinates.spaces(inputs), coordinates.masks()
+    start = 0
+    for nest in coordinates.nests:
+        ordering, part = coordinates.ordering(nest), coordinates.by_layer(inputs)[nest.layer].double()
+        expected = ordering.coordinates(part) - coordinates.centre(nest)
+        rows = gathered[start : start + nest.sizes[-1]]
+        np.testing.assert_allclose(rows.t(), expected, atol=2e-4)
+        for index, size in zip(nest.probes, nest.sizes, strict=True):
+            assert torch.equal(coordinates.subset(index), ordering.order[:size])
+            seen = {tuple(row.tolist()) for row in spaces[masks[index]]}
+            assert seen == {tuple(row.tolist()) for row in rows[:size]}
+        start += nest.sizes[-1]
+    assert start == len(gathered)
+
+
+def test_principal_components_are_those_of_scikit_learn():
+    inputs, labels = representations()
+    coordinates = looked(["pca", "pca_least"], inputs, labels)
+    gathered = coordinates(inputs)
+    start = 0
+    for nest in coordinates.nests:
+        rows = gathered[start : start + nest.sizes[-1]].t().numpy()
+        start += nest.sizes[-1]
+        reference = PCA().fit_transform(coordinates.by_layer(inputs)[nest.layer].double().numpy())
+        if nest.selection == "pca_least":
+            reference = reference[:, ::-1]
+        if nest.selection != "full":
+            np.testing.assert_allclose(np.abs(rows), np.abs(reference[:, : rows.shape[1]]), atol=1e-3)
+
+
+def test_with_fewer_images_than_neurons_the_least_component_still_varies():
+    inputs, labels = representations(20)
+    coordinates = looked(["pca_least"], inputs, labels)
+    nest = next(nest for nest in coordinates.nests if (nest.layer, nest.selection) == ("late", "pca_least"))
+    assert coordinates.ordering(nest).order[:19].tolist() == list(range(18, -1, -1))
+    assert coordinates.ordering(nest).order.sort().values.tolist() == list(range(30))
+
+
+@pytest.mark.parametrize("selection", [name for name, rule in SELECTIONS.items() if rule.by_chance and rule.basis])
+def test_projections_nest_and_differ_by_seed(selection):
+    inputs, labels = representations()
+    coordinates = looked([selection], inputs, labels)
+    first, second = (nest for nest in coordinates.nests if (nest.layer, nest.selection) == ("early", selection))
+    part = coordinates.by_layer(inputs)["early"]
+    one, other = (coordinates.ordering(nest).coordinates(part) for nest in (first, second))
+    assert not torch.allclose(one, other)
+    again = looked([selection], inputs, labels)
+    assert torch.equal(again.ordering(first).coordinates(part), one)
+
+
+def test_what_was_learnt_belongs_to_the_state_and_what_a_seed_gives_does_not():
+    inputs, labels = representations()
+    coordinates = looked(["pca", "random_projection", "fisher"], inputs, labels)
+    fresh = Coordinates(plan(["pca", "random_projection", "fisher"], FRACTIONS, [0, 1], [0], WIDTHS), WIDTHS)
+    assert not torch.equal(fresh(inputs), coordinates(inputs))
+    fresh.load_state_dict(coordinates.state_dict())
+    assert torch.equal(fresh(inputs), coordinates(inputs))
+    learnt = [value for value in coordinates.state_dict().values() if value.ndim == 2]
+    assert sorted(map(len, learnt)) == [12, 30]
