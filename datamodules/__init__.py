@@ -2,7 +2,58 @@
 
 from datamodules.base import Task
 from datamodules.digits import Digits
+from datamodules.embeddings import Embeddings
+from datamodules.hub import HuggingFaceImages
 from datamodules.image_folder import ImageFolder
-from datamodules.natural import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
+from datamodules.large import ImageNet1k, ImageNetV2, Places365
+from datamodules.natural import CIFAR10, CIFAR100, DTD, SUN397, SVHN, Caltech101, Flowers102, OxfordIIITPet
+from datamodules.specialized import RESISC45, DiabeticRetinopathy, EuroSAT, PatchCamelyon
+from datamodules.structured import (
+    CLEVRCount,
+    CLEVRDistance,
+    DMLab,
+    DSpritesLocation,
+    DSpritesOrientation,
+    KITTIDistance,
+    SmallNORBAzimuth,
+    SmallNORBElevation,
+)
 
-__all__ = ["CIFAR10", "CIFAR100", "Digits", "Flowers102", "ImageFolder", "OxfordIIITPet", "Task"]
+VTAB = (
+    *("Caltech101", "CIFAR100", "DTD", "Flowers102", "OxfordIIITPet", "SVHN", "SUN397"),
+    *("PatchCamelyon", "EuroSAT", "RESISC45", "DiabeticRetinopathy"),
+    *("CLEVRCount", "CLEVRDistance", "DMLab", "KITTIDistance", "DSpritesLocation", "DSpritesOrientation"),
+    *("SmallNORBAzimuth", "SmallNORBElevation"),
+)
+"""The 19 tasks of the Visual Task Adaptation Benchmark (Zhai et al., 2019), by group."""
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "DTD",
+    "RESISC45",
+    "SUN397",
+    "SVHN",
+    "CLEVRCount",
+    "CLEVRDistance",
+    "Caltech101",
+    "DMLab",
+    "DSpritesLocation",
+    "DSpritesOrientation",
+    "DiabeticRetinopathy",
+    "Digits",
+    "Embeddings",
+    "EuroSAT",
+    "Flowers102",
+    "HuggingFaceImages",
+    "ImageFolder",
+    "ImageNet1k",
+    "ImageNetV2",
+    "KITTIDistance",
+    "OxfordIIITPet",
+    "PatchCamelyon",
+    "Places365",
+    "SmallNORBAzimuth",
+    "SmallNORBElevation",
+    "Task",
+]

@@ -1,7 +1,6 @@
 """Handwritten digits that ship inside scikit-learn: real images without a download, the embedded default."""
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from sklearn.datasets import load_digits
 
 from datamodules.base import Task
 from datamodules.images import ArrayImages, Images, as_labels
@@ -43,6 +42,8 @@ class Digits(Task):
 
     def load(self) -> dict[str, Images]:
         """Return the chosen digits, cut into splits."""
+        from sklearn.datasets import load_digits  # here, as no other task needs what takes a second to import
+
         pixels, values = load_digits(return_X_y=True)
         pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
         place = {digit: label for label, digit in enumerate(self.digits)}

@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+import zipfile
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -13,21 +14,25 @@ import numpy as np
 from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_url
 
 from datamodules.base import Task
-from datamodules.images import FileImages, Images, as_labels
+from datamodules.images import FileImages, Images, as_labels, one_line
 
 
 class Download(NamedTuple):
     """One published file, and what is made of it."""
 
     url: str
-    md5: str
+    md5: str | None
+    """None where none is published."""
     file: Path
     """Where it is put."""
     unpacks: str | None = None
-    """The folder that an archive holds, unpacked beside it; None for a file that is read as it is."""
+    """The folder in the archive, unpacked beside it, `.` if files lie at its top; None for a file read as it is."""
+    within: str | None = None
+    """The archive in the archive that holds that folder, if it lies so deep."""
     contents: Sequence[Sequence[str]] = ()
     """Names and MD5 sums of files in that folder, as far as they are known."""
 
@@ -35,7 +40,7 @@ class Download(NamedTuple):
         """Return what is not there, or not as it was published; None where nothing is amiss."""
         if self.unpacks is None:
             return None if _is_whole(self.file, self.md5) else self.file
-        folder = self.file.with_name(self.unpacks)
+        folder = self.file.parent / self.unpacks
         if not folder.is_dir():
             return folder
         return next((folder / name for name, md5 in self.contents if not _is_whole(folder / name, md5)), None)
@@ -44,7 +49,7 @@ class Download(NamedTuple):
         """Download the file where it is not there yet, check it and unpack it."""
         download_url(self.url, self.file.parent, self.file.name, self.md5)
         if self.unpacks is not None:
-            unpack(self.file, self.unpacks)
+            unpack(self.file, self.unpacks, self.within)
 
 
 class DownloadedTask(Task):
@@ -79,7 +84,7 @@ class DownloadedTask(Task):
                         download.fetch()
         except (OSError, RuntimeError, HTTPException) as error:
             raise MisconfigurationException(
-                f"{missing} is missing or altered and could not be downloaded ({_one_line(error)}); "
+                f"{missing} is missing or altered and could not be downloaded ({one_line(error)}); "
                 f"{self._advice(missing)}"
             ) from error
 
@@ -110,6 +115,40 @@ class DownloadedTask(Task):
             )
         return labels
 
+    def class_places(self, names: Sequence[str], file: Path, classes: Sequence[str] | None = None) -> Tensor:
+        """Return the class indices of class names as they stand in `file`, where classes are called so.
+
+        Raises:
+            MisconfigurationException: If there are none, or one that is no class; the message names the file.
+        """
+        places = {name: place for place, name in enumerate(classes or self.classes)}
+        unknown = next((name for name in names if name not in places), None)
+        if unknown is not None or not names:
+            said = f"names the class {unknown!r}, which {self.name} has not" if names else "holds no images"
+            raise MisconfigurationException(f"{file} {said}.")
+        return as_labels([places[name] for name in names])
+
+    def class_folders(self, folder: Path, classes: Sequence[str] | None = None) -> FileImages:
+        """Return the images of a folder of classes, `<class>/<image>`, in the order of their names.
+
+        Raises:
+            MisconfigurationException: If a folder is no class; the message names it.
+        """
+        found = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMG_EXTENSIONS)
+        labels = self.class_places([path.parent.name for path in found], folder, classes)
+        return FileImages(folder, [str(path.relative_to(folder)) for path in found], labels)
+
+    def class_names(self, file: Path, number: int) -> list[str]:
+        """Return the class names of a list, one a line.
+
+        Raises:
+            MisconfigurationException: If there are more or fewer; the message names the file.
+        """
+        names = [line.strip() for line in read_lines(file) if line.strip()]
+        if len(names) != number:
+            raise MisconfigurationException(f"{file} names {len(names)} classes; {self.name} has {number}.")
+        return names
+
     @staticmethod
     def image_files(folder: Path, names: Sequence[str], labels: Tensor) -> FileImages:
         """Return images of a folder.
@@ -136,11 +175,28 @@ class DownloadedTask(Task):
         )
 
 
-def unpack(archive: Path, folder: str) -> None:
-    """Unpack one folder of a tar archive beside it.
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file.
+
+    Raises:
+        MisconfigurationException: If it cannot be read; the message names it.
+    """
+    try:
+        return file.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise MisconfigurationException(f"{file} cannot be read ({error}).") from error
+
+
+def unpack(archive: Path, folder: str, within: str | None = None) -> None:
+    """Unpack one folder of a tar or zip archive beside it.
 
     The folder appears whole or not at all; in one that is there already, files are replaced. Only regular files are
     taken, no links and no devices.
+
+    Args:
+        archive: The file.
+        folder: The folder's path in the archive.
+        within: Path of an archive in the archive that holds the folder.
 
     Raises:
         MisconfigurationException: If the archive is damaged, lacks the folder, or holds a file that belongs outside.
@@ -149,28 +205,39 @@ def unpack(archive: Path, folder: str) -> None:
         raise MisconfigurationException(
             f"This Python cannot unpack archives safely; take 3.11.4 or later, or unpack {archive} in {archive.parent}."
         )
-    part, target = archive.with_name(f"{folder}.part"), archive.with_name(folder)
+    part, target = archive.with_name(f"{folder.replace('/', '_')}.part"), archive.parent / folder
     try:
         shutil.rmtree(part, ignore_errors=True)
-        with tarfile.open(archive) as members:
-            members.extractall(part, (member for member in members if member.isfile()), filter="data")
+        _extract(archive, part)
+        if within:
+            _extract(part / within, part)
         if target.is_dir():
             for file in (part / folder).iterdir():
                 file.replace(target / file.name)
         else:
+            target.parent.mkdir(parents=True, exist_ok=True)
             (part / folder).rename(target)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise MisconfigurationException(f"{archive} cannot be unpacked ({_one_line(error)}).") from error
+    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise MisconfigurationException(f"{archive} cannot be unpacked ({one_line(error)}).") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _is_whole(path: Path, md5: str) -> bool:
+def _extract(archive: Path, folder: Path) -> None:
+    """Unpack the regular files of an archive into a folder, or raise where one belongs outside."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as members:
+            outside = next((name for name in members.namelist() if ".." in Path(name).parts or name[:1] == "/"), None)
+            if outside:
+                raise zipfile.BadZipFile(f"it holds {outside!r}, which belongs outside")
+            members.extractall(folder)  # a link in a zip comes out as a small file
+        return
+    with tarfile.open(archive) as members:
+        members.extractall(folder, (member for member in members if member.isfile()), filter="data")
+
+
+def _is_whole(path: Path, md5: str | None) -> bool:
     try:
         return check_integrity(path, md5)
     except OSError:
         return False
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.base import SPLITS, Task
-from datamodules.images import FileImages, Images
+from datamodules.images import FileImages
 
 
 class ImageFolder(Task):
@@ -22,6 +22,7 @@ class ImageFolder(Task):
         augmentation: See `Task`.
         num_workers: See `Task`.
         seed: See `Task`.
+        protocol: See `Task`.
 
     Raises:
         MisconfigurationException: If the folder is not laid out like that; the message names what is wrong.
@@ -31,11 +32,12 @@ class ImageFolder(Task):
         self,
         root: str,
         batch_size: int = 256,
-        augmentation: str = "paper",
+        augmentation: str | None = None,
         num_workers: int | None = None,
         seed: int = 0,
+        protocol: str = "full",
     ) -> None:
-        super().__init__(root, batch_size, augmentation, num_workers, seed)
+        super().__init__(root, batch_size, augmentation, num_workers, seed, protocol)
         if not (self.root / "train").is_dir():
             raise MisconfigurationException(
                 f"{self.root} has no folder train/; images belong into {self.root}/train/<class>/<image>."
@@ -47,18 +49,9 @@ class ImageFolder(Task):
                 f"{self.root / 'train'} holds {len(self.classes)} classes; a task needs at least two folders of images."
             )
 
-    def load(self) -> dict[str, Images]:
+    def load(self) -> dict[str, FileImages]:
         """Return the splits that are there, and cut the others from train."""
-        images: dict[str, Images] = {s: self._read(self.root / s) for s in SPLITS if (self.root / s).is_dir()}
-        missing = {split: 0.2 for split in SPLITS if split not in images}
-        smallest = int(images["train"].labels.bincount().min())
-        if smallest <= len(missing):
-            name = self.classes[int(images["train"].labels.bincount().argmin())]
-            raise MisconfigurationException(
-                f"Class {name!r} of {self.root / 'train'} has {smallest} images; to cut {' and '.join(missing)} from "
-                f"train it needs at least {len(missing) + 1}."
-            )
-        return images | self.split_off(images["train"], **missing)
+        return self.complete({s: self._read(self.root / s) for s in SPLITS if (self.root / s).is_dir()})
 
     def _read(self, folder: Path) -> FileImages:
         classes = _classes(folder)

@@ -1,7 +1,8 @@
 """Where the images of a split come from: an array in memory, or files on disk. Both give PIL images by index."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -12,33 +13,37 @@ from PIL import Image
 from torch import Tensor
 
 
-class Images(Protocol):
-    """A labelled, ordered set of images with random access."""
+class Labelled(Protocol):
+    """A labelled, ordered set: of images, or of vectors that were images once."""
 
     labels: Tensor
-    """Class index of each image, shape (n,), int64."""
+    """Class index of each, shape (n,), int64."""
 
     def __len__(self) -> int: ...
+
+    def subset(self, indices: Tensor) -> Self:
+        """Return those at `indices`, in that order."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what a person would call it: its path, or its place in the array or file."""
+        ...
+
+    def digest(self) -> str:
+        """Return a hash that changes when the values, their order or their labels do."""
+        ...
+
+
+class Images(Labelled, Protocol):
+    """A labelled, ordered set of images with random access."""
 
     def __getitem__(self, index: int) -> Image.Image:
         """Return one image, RGB."""
         ...
 
-    def subset(self, indices: Tensor) -> Self:
-        """Return the images at `indices`, in that order."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Return what a person would call the image: its path, or its place in the array."""
-        ...
-
-    def digest(self) -> str:
-        """Return a hash that changes when the images, their order or their labels do."""
-        ...
-
 
 class ArrayImages:
-    """Images held in memory as uint8, shape (n, H, W) for grey or (n, H, W, 3) for RGB."""
+    """Images held in memory as uint8, shape (n, H, W) for grey or (n, H, W, 3) for RGB; uint16 for 16-bit grey."""
 
     def __init__(self, pixels: np.ndarray, labels: Tensor) -> None:
         self.pixels = pixels
@@ -48,7 +53,8 @@ class ArrayImages:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index]).convert("RGB")
+        with readable(self.name(index)):
+            return to_rgb(Image.fromarray(self.pixels[index]))
 
     def subset(self, indices: Tensor) -> "ArrayImages":
         """Return the images at `indices`, in that order."""
@@ -83,14 +89,8 @@ class FileImages:
 
     def __getitem__(self, index: int) -> Image.Image:
         path = self.root / self.files[index]
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):  # 16 bits a pixel; PIL would clip to 255 instead of scaling
-                    grey = (np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)
-                    return Image.fromarray(grey).convert("RGB")
-                return image.convert("RGB")
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-            raise MisconfigurationException(f"{path} is not a readable image ({error}).") from error
+        with readable(str(path)), Image.open(path) as image:
+            return to_rgb(image)
 
     def subset(self, indices: Tensor) -> "FileImages":
         """Return the images at `indices`, in that order."""
@@ -109,6 +109,50 @@ class FileImages:
         return seen.hexdigest()
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return any PIL image as RGB, 8 bits a channel, as the weights were evaluated: what torchvision and timm would do.
+
+    So transparency is dropped and the stored colours stay, CMYK is inverted without a colour profile, an animation is
+    its first frame, and a camera's EXIF orientation is not applied (`datasets` would: read its bytes with
+    `decode=False`). They differ for 16-bit grey (modes `I;16`, `I`), which PIL clips at 255: here it is scaled.
+
+    Args:
+        image: Of any mode; one that is not read yet is read here.
+
+    Raises:
+        ValueError: If the pixels' range is unknown: floats, or whole numbers outside 0 to 65,535.
+        OSError: If the file is truncated; PIL raises others too (see `readable`).
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose range is unknown; store 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"its pixels lie in {grey.min()} to {grey.max()}; store 8 or 16 bits a channel")
+        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # the same colours; PIL warns on the direct way if the palette has transparency
+    return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Say which image cannot be read, and why.
+
+    Raises:
+        MisconfigurationException: In place of what PIL raises; the message begins with `name`.
+    """
+    try:
+        yield
+    except Exception as error:  # a torn file may raise anything, in every format another thing
+        raise MisconfigurationException(f"{name} is not a readable image ({error}).") from error
+
+
 def as_labels(values: Sequence[int] | np.ndarray) -> Tensor:
     """Return class indices as an int64 tensor of shape (n,)."""
     return torch.as_tensor(np.asarray(values), dtype=torch.int64)
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says as one line, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

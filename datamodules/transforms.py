@@ -19,6 +19,11 @@ def evaluation(preprocessing: Preprocessing) -> Transform:
     return create_transform(**preprocessing, is_training=False)
 
 
+def squashed(preprocessing: Preprocessing) -> Preprocessing:
+    """Return the preprocessing that keeps the whole image: resized to the input size whatever its shape, no crop."""
+    return preprocessing | {"crop_pct": 1.0, "crop_mode": "squash"}
+
+
 def paper(preprocessing: Preprocessing) -> Transform:
     """Return the training augmentation of Nanda et al. (2023): crop, flip, colour, a rotation of up to 2 degrees.
 

@@ -235,7 +235,7 @@ def test_a_folder_of_another_layout_is_refused_in_one_line(tmp_path, layout, nam
     with pytest.raises(MisconfigurationException) as error:
         set_up(ImageFolder(str(tmp_path)))
     message = one_line(error)
-    assert str(tmp_path) in message
+    assert tmp_path.name in message
     assert [name for name in named if name not in message] == []
 
 
@@ -363,3 +363,42 @@ def test_the_digest_of_files_changes_with_them_and_not_with_their_place(tmp_path
         changed.rename(changed.with_name("z.jpg"))
         files[2] = "a/z.jpg"
     assert digest() != before
+
+
+# What every task is checked for
+
+
+class Labels(Digits):
+    """Digits with other labels."""
+
+    def __init__(self, classes, labels):
+        super().__init__()
+        self.classes = classes
+        self.given = torch.tensor(labels)
+
+    def load(self):
+        pixels = np.zeros((len(self.given), 8, 8), np.uint8)
+        return dict.fromkeys(("train", "val", "test"), ArrayImages(pixels, self.given))
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "named"),
+    [
+        (["a"], [0, 0], ["digits has 1 classes (a)", "two"]),
+        (["a", "b", "c"], [1, 1, 1], ["digits", "'b'", "two"]),
+        (["a", "b"], [0, 1, 2], ["image 2 in train of digits is 2", "0 to 1"]),
+        (["a", "b"], [0, -1, 1], ["image 1 in train of digits is -1", "0 to 1"]),
+    ],
+)
+def test_a_task_of_one_class_or_with_labels_that_are_none_is_refused(classes, labels, named):
+    with pytest.raises(MisconfigurationException) as error:
+        Labels(classes, labels).setup()
+    message = one_line(error)
+    assert [name for name in named if name not in message] == []
+
+
+def test_classes_without_a_training_image_are_named(caplog):
+    Labels([f"c{i}" for i in range(9)], [0, 8]).setup()
+    (said,) = [message for message in caplog.messages if "not in train" in message]
+    assert "7 of 9 classes of digits" in said
+    assert "c1, c2, c3, c4, c5, ..." in said

@@ -1,0 +1,73 @@
+"""VTAB's specialized tasks: satellites' and medical images, in which colour and orientation carry meaning."""
+
+from typing import ClassVar, Literal
+
+from datamodules.downloads import Download, DownloadedTask
+from datamodules.hub import HubTask
+from datamodules.images import Images
+
+
+class PatchCamelyon(HubTask):
+    """327,680 patches of 96 x 96 pixels of lymph node sections, with a metastasis or without (Veeling et al., 2018).
+
+    The official test images are the test split; VTAB's validation images are not published with the Hub's copy.
+    """
+
+    name = "patch_camelyon"
+    group = "specialized"
+    repository = "clip-benchmark/wds_vtab-pcam"
+    classes = ("normal", "metastasis")
+
+
+class EuroSAT(DownloadedTask):
+    """27,000 satellite images of 64 x 64 pixels in 10 classes of land use (Helber et al., 2019).
+
+    As in VTAB, 60 % are for training and 20 % each for validation and test; which ones is seeded here.
+    """
+
+    name = "eurosat"
+    group: Literal["specialized"] = "specialized"
+    classes = (
+        *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop"),
+        *("Residential", "River", "SeaLake"),
+    )
+    url: ClassVar = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/"
+    md5: ClassVar = "c8fa014336c82ac7804f0398fcb19387"
+
+    def downloads(self) -> list[Download]:
+        """Return the archive."""
+        return [Download(f"{self.url}EuroSAT.zip", self.md5, self.root / "eurosat" / "EuroSAT.zip", "2750")]
+
+    def read(self) -> dict[str, Images]:
+        """Return the splits, cut here."""
+        return self.cut(self.class_folders(self.root / "eurosat" / "2750"))
+
+    def cut(self, images: Images) -> dict[str, Images]:
+        """Cut all images into the splits."""
+        return self.split_off(images, val=len(images) * 20 // 100, test=len(images) * 20 // 100)
+
+
+class RESISC45(HubTask):
+    """31,500 satellite images of 256 x 256 pixels in 45 classes of scenes (Cheng et al., 2017), in VTAB's splits."""
+
+    name = "resisc45"
+    group = "specialized"
+    repository = "clip-benchmark/wds_vtab-resisc45"
+    classes = (
+        *("airplane", "airport", "baseball_diamond", "basketball_court", "beach", "bridge", "chaparral", "church"),
+        *("circular_farmland", "cloud", "commercial_area", "dense_residential", "desert", "forest", "freeway"),
+        *("golf_course", "ground_track_field", "harbor", "industrial_area", "intersection", "island", "lake", "meadow"),
+        *("medium_residential", "mobile_home_park", "mountain", "overpass", "palace", "parking_lot", "railway"),
+        *("railway_station", "rectangular_farmland", "river", "roundabout", "runway", "sea_ice", "ship", "snowberg"),
+        *("sparse_residential", "stadium", "storage_tank", "tennis_court", "terrace", "thermal_power_station"),
+        "wetland",
+    )
+
+
+class DiabeticRetinopathy(HubTask):
+    """88,702 photographs of retinas in 5 stages of a disease (Kaggle and EyePacs, 2015), in VTAB's splits."""
+
+    name = "diabetic_retinopathy"
+    group = "specialized"
+    repository = "clip-benchmark/wds_vtab-diabetic_retinopathy"
+    classes = ("none", "mild", "moderate", "severe", "proliferative")

@@ -1,0 +1,296 @@
+"""One's own vectors: every format gives the same task, and what does not fit is named."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+
+from datamodules import Embeddings
+
+VECTORS = np.random.default_rng(0).normal(size=(100, 12)).astype(np.float32)
+LABELS = np.repeat([7, 3], [60, 40])
+WORDS = np.array((["train"] * 6 + ["val", "test", "train", "test"]) * 10)
+
+
+def rows_of(split):
+    return np.flatnonzero(np.equal(WORDS, split))
+
+
+def set_up(**arguments):
+    task = Embeddings(**arguments)
+    task.setup()
+    return task
+
+
+def write(folder, ending, vectors=VECTORS, labels=LABELS, **more):
+    """Write vectors and labels into one file of that format; return its path."""
+    file = folder / f"mine{ending}"
+    if ending == ".npz":
+        np.savez(file, features=vectors, labels=labels, **more)
+    elif ending == ".safetensors":
+        save_file({"features": torch.from_numpy(vectors), "labels": torch.from_numpy(labels)}, file)
+    else:
+        pd.DataFrame({"features": list(vectors), "labels": labels, **more}).to_parquet(file, row_group_size=32)
+    return str(file)
+
+
+def served(task, split):
+    """Return the vectors and labels that a loader yields, in the order of the split."""
+    loader = {"train": task.train_dataloader, "val": task.val_dataloader, "test": task.test_dataloader}[split]()
+    batches = list(loader)
+    order = torch.cat([batch.indices for batch in batches]).argsort()
+    return torch.cat([batch.inputs for batch in batches])[order], torch.cat([b.labels for b in batches])[order]
+
+
+def refusal(**arguments):
+    with pytest.raises(MisconfigurationException) as error:
+        set_up(**arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# What is served
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors", ".parquet", ".npy", "columns"])
+def test_every_format_serves_the_same_vectors_labels_and_splits(tmp_path, ending):
+    if ending == ".npy":
+        np.save(tmp_path / "mine.npy", VECTORS)
+        np.save(tmp_path / "labels.npy", LABELS)
+        arguments = {"features": str(tmp_path / "mine.npy"), "labels": str(tmp_path / "labels.npy")}
+    elif ending == "columns":  # dim_10 comes after dim_9, as in the file
+        table = {f"dim_{i}": VECTORS[:, i] for i in range(12)} | {"labels": LABELS, "id": np.arange(100)}
+        pd.DataFrame(table).to_parquet(tmp_path / "mine.parquet")
+        arguments = {"features": str(tmp_path / "mine.parquet"), "feature_key": "dim_*"}
+    else:
+        arguments = {"features": write(tmp_path, ending)}
+    task = set_up(**arguments, batch_size=32)
+    assert (task.name, task.classes, task.width) == ("mine", ["3", "7"], 12)
+    seen = []
+    for split, sizes in {"train": [24, 36], "val": [8, 12], "test": [8, 12]}.items():
+        vectors, labels = served(task, split)
+        rows = [int(task.images[split].name(i).removeprefix("row ")) for i in range(len(labels))]
+        assert vectors.dtype == torch.float32
+        assert np.array_equal(vectors.numpy(), VECTORS[rows])
+        assert [task.classes[label] for label in labels] == [str(label) for label in LABELS[rows]]
+        assert labels.bincount().tolist() == sizes
+        assert torch.equal(task.representations(split)[0][torch.arange(len(rows))], vectors)
+        seen += rows
+    assert sorted(seen) == list(range(100))
+    reference = set_up(features=write(tmp_path, ".npz"))
+    assert {s: i.digest() for s, i in task.images.items()} == {s: i.digest() for s, i in reference.images.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", np.int8])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_vectors_of_other_types_are_served_as_float32(tmp_path, dtype, order):
+    stored = np.asarray(VECTORS * 10, dtype=dtype, order=order)
+    np.save(tmp_path / "v.npy", stored)
+    np.save(tmp_path / "l.npy", LABELS)
+    task = set_up(features=str(tmp_path / "v.npy"), labels=str(tmp_path / "l.npy"))
+    vectors, _ = served(task, "test")
+    assert vectors.dtype == torch.float32
+    assert np.array_equal(vectors.numpy(), stored[task.images["test"].rows.numpy()].astype(np.float32))
+
+
+def test_half_precision_of_safetensors_and_arrow_is_read(tmp_path):
+    save_file({"x": torch.from_numpy(VECTORS).bfloat16(), "y": torch.from_numpy(LABELS)}, tmp_path / "b.safetensors")
+    task = set_up(features=str(tmp_path / "b.safetensors"), feature_key="x", label_key="y")
+    rows = task.images["val"].rows
+    assert torch.equal(served(task, "val")[0], torch.from_numpy(VECTORS).bfloat16().float()[rows])
+    half = VECTORS.astype(np.float16)
+    lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(half.ravel()), 12)
+    words = pyarrow.array(np.where(LABELS == 7, "seven", "three")).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"features": lists, "labels": words}), tmp_path / "h.parquet")
+    task = set_up(features=str(tmp_path / "h.parquet"))
+    assert task.classes == ["seven", "three"]
+    assert np.array_equal(served(task, "val")[0].numpy(), half[task.images["val"].rows.numpy()].astype(np.float32))
+
+
+@pytest.mark.parametrize("ending", [".npz", ".parquet", "files"])
+def test_given_splits_are_kept_row_by_row(tmp_path, ending):
+    words = np.where(WORDS == "val", "validation", WORDS)
+    arguments = {}
+    if ending == "files":
+        np.save(tmp_path / "splits.npy", words)
+        arguments["splits"] = str(tmp_path / "splits.npy")
+        file = write(tmp_path, ".npz")
+    else:
+        file = write(tmp_path, ending, split=words)
+    task = set_up(features=file, **arguments)
+    for split in ("train", "val", "test"):
+        assert np.array_equal(task.images[split].rows.numpy(), rows_of(split))
+    ignored = set_up(features=file, **arguments, split_key=None) if ending != "files" else None
+    assert ignored is None or len(ignored.images["train"]) == 60
+
+
+def test_a_split_that_is_not_given_is_cut_from_train_alone(tmp_path):
+    words = np.where(WORDS == "val", "train", WORDS)
+    task = set_up(features=write(tmp_path, ".npz", split=words))
+    assert np.array_equal(task.images["test"].rows.numpy(), np.flatnonzero(words == "test"))
+    assert [len(task.images[split]) for split in ("train", "val", "test")] == [64, 16, 20]
+
+
+def test_a_folder_holds_a_file_for_each_split(tmp_path):
+    root = tmp_path / "vectors"
+    root.mkdir()
+    for split, ending in (("train", ".parquet"), ("test", ".npz")):
+        write(root, ending, VECTORS[rows_of(split)], LABELS[rows_of(split)])
+        (root / f"mine{ending}").rename(root / f"{split}{ending}")
+    task = set_up(root=str(root))
+    assert task.name == "vectors"
+    assert np.array_equal(served(task, "test")[0].numpy(), VECTORS[rows_of("test")])
+    assert [len(task.images[split]) for split in ("train", "val", "test")] == [56, 14, 20]
+
+
+def test_a_npy_file_is_mapped_and_not_read(tmp_path):
+    np.save(tmp_path / "v.npy", VECTORS)
+    np.save(tmp_path / "l.npy", LABELS)
+    task = Embeddings(features=str(tmp_path / "v.npy"), labels=str(tmp_path / "l.npy"))
+    np.lib.format.open_memmap(tmp_path / "v.npy", "r+")[:] = 5
+    task.setup()
+    assert (served(task, "test")[0] == 5).all()
+
+
+@pytest.mark.parametrize("change", ["value", "label", "order"])
+def test_the_digest_changes_with_what_is_served(tmp_path, change):
+    vectors, labels = VECTORS.copy(), LABELS.copy()
+    before = set_up(features=write(tmp_path, ".npz", split=WORDS)).images["train"].digest()
+    if change == "value":
+        vectors[0, 0] += 1e-6
+    elif change == "label":
+        labels[0] = 3
+    else:
+        vectors[[0, 1]] = vectors[[1, 0]]
+    assert set_up(features=write(tmp_path, ".npz", vectors, labels, split=WORDS)).images["train"].digest() != before
+
+
+# What is refused
+
+
+def test_wrong_arguments_and_files_are_named(tmp_path):
+    file = write(tmp_path, ".npz", split=WORDS)
+    np.save(tmp_path / "v.npy", VECTORS)
+    vectors = str(tmp_path / "v.npy")
+    np.save(tmp_path / "few.npy", LABELS[:90])
+    np.save(tmp_path / "floats.npy", LABELS / 2)
+    np.save(tmp_path / "words.npy", np.where(WORDS == "val", "dev", WORDS))
+    np.save(tmp_path / "one.npy", np.full(100, 5))
+    np.save(tmp_path / "complex.npy", VECTORS.astype(complex))
+    (tmp_path / "empty").mkdir()
+    for arguments, named in (
+        ({}, ["data.features", "data.root"]),
+        ({"features": file, "root": str(tmp_path)}, ["data.features", "data.root"]),
+        ({"root": str(tmp_path), "labels": file}, ["data.labels"]),
+        ({"root": str(tmp_path / "empty")}, ["empty", "train.npz"]),
+        ({"features": "nowhere.npz"}, ["nowhere.npz"]),
+        ({"features": "vectors.csv"}, ["vectors.csv", ".npy, .npz, .safetensors, .parquet"]),
+        ({"features": vectors}, ["v.npy", "data.labels"]),
+        ({"features": file, "feature_key": "x"}, ["'x'", "features, labels, split", "data.feature_key"]),
+        ({"features": file, "label_key": "y"}, ["'y'", "features, labels, split", "data.label_key"]),
+        ({"features": file, "split_key": "fold"}, ["'fold'", "features, labels, split", "data.split_key"]),
+        ({"features": file, "feature_key": "labels"}, ["int64", "float32"]),
+        ({"features": vectors, "labels": str(tmp_path / "few.npy")}, ["few.npy", "(90,)", "v.npy", "100"]),
+        ({"features": vectors, "labels": str(tmp_path / "floats.npy")}, ["floats.npy", "float64", "strings"]),
+        ({"features": vectors, "labels": vectors + ".npy"}, ["v.npy.npy"]),
+        (
+            {"features": file, "splits": str(tmp_path / "words.npy")},
+            ["Row 6", "words.npy", "'dev'", "train, val, test"],
+        ),
+        ({"features": vectors, "labels": str(tmp_path / "one.npy")}, ["v has 1 classes (5)", "two"]),
+        ({"features": str(tmp_path / "complex.npy"), "labels": file}, ["complex128", "float32"]),
+        ({"features": file, "batch_size": 0}, ["data.batch_size", "0"]),
+    ):
+        message = refusal(**arguments)
+        assert [name for name in named if name not in message] == [], message
+
+
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "nan"), (np.inf, "inf"), (1e300, "1e+300")])
+def test_a_value_that_is_not_finite_is_named_by_row_and_file(tmp_path, value, said):
+    vectors = VECTORS.astype(np.float64)
+    vectors[37, 5] = value
+    message = refusal(features=write(tmp_path, ".parquet", vectors, split=WORDS))
+    assert message.startswith(f"{tmp_path / 'mine.parquet'} holds {said} in row 37, column 5")
+
+
+def test_a_label_that_train_lacks_is_named(tmp_path):
+    labels = np.where(np.arange(100) == 16, 9, LABELS)  # row 16 is val
+    message = refusal(features=write(tmp_path, ".npz", labels=labels, split=WORDS))
+    assert "Label 9 of val (row 16 of " in message
+
+
+def test_lists_that_differ_in_length_and_empty_cells_are_named_by_row(tmp_path):
+    file = str(tmp_path / "p.parquet")
+    pd.DataFrame({"features": [[1.0, 2.0], [3.0, 4.0], [5.0]], "labels": ["a", "b", "a"]}).to_parquet(file)
+    assert "row 2" in refusal(features=file)
+    pd.DataFrame({"features": [[1.0], [3.0], [5.0]], "labels": ["a", None, "a"]}).to_parquet(file)
+    assert "'labels'" in (message := refusal(features=file))
+    assert "row 1" in message
+
+
+def test_a_class_too_small_for_the_splits_is_named(tmp_path):
+    message = refusal(features=write(tmp_path, ".npz", labels=np.repeat([0, 1], [98, 2])))
+    assert "'1'" in message
+    assert "at least 3" in message
+
+
+def test_pickles_are_never_loaded_and_torn_files_are_named(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    np.save(tmp_path / "bomb.npy", np.array([Bomb()] * 100, dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "bomb.npz", features=VECTORS, labels=np.array([Bomb()] * 100, dtype=object))
+    np.save(tmp_path / "v.npy", VECTORS)
+    for arguments in (
+        {"features": str(tmp_path / "bomb.npy"), "labels": str(tmp_path / "v.npy")},
+        {"features": str(tmp_path / "v.npy"), "labels": str(tmp_path / "bomb.npy")},
+        {"features": str(tmp_path / "bomb.npz")},
+    ):
+        assert "cannot be read" in refusal(**arguments)
+    assert not (tmp_path / "exploded").exists()
+    for ending in (".npz", ".safetensors", ".parquet"):
+        file = tmp_path / f"mine{ending}"
+        write(tmp_path, ending)
+        file.write_bytes(file.read_bytes()[:-100])
+        assert f"mine{ending} cannot be read" in refusal(features=str(file))
+
+
+# From a file of vectors to an answer, and to files for use
+
+
+def test_vectors_are_measured_without_a_backbone_and_the_exported_subset_says_the_same(cli, tmp_path):
+    pixels, digits = load_digits(return_X_y=True)
+    np.savez(tmp_path / "pixels.npz", features=pixels, labels=digits)
+    arguments = ["--config", "embeddings.yaml", "--data.features", "pixels.npz", "--trainer.logger", "false"]
+    arguments += ["--model.fractions", "[0.25, 0.5]", "--model.seeds", "2", "--name", "pixels"]
+    arguments += ["--model.selection", "[random, pca]"]
+    status, _, err = cli("fit", *arguments)
+    assert status == 0, err
+    results = pd.read_csv("runs/pixels/results.csv")
+    assert set(results.backbone.fillna("none")) == {"none"}
+    assert set(results.width) == {64}
+    task = set_up(features="pixels.npz")
+    vectors, labels = served(task, "test")
+    for selection in ("random", "pca"):
+        arguments = ["--selection", selection, "--fraction", "0.25", "--output", selection]
+        status, _, err = cli("export", "--run", "runs/pixels", *arguments)
+        assert status == 0, err
+        card = json.loads((tmp_path / selection / "card.json").read_text())
+        subset = load_file(tmp_path / selection / "subset.safetensors")
+        kept = (vectors - subset["mean"]) @ subset["basis"] if selection == "pca" else vectors[:, subset["indices"]]
+        logits = kept @ subset["weight"].T + subset["bias"]
+        row = results[(results.selection == selection) & (results.fraction == 0.25) & (results.seed == 0)]
+        row = row[row.split == "test"].iloc[0]
+        assert (logits.argmax(1) == labels).double().mean().item() == pytest.approx(row.accuracy, abs=1e-12)
+        assert row.images == len(labels)
+        assert card["accuracy"]["test"] == row.accuracy
+        assert row.accuracy > 0.5
+        assert not (tmp_path / selection / "backbone.pt2").exists()
