@@ -1,7 +1,8 @@
-"""What a run shows on W&B: its configuration, accuracies while it trains, and at the end the curve and every probe."""
+"""What a run shows on W&B: its configuration, accuracies while it trains, and at its end all that was measured."""
 
 import contextlib
 import json
+import math
 import netrc
 import os
 import sys
@@ -18,19 +19,22 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_modules import measures
+from lightning_modules.reporting.page import CAPTIONS
+from lightning_modules.reporting.report import DELTAS
 from lightning_modules.subsets import FULL
 
 FRACTION = "curve/fraction"
 """The x axis of the curves."""
 
 
-def wandb_logger(name: str, folder: Path, resumed: bool = False) -> WandbLogger:
+def wandb_logger(name: str, folder: Path, resumed: bool = False, groups: dict[str, str] | None = None) -> WandbLogger:
     """Return the W&B logger of a run; without credentials or server it works offline, and says how to sync.
 
     Args:
         name: The run's name.
         folder: The run's folder; W&B's files go to `wandb/` below it.
         resumed: Whether the run goes on from a checkpoint; it then continues what the folder logged last.
+        groups: What runs are grouped by, the task and the backbone.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     mode = os.environ.get("WANDB_MODE")
@@ -46,6 +50,7 @@ def wandb_logger(name: str, folder: Path, resumed: bool = False) -> WandbLogger:
         save_dir=folder.resolve(),  # W&B's own process may be at home elsewhere
         id=logged[-1].name.rpartition("-")[2] if logged else None,
         mode=mode,
+        group=", ".join(groups.values()) if groups else None,
     )
 
 
@@ -74,13 +79,13 @@ def log_configuration(loggers: Sequence[Logger], settings: dict[str, Any]) -> No
             rank_zero_info(f"W&B: {logger.experiment.url}")
 
 
-def log_report(loggers: Sequence[Logger], folder: Path, results: pd.DataFrame) -> None:
-    """Show the end of a run on W&B: curves over the fraction, the picture, a table of every probe, and the answer.
+def log_report(loggers: Sequence[Logger], folder: Path, tables: dict[str, pd.DataFrame]) -> None:
+    """Show the end of a run on W&B: everything measured over the fraction, tables, pictures, the report, the answer.
 
     Args:
         loggers: The Trainer's.
         folder: The run's folder, with the report in it.
-        results: Rows as in `results.csv`.
+        tables: As `report` took them.
     """
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
@@ -88,29 +93,60 @@ def log_report(loggers: Sequence[Logger], folder: Path, results: pd.DataFrame) -
         import wandb
 
         run = logger.experiment
-        points = _points(results)
+        points = _points(tables)
         run.define_metric(FRACTION, hidden=True)
         for name in sorted({name for point in points.values() for name in point}):
             run.define_metric(name, step_metric=FRACTION)
         for fraction, point in sorted(points.items()):
             run.log({FRACTION: fraction, **point})
+        shown = tables | {
+            "classes": measures.class_losses(tables["classes"], "test"),
+            "redundancy": measures.redundancy(tables["results"], "test", DELTAS),
+        }
+        shown["probes"] = shown.pop("results")
+        logged: dict[str, Any] = {name: wandb.Table(dataframe=rows) for name, rows in shown.items()}
+        pictures = {name: folder / f"{name}.png" for name in CAPTIONS}
+        logged |= {f"pictures/{name}": wandb.Image(str(file)) for name, file in pictures.items() if file.exists()}
+        run.log(logged | {"report": wandb.Html(str(folder / "report.html"), inject=False)})
         summary = json.loads((folder / "summary.json").read_text())
-        run.log({"probes": wandb.Table(dataframe=results), "curve/picture": wandb.Image(str(folder / "curve.png"))})
         run.summary.update({key: summary[key] for key in ("answer", "full_accuracy", "diffused_redundancy")})
 
 
-def _points(results: pd.DataFrame) -> dict[float, dict[str, float]]:
-    """Return what to plot at each fraction; every selection's curve ends in the full layer."""
+def _points(tables: dict[str, pd.DataFrame]) -> dict[float, dict[str, float]]:
+    """Return what to plot at each fraction: `curve/<split>/<measure>/<selection>`, with layers before the selection.
+
+    Every selection's curve ends in the full layer.
+    """
+    several = tables["results"]["layer"].nunique() > 1
     points: dict[float, dict[str, float]] = {}
+
+    def plot(split: str, measure: str, row: dict[str, Any], fraction: float, value: float) -> None:
+        series = f"{row['layer']}/{row['selection']}" if several else row["selection"]
+        if math.isfinite(value):
+            points.setdefault(fraction, {}).setdefault(f"curve/{split}/{measure}/{series}", value)
+
     for split in ("val", "test"):
-        curve = measures.curve(results, split)
-        full = curve.loc[curve["selection"] == FULL, "mean"].item()
-        for row in curve.loc[curve["selection"] != FULL].itertuples():
-            points.setdefault(1.0, {}).setdefault(f"curve/{split}/accuracy/{row.selection}", full)
-            point = points.setdefault(row.fraction, {})
-            point[f"curve/{split}/accuracy/{row.selection}"] = row.mean
-            if row.seeds > 1:
-                point[f"curve/{split}/std/{row.selection}"] = row.std
+        curve = measures.curve(tables["results"], split).rename(columns={"mean": "accuracy", "std": "accuracy_std"})
+        values = [name for name in curve if name not in ("layer", "selection", "fraction", "neurons", "seeds")]
+        full = {row["layer"]: row for row in curve[curve["selection"] == FULL].to_dict("records")}
+        rows = curve[curve["selection"] != FULL].to_dict("records")
+        for row in sorted(rows, key=lambda row: -row["fraction"]):
+            for name in values:
+                plot(split, name, row, row["fraction"], row[name])
+                if not name.endswith("_std"):
+                    plot(split, name, row, 1.0, full[row["layer"]][name])
+    for row in tables.get("ensembles", pd.DataFrame()).to_dict("records"):
+        plot(row["split"], f"ensemble of {row['members']}, {row['rule']}", row, row["fraction"], row["accuracy"])
+    neighbours = tables.get("neighbours", pd.DataFrame())
+    if len(neighbours):
+        kept = (
+            neighbours[neighbours["selection"] != FULL]
+            .groupby(["layer", "selection", "fraction", "split"])["kept"]
+            .mean()
+            .reset_index()
+        )
+        for row in kept.to_dict("records"):
+            plot(row["split"], "neighbours kept", row, row["fraction"], row["kept"])
     return points
 
 

@@ -36,7 +36,7 @@ class Logged:
                 values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
                 self.history.append({name: json.loads(value) for name, value in values.items()})
             if record.HasField("run"):
-                self.name = record.run.display_name
+                self.name, self.group = record.run.display_name, record.run.run_group
 
     @staticmethod
     def _records(data):
@@ -54,6 +54,10 @@ class Logged:
                 record.ParseFromString(pieces)
                 pieces = b""
                 yield record
+
+    def table(self, name):
+        content = json.loads((self.folder / "files" / self.last(f"{name}/path")).read_text())
+        return pd.DataFrame(content["data"], columns=content["columns"])
 
     def last(self, name):
         return [row[name] for row in self.history if name in row][-1]
@@ -84,13 +88,14 @@ def test_the_configuration_is_logged_whole_with_what_to_group_by(quickstart, log
     assert {key: logged.config[key] for key in written} == written
     assert logged.config["task"] == "digits"
     assert logged.config["backbone"] == "resnet26-digits_0to4"
+    assert logged.group == "digits, resnet26-digits_0to4"
     assert logged.name == quickstart[0].name
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_the_curve_is_a_chart_over_the_fraction_that_ends_in_the_full_layer(logged, results, split):
     name = f"curve/{split}/accuracy/random"
-    assert logged.axes[name] == logged.axes[f"curve/{split}/std/random"] == "curve/fraction"
+    assert logged.axes[name] == logged.axes[f"curve/{split}/accuracy_std/random"] == "curve/fraction"
     curve = {row["curve/fraction"]: row for row in logged.history if name in row}
     assert list(curve) == sorted(curve)
     rows = results[results["split"] == split]
@@ -98,16 +103,23 @@ def test_the_curve_is_a_chart_over_the_fraction_that_ends_in_the_full_layer(logg
     assert list(curve) == [*measured.groups, 1.0]
     for fraction, values in measured:
         assert curve[fraction][name] == pytest.approx(np.mean(values), abs=1e-12)
-        assert curve[fraction][f"curve/{split}/std/random"] == pytest.approx(np.std(values), abs=1e-12)
+        assert curve[fraction][f"curve/{split}/accuracy_std/random"] == pytest.approx(np.std(values), abs=1e-12)
     assert curve[1.0][name] == rows[rows["selection"] == "full"]["accuracy"].mean()
 
 
-def test_the_table_of_all_probes_the_picture_and_the_answer_are_logged(quickstart, logged, results):
-    table = json.loads((logged.folder / "files" / logged.last("probes/path")).read_text())
-    assert table["columns"] == list(results.columns)
-    pd.testing.assert_frame_equal(pd.DataFrame(table["data"], columns=table["columns"]), results, check_dtype=False)
-    picture = logged.folder / "files" / logged.last("curve/picture/path")
-    assert picture.read_bytes() == (quickstart[0] / "curve.png").read_bytes()
+def test_tables_pictures_the_report_and_the_answer_are_logged(quickstart, logged, results):
+    pd.testing.assert_frame_equal(logged.table("probes"), results, check_dtype=False)
+    classes = pd.read_csv(quickstart[0] / "classes.csv")
+    losses = logged.table("classes").set_index(["fraction", "class"])
+    rows = classes.query("split == 'test' and fraction == 0.1 and `class` == 5")
+    assert losses.loc[(0.1, "5"), "accuracy"] == pytest.approx((rows["correct"] / rows["images"]).mean())
+    redundancies = logged.table("redundancy").query("rule == 'threshold' and delta == 0.9")
+    assert (redundancies["low"] <= redundancies["redundancy"]).all()
+    for name in ("curve", "classes"):
+        picture = logged.folder / "files" / logged.last(f"pictures/{name}/path")
+        assert picture.read_bytes() == (quickstart[0] / f"{name}.png").read_bytes()
+    page = logged.folder / "files" / logged.last("report/path")
+    assert page.read_text() == (quickstart[0] / "report.html").read_text()
     summary = json.loads((quickstart[0] / "summary.json").read_text())
     assert logged.summary["answer"] == summary["answer"]
     assert logged.summary["full_accuracy"] == summary["full_accuracy"]
@@ -212,3 +224,29 @@ def test_a_resumed_run_continues_what_it_logged_online(tmp_path, resumed, versio
     (tmp_path / "wandb" / "run-20260101_000000-zzzz0000").mkdir(parents=True)
     (tmp_path / "wandb" / "run-20260102_000000-abcd1234").mkdir()
     assert wandb_logger("run", tmp_path, resumed).version == version
+
+
+def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, tmp_path):
+    status, _, err = cli(
+        *(*SHORT, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=ridge"),
+        *("--model.ensembles=true", "--model.neighbours=5"),
+    )
+    assert status == 0, err
+    logged = Logged(tmp_path / "runs" / "all")
+    results = pd.read_csv(tmp_path / "runs" / "all" / "results.csv").query("split == 'test'")
+    for layer in ("layer3.0", "penultimate"):
+        rows = results[(results["layer"] == layer) & (results["selection"] == "random")].groupby("fraction")
+        for measure in ("accuracy", "cka", "cka_debiased", "gini", "coefficient_of_variation"):
+            name = f"curve/test/{measure}/{layer}/random"
+            points = {row["curve/fraction"]: row[name] for row in logged.history if name in row}
+            expected = rows[measure].mean().to_dict()
+            assert {fraction: points[fraction] for fraction in expected} == pytest.approx(expected)
+            assert logged.axes[name] == "curve/fraction", sorted(logged.axes)[:3]
+        neighbours = f"curve/test/neighbours kept/{layer}/random"
+        assert any(0 < row[neighbours] <= 1 for row in logged.history if neighbours in row)
+        ensemble = f"curve/test/ensemble of 2, majority_vote/{layer}/random"
+        assert any(ensemble in row for row in logged.history)
+    for name in ("layers", "ensembles", "neighbours"):
+        written = pd.read_csv(tmp_path / "runs" / "all" / f"{name}.csv")
+        pd.testing.assert_frame_equal(logged.table(name), written, check_dtype=False)
+    assert sum(name.startswith("pictures/") and name.endswith("/path") for row in logged.history for name in row) == 6

@@ -1,0 +1,301 @@
+"""Runs together: the redundancy table like the paper's Table 1, joined results, the frontier and curves by task."""
+
+import contextlib
+import glob
+from collections.abc import Iterator, Mapping
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules import measures
+from lightning_modules.files import whole
+from lightning_modules.reporting import figures
+from lightning_modules.subsets import FULL
+
+NEEDED = ("task", "backbone", "selection", "fraction", "split", "accuracy")
+"""Columns of `results.csv` without which there is nothing to compare; older files lack others."""
+RECIPE = ("solver", "features")
+"""Columns that must be the same in all runs."""
+SETTINGS = ("standardise", "keep")
+"""Settings of the model that must be."""
+REFERENCES = package_files("lightning_modules.reporting") / "reference"
+"""Curves that the paper's authors measured, read from their notebooks (nvedant07/invariances_in_reps)."""
+REFERENCE_COLUMNS = ("pretraining", "task", "fraction", "accuracy_mean", "accuracy_std")
+TABLE, JOINED, GROUPS = "dr_table.csv", "results.csv", "groups.csv"
+
+
+def compare(
+    runs: list[str],
+    output: Path = Path("compare"),
+    delta: float = 0.9,
+    rule: Literal["threshold", "nearest", "interpolated"] = "nearest",
+    reference: str | None = None,
+) -> None:
+    """Compare finished runs: print the table of redundancies and write it, the joined results and pictures.
+
+    Args:
+        runs: Folders of runs, or patterns; each with a results.csv.
+        output: Folder to write to: dr_table.csv, results.csv, frontier.png and curves.png (and .svg).
+        delta: Share of the full layer's accuracy that is to be kept.
+        rule: How the fraction that is enough is found; nearest is that of the paper's table.
+        reference: Curves to draw behind: resnet50_imagenet1k, resnet50_harder_tasks, resnet50_dropout, or a CSV file.
+
+    Raises:
+        MisconfigurationException: If there is nothing to compare, or what is there is not comparable.
+    """
+    if not 0 < delta <= 1:
+        raise MisconfigurationException(f"--delta is {delta:g}; it must be above 0, at most 1.")
+    read = {folder: _read(folder) for folder in _folders(runs)}
+    _check_comparable(read)
+    joined = pd.concat({str(folder): run.results for folder, run in read.items()}, names=["run", None])
+    cells, curves = _cells(read, delta, rule)
+    behind = _reference(reference, list(cells["task"].unique())) if reference else None
+    table = _table(cells)
+    print(f"\nDiffused redundancy, DR({delta:g}), by the {rule} rule\n\n{_words(table)}\n")
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for name, rows in ((TABLE, table), (JOINED, joined.reset_index("run"))):
+            with whole(output / name) as file:
+                rows.to_csv(file, index=False)
+        written = figures.save(figures.frontier(cells, delta), output / "frontier")
+        written += figures.save(figures.tasks(curves, behind, delta), output / "curves")
+    for file in (output / TABLE, output / JOINED, *written):
+        print(f"  {file}")
+
+
+def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule: str) -> None:
+    """Add to a comparison of one backbone's runs the means over groups of tasks: print them, and write groups.csv.
+
+    Args:
+        groups: Group of the task of each run, by the run's folder.
+        output: Where `compare` wrote.
+        delta: As for `compare`.
+        rule: As for `compare`.
+
+    Raises:
+        MisconfigurationException: If it cannot be written.
+    """
+    joined = pd.read_csv(output / JOINED, keep_default_na=False, na_values=[""])
+    joined["group"] = joined["run"].map({str(folder): group for folder, group in groups.items()})
+    table = measures.group_means(joined, delta, rule)
+    same = [name for name in ("layer", "selection") if table[name].nunique() == 1]
+    print(f"\nMeans over tasks, redundancy is DR({delta:g}) by the {rule} rule\n")
+    print(f"{_words(table.drop(columns=same))}\n")
+    with _writing(output), whole(output / GROUPS) as file:
+        table.to_csv(file, index=False)
+    print(f"  {output / GROUPS}")
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Say where a comparison cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise MisconfigurationException(
+            f"--output {output} cannot be written ({error.strerror or error}); name another folder."
+        ) from error
+
+
+def _folders(runs: list[str]) -> list[Path]:
+    """Return the folders of finished runs that patterns name, each once and in the order given."""
+    found: dict[Path, Path] = {}
+    for pattern in runs:
+        path = Path(pattern).expanduser()
+        matches = [path] if path.is_dir() else sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 (may be absolute)
+        matches = [match for match in matches if match.is_dir()]
+        if not matches:
+            raise MisconfigurationException(
+                f"There is no folder {pattern!r}; name folders of runs, as runs/quickstart."
+            )
+        for folder in matches:
+            if not (folder / JOINED).is_file():
+                print(f"Left out: {folder} has no {JOINED}.")
+            elif (folder / TABLE).exists():
+                print(f"Left out: {folder} is a comparison itself.")
+            else:
+                found.setdefault(folder.resolve(), folder)
+    if not found:
+        raise MisconfigurationException(f"None of {', '.join(runs)} has a {JOINED}; name folders of finished runs.")
+    return list(found.values())
+
+
+class Run(NamedTuple):
+    """What is read of a run."""
+
+    results: pd.DataFrame
+    """As in its `results.csv`."""
+    completed: pd.DataFrame
+    """The same, as `measures.complete` returns it."""
+    settings: dict[str, Any]
+    """Those of `SETTINGS` that its `config.yaml` has."""
+
+
+def _read(folder: Path) -> Run:
+    """Return a run.
+
+    Raises:
+        MisconfigurationException: If its results are none, lack what is needed, or are not finished.
+    """
+    file = folder / JOINED
+    try:
+        rows = pd.read_csv(file, keep_default_na=False, na_values=[""])  # a class or task may be called null
+    except (ValueError, OSError) as error:
+        raise MisconfigurationException(f"{file} cannot be read ({error}).") from error
+    missing = [column for column in NEEDED if column not in rows]
+    if missing or rows.empty:
+        raise MisconfigurationException(f"{file} has no {', '.join(missing) or 'rows'}; a fit writes such a file.")
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # older runs, and files of others, have none
+        settings = {}
+    if not (rows["split"] == "test").any():
+        raise MisconfigurationException(f"{file} has no rows of the test split; finish the run.")
+    try:
+        completed = measures.complete(rows)
+    except MisconfigurationException as error:
+        raise MisconfigurationException(f"{file}: {error}") from error
+    return Run(rows, completed, {name: settings[name] for name in SETTINGS if name in settings})
+
+
+def _check_comparable(read: dict[Path, Run]) -> None:
+    """Refuse runs whose numbers mean different things; what a run does not say is no reason.
+
+    Raises:
+        MisconfigurationException: If the recipe differs, a task has other test images, a backbone's layer another
+            width, or two runs measured the same.
+    """
+    said: dict[tuple[str, ...], tuple[str, Path]] = {}
+    for folder, run in read.items():
+        facts: list[tuple[tuple[str, ...], Any]] = [((name,), value) for name, value in run.settings.items()]
+        test = run.completed[run.completed["split"] == "test"]
+        for name in RECIPE:
+            if name in test:
+                facts += [((name,), value) for value in test[name].dropna().unique()]
+        # Tasks have augmentations of their own: colour or orientation is what some ask for.
+        for keys, column in (
+            (("task",), "images"),
+            (("task",), "augmentation"),
+            (("backbone", "layer"), "width"),
+        ):
+            if column in test:
+                for value in test[[*keys, column]].drop_duplicates().to_dict("records"):
+                    facts.append(((column, *(str(value[key]) for key in keys)), value[column]))
+        for (layer, selection), _ in test[test["selection"] != FULL].groupby(["layer", "selection"], sort=False):
+            cell = (str(test["backbone"].iloc[0]), str(layer), str(selection), str(test["task"].iloc[0]))
+            facts.append((("cell", *cell), folder))
+        for key, value in facts:
+            value = str(value)
+            before, where = said.setdefault(key, (value, folder))
+            if before != value:
+                raise MisconfigurationException(_difference(key, where, before, folder, value))
+
+
+def _difference(key: tuple[str, ...], one: Path, before: str, other: Path, now: str) -> str:
+    """Return in one line why two runs cannot stand in one table."""
+    kind, *names = key
+    if kind == "cell":
+        backbone, layer, selection, task = names
+        return (
+            f"{one} and {other} both measure {selection} subsets of {backbone}, layer {layer}, on {task}; "
+            f"leave one of them out."
+        )
+    of = (
+        {
+            "images": f"number of test images of {names[0]}",
+            "augmentation": f"augmentation of {names[0]}",
+            "width": f"width of {', layer '.join(names)}",
+        }
+        if names
+        else {}
+    )
+    return (
+        f"Not comparable: the {of.get(kind, kind)} is {before} in {one}, but {now} in {other}; "
+        f"compare runs that agree in it."
+    )
+
+
+def _cells(read: dict[Path, Run], delta: float, rule: str) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:
+    """Return what was measured by task and representation: redundancies, and curves with a full row each.
+
+    A representation is called by its backbone, and by layer and selection where there are several in all.
+    """
+    tables, by_run = [], {}
+    for folder, run in read.items():
+        rows = run.completed
+        found = measures.redundancy(rows, "test", [delta])
+        found = found[found["rule"] == rule]
+        by_run[folder] = measures.curve(rows, "test")
+        full = by_run[folder].query("selection == @FULL", local_dict={"FULL": FULL}).set_index("layer")["mean"]
+        width = rows.groupby("layer")["width"].first() if "width" in rows else pd.Series(dtype=float)
+        names = rows[["backbone", "task"]].iloc[0].to_dict()
+        found = found.assign(run=folder, full_accuracy=found["layer"].map(full), width=found["layer"].map(width))
+        tables.append(found.assign(**names))
+    cells = pd.concat(tables, ignore_index=True)
+    several = [name for name in ("layer", "selection") if cells[name].nunique() > 1]
+    cells["series"] = cells[["backbone", *several]].astype(str).agg(", ".join, axis=1)
+    curves = {}
+    for cell in cells.to_dict("records"):
+        curve = by_run[cell["run"]]
+        of_cell = (curve["layer"] == cell["layer"]) & curve["selection"].isin([cell["selection"], FULL])
+        curves[cell["task"], cell["series"]] = curve[of_cell]
+    return cells, curves
+
+
+def _table(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return redundancies with a row per backbone (layer and selection, where they differ), a column per task."""
+    keys = ["backbone", *(name for name in ("layer", "selection") if cells[name].nunique() > 1)]
+    if cells["width"].notna().all():
+        keys.append("width")
+    rows = cells.assign(redundancy=cells["redundancy"].round(9))
+    if "width" in keys:
+        rows["width"] = rows["width"].astype(int)
+    table = rows.pivot_table(index=keys, columns="task", values="redundancy", sort=False)
+    return table[list(rows["task"].unique())].reset_index().rename_axis(columns=None)
+
+
+def _words(table: pd.DataFrame) -> str:
+    """Return the table as text."""
+    words = table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)).replace("nan", "-")
+    left = table.columns.intersection(["group", "backbone", "layer", "selection"])
+    wide = {column: max(len(str(column)), *words[column].str.len()) for column in words}
+    lines = [dict(zip(words, words, strict=True)), *words.to_dict("records")]
+    return "\n".join(
+        "  ".join(f"{line[name]:<{wide[name]}}" if name in left else f"{line[name]:>{wide[name]}}" for name in words)
+        for line in lines
+    )
+
+
+def _reference(name: str, tasks: list[str]) -> pd.DataFrame:
+    """Return the curves of a reference, by the name of a shipped one or of a file.
+
+    Args:
+        name: A file with the columns `pretraining,task,fraction,accuracy_mean,accuracy_std`, or a shipped one's stem.
+        tasks: Of the runs.
+
+    Raises:
+        MisconfigurationException: If there is no such reference, or it has none of the tasks.
+    """
+    shipped = {Path(file.name).stem.removesuffix("_accuracy"): file for file in REFERENCES.iterdir()}
+    file = Path(name).expanduser()
+    if name not in shipped and not file.is_file():
+        raise MisconfigurationException(
+            f"--reference is {name!r}; it must be a CSV file or one of {', '.join(sorted(shipped))}."
+        )
+    with shipped.get(name, file).open() as stream:
+        try:
+            curves = pd.read_csv(stream)
+        except ValueError as error:
+            raise MisconfigurationException(f"--reference {name} is no CSV file ({error}).") from error
+    missing = [column for column in REFERENCE_COLUMNS if column not in curves]
+    if missing:
+        raise MisconfigurationException(f"--reference {name} has no column {', '.join(missing)}.")
+    if not set(curves["task"]) & set(tasks):
+        raise MisconfigurationException(
+            f"--reference {name} has curves of {', '.join(curves['task'].unique())}, and none of {', '.join(tasks)}."
+        )
+    return curves

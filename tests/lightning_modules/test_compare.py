@@ -1,0 +1,166 @@
+"""Runs together, through the command line."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import SHARED
+
+REFERENCE = SHARED / "reference"
+
+
+def write(folder, **changes):
+    """A made-up run's results.csv: two fractions, three seeds, and a full layer of 100 neurons."""
+    accuracies = {("random", 0.1): [0.60, 0.70, 0.65], ("random", 0.5): [0.80, 0.88, 0.84], ("full", 1.0): [0.9]}
+    rows = [
+        {"task": "pets", "backbone": "net", "layer": "penultimate", "selection": selection, "fraction": fraction}
+        | {"neurons": int(100 * fraction), "width": 100, "seed": seed, "split": split, "images": 1000}
+        | {"accuracy": accuracy, "solver": "sgd", "augmentation": "none", "features": "clean"}
+        for split in ("val", "test")
+        for (selection, fraction), values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+    folder.mkdir(parents=True)
+    table = pd.DataFrame(rows).assign(**changes)
+    table.to_csv(folder / "results.csv", index=False)
+    return table
+
+
+@pytest.fixture
+def paper(tmp_path):
+    """The authors' curves of ResNet-50 as runs, a folder per task; without full rows and most columns."""
+    if not REFERENCE.is_dir():
+        pytest.skip("needs the authors' numbers beside the checkout")
+    table = pd.read_csv(REFERENCE / "resnet50_imagenet1k_accuracy.csv").query("pretraining == 'standard'")
+    for task, rows in table.groupby("task"):
+        (tmp_path / "paper" / task).mkdir(parents=True)
+        rows.assign(backbone="resnet50", selection="random", split="test").rename(
+            columns={"accuracy_mean": "accuracy"}
+        )[["task", "backbone", "selection", "fraction", "split", "accuracy"]].to_csv(
+            tmp_path / "paper" / task / "results.csv", index=False
+        )
+
+
+def test_the_papers_curves_give_the_papers_table_in_the_order_given(paper, cli, tmp_path):
+    tasks = ["oxford_iiit_pet", "cifar10", "flowers102", "cifar100"]
+    status, out, err = cli("compare", *(f"paper/{task}" for task in tasks), "--reference=resnet50_imagenet1k")
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
+    assert list(table.columns) == ["backbone", *tasks]
+    published = pd.read_csv(REFERENCE / "dr_table.csv").set_index("backbone").loc["resnet50", tasks]
+    np.testing.assert_allclose(table.loc[0, tasks].astype(float), published.astype(float), atol=1e-9)
+    assert [line.split() for line in out.splitlines() if line.startswith("resnet50")] == [
+        ["resnet50", *(f"{published[task]:.2f}" for task in tasks)]
+    ]
+    joined = pd.read_csv(tmp_path / "compare" / "results.csv")
+    assert joined["run"].unique().tolist() == [f"paper/{task}" for task in tasks]
+    assert len(joined) == 4 * 15
+    for name in ("frontier", "curves"):
+        assert (tmp_path / "compare" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert b"</svg>" in (tmp_path / "compare" / f"{name}.svg").read_bytes()
+
+
+def test_rule_and_delta_change_the_table_and_patterns_find_the_runs(paper, cli, tmp_path):
+    status, _, err = cli("compare", "paper/*", "--rule=threshold", "--output=other")
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "other" / "dr_table.csv")
+    assert (table["cifar10"].item(), table["oxford_iiit_pet"].item()) == (0.8, 0.8)
+    status, out, err = cli("compare", "paper/*", "other", "--rule=threshold", "--output=third", "--delta=0.99")
+    assert status == 0, err
+    assert "Left out: other is a comparison itself." in out
+    assert pd.read_csv(tmp_path / "third" / "dr_table.csv")["cifar10"].item() < 0.8
+
+
+def test_rows_tell_layers_and_selections_apart_where_they_differ(cli, tmp_path):
+    write(tmp_path / "runs" / "a")
+    write(tmp_path / "runs" / "b", layer="layer3", width=50)
+    write(tmp_path / "runs" / "c", backbone="other", task="cars", images=70, augmentation="paper")
+    (tmp_path / "runs" / "feature_cache").mkdir()
+    status, out, err = cli("compare", "runs/*")
+    assert status == 0, err
+    assert "Left out: runs/feature_cache has no results.csv." in out
+    table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
+    assert list(table.columns) == ["backbone", "layer", "width", "pets", "cars"]
+    assert table[["backbone", "layer", "width"]].to_numpy().tolist() == [
+        ["net", "penultimate", 100],
+        ["net", "layer3", 50],
+        ["other", "penultimate", 100],
+    ]
+    assert table["pets"].isna().tolist() == [False, False, True]
+    assert table["cars"].dropna().tolist() == [0.5]  # 0.84 of 0.9 is nearer to 0.9 than 1
+
+
+def test_a_real_run_is_compared_with_one_of_an_older_version(quickstart, cli, tmp_path):
+    shutil.copytree(quickstart[0], tmp_path / "quickstart", ignore=shutil.ignore_patterns("wandb", "checkpoints"))
+    older = pd.read_csv(quickstart[0] / "results.csv").assign(backbone="older")
+    (tmp_path / "older").mkdir()
+    older.drop(columns=["solver", "layer", "width", "images", "seed"]).to_csv(tmp_path / "older" / "results.csv")
+    status, _, err = cli("compare", "quickstart", "older")
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
+    assert table["backbone"].tolist() == ["resnet26-digits_0to4", "older"]
+    assert table["digits"].nunique() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"backbone": "two", "images": 900}, "number of test images of pets is 1000 in a, but 900 in b"),
+        ({"backbone": "two", "solver": "ridge"}, "solver is sgd in a, but ridge in b"),
+        ({"backbone": "two", "features": "off"}, "features is clean in a, but off in b"),
+        ({"backbone": "two", "augmentation": "paper"}, "augmentation of pets is none in a, but paper in b"),
+        ({"task": "cars", "width": 50}, "width of net, layer penultimate is 100 in a, but 50 in b"),
+        ({}, "a and b both measure random subsets of net, layer penultimate, on pets"),
+    ],
+)
+def test_what_is_not_comparable_is_refused_in_one_line(cli, tmp_path, change, said):
+    write(tmp_path / "a")
+    write(tmp_path / "b", **change)
+    status, _, err = cli("compare", "a", "b")
+    assert status == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "compare").exists()
+
+
+def test_settings_of_the_configuration_must_agree_too(cli, tmp_path):
+    for name, standardise in (("a", True), ("b", False)):
+        write(tmp_path / name, backbone=name)
+        settings = {"model": {"init_args": {"standardise": standardise}}}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
+    status, _, err = cli("compare", "a", "b")
+    assert status == 2
+    assert "standardise is True in a, but False in b" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "There is no folder 'nowhere'"),
+        (["empty"], "None of empty has a results.csv"),
+        (["a", "--delta=0"], "--delta is 0"),
+        (["a", "--reference=nothing"], "--reference is 'nothing'; it must be a CSV file or one of resnet50_dropout, "),
+        (["a", "--reference=resnet50_dropout"], "and none of pets"),
+        (["a", "--reference=a/results.csv"], "has no column pretraining"),
+        (["a", "--output=a/results.csv"], "--output a/results.csv cannot be written"),
+        (["validated"], "no rows of the test split"),
+        (["part"], "neither a full row nor fraction 1"),
+        (["broken"], "has no task, backbone"),
+    ],
+)
+def test_mistakes_end_in_one_line(cli, tmp_path, arguments, said):
+    table = write(tmp_path / "a")
+    for name, rows in (
+        ("validated", table.query("split == 'val'")),
+        ("part", table.query("selection != 'full'")),
+        ("broken", table[["fraction"]]),
+    ):
+        (tmp_path / name).mkdir()
+        rows.to_csv(tmp_path / name / "results.csv", index=False)
+    (tmp_path / "empty").mkdir()
+    status, _, err = cli("compare", *arguments)
+    assert status == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
