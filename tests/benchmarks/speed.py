@@ -1,0 +1,593 @@
+"""Where the project stands against one pass of the backbone, and against what people would use instead.
+
+    python -m tests.benchmarks.speed --images DIR --weights FILE        # everything; DIR holds <class>/<image>
+    python -m tests.benchmarks.speed curve startup --quick              # some of it, on generated images
+
+Every figure is the median of several rounds; in each round both sides run on the same machine, one after the other.
+What bounds the figures that miss their target, and what else was tried, stands in the README beside this file.
+"""
+
+import argparse
+import functools
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import train
+from lightning_modules import subsets
+from lightning_modules.bases import Ordering
+from lightning_modules.coordinates import Coordinates
+from lightning_modules.feature_cache import BATCH
+from lightning_modules.probe_bank import ProbeBank, parameters_of
+from lightning_modules.redundancy_probe import PAPER_FRACTIONS
+from lightning_modules.ridge import ridge_probes
+from lightning_modules.scores import losses
+from lightning_modules.statistics import Moments
+from tests.benchmarks.benchmark import (
+    ROOT,
+    Figure,
+    child,
+    exponents,
+    machine,
+    quiet,
+    ratio,
+    table,
+    taking_turns,
+    timed,
+    write,
+)
+
+BACKBONE = (
+    *("--model.backbone.name", "mobilenetv2_100", "--model.backbone.kwargs", "{pad_type: same}"),
+    *("--model.backbone.pretrained_cfg_overlay", "{mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}"),
+)
+FRACTIONS = ("--model.fractions", str(list(PAPER_FRACTIONS)))
+BASE = ("fit", "--config", "image_folder.yaml", "--trainer.logger", "false", "--overwrite", "true", "--name", "speed")
+
+
+class FirstBatch(Callback):
+    """Ends the process when the first batch is there."""
+
+    def on_train_batch_start(self, *_):
+        os._exit(0)
+
+
+class Epoch(Callback):
+    """Takes the time of an epoch, from its start to the validation at its end."""
+
+    def on_train_epoch_start(self, *_):
+        self.started = time.perf_counter()
+
+    def on_validation_start(self, *_):
+        self.seconds = time.perf_counter() - self.started
+
+
+class Bench(NamedTuple):
+    """What all measurements share."""
+
+    folder: Path
+    """Where runs may write."""
+    images: Path | None
+    weights: str
+    device: str
+    precision: str
+    repeats: int
+    quick: bool
+
+    def task(self, train_images: int, test_images: int) -> Path:
+        """Return a folder of so many training and test images per class, linked from those given, or made of noise."""
+        root = self.folder / f"images_{train_images}_{test_images}"
+        if root.exists():
+            return root
+        source = self.images or self._noise(train_images + test_images)
+        for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+            files = sorted(folder.iterdir())[: train_images + test_images]
+            if len(files) < train_images + test_images:
+                raise SystemExit(f"{folder} holds {len(files)} images; {train_images + test_images} are needed.")
+            for number, file in enumerate(files):
+                link = root / ("train" if number < train_images else "test") / folder.name / file.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+        return root
+
+    def _noise(self, per_class: int) -> Path:
+        generator = np.random.default_rng(0)
+        for name, number in itertools.product(range(10), range(per_class)):
+            file = self.folder / "noise" / f"class{name}" / f"{number:05d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+        return self.folder / "noise"
+
+    def arguments(self, root: Path, *further: str) -> list[str]:
+        """Return the command line of a fit in these measurements, the paper's 71 probes unless told otherwise."""
+        accelerator = "gpu" if self.device == "cuda" else "cpu"
+        return [
+            *(*BASE, *BACKBONE, *FRACTIONS, "--model.backbone.weights", self.weights),
+            *("--data.root", str(root), "--model.weight_decay", "5e-4", "--trainer.precision", self.precision),
+            *("--trainer.accelerator", accelerator, "--trainer.devices", "1"),
+            *("--trainer.default_root_dir", str(self.folder / "runs"), *further),
+        ]
+
+    def fit(self, root: Path, *further: str) -> tuple[train.CLI, float]:
+        """Fit in this process; return what it leaves, and its seconds from the end of start-up to the last file."""
+        with quiet():
+            cli = train.CLI(self.arguments(root, *further))
+        return cli, time.perf_counter() - cli.started
+
+    def fresh(self) -> tuple[str, str]:
+        """Return the flag that names an empty feature cache."""
+        return "--model.cache_dir", tempfile.mkdtemp(dir=self.folder)
+
+    def features(self, root: Path) -> tuple[train.CLI, dict[str, tuple[Tensor, Tensor]]]:
+        """Return a short fit on features that are kept from now on, and the features and labels of each split."""
+        cli, _ = self.fit(root, "--trainer.max_epochs", "1", *self.kept())
+        splits = ("train", "val", "test")
+        rows = {split: cli.datamodule.representations(split)[0] for split in splits}
+        return cli, {
+            split: (rows[split][torch.arange(len(rows[split]))], cli.datamodule.images[split].labels)
+            for split in splits
+        }
+
+    def kept(self) -> tuple[str, str]:
+        """Return the flag that names the feature cache that measurements share."""
+        return "--model.cache_dir", str(self.folder / "kept")
+
+
+def probe_phase(bench: Bench, root: Path, *further: str) -> float:
+    """Return the seconds of a fit on cached features without the look: training, evaluation, report."""
+    cli, seconds = bench.fit(root, *bench.kept(), *further)
+    return seconds - cli.model.look_seconds
+
+
+def size(bench: Bench) -> tuple[int, int]:
+    """Return how many training and test images per class."""
+    return (20, 10) if bench.quick else (200, 100)
+
+
+def curve(bench: Bench) -> list[Figure]:
+    """Measure whole fits and their look against the bare backbone, and against the paper's 7,100 epochs."""
+    root = bench.task(*size(bench))
+    epochs = "10" if bench.quick else "100"
+    cli, _ = bench.features(root)
+    backbone, task = cli.model.backbone.to(bench.device), cli.datamodule
+    requests = {
+        split: [task.request(range(n)[i : i + BATCH], 0) for i in range(0, n, BATCH)]
+        for split, n in ((split, len(task.images[split])) for split in ("train", "val", "test"))
+    }
+    batches = [task.image_batches(split)[each].inputs for split in requests for each in requests[split]]
+    batches = [batch.to(bench.device) for batch in batches]
+    layouts = (torch.channels_last, torch.contiguous_format)
+
+    def bare(layout: torch.memory_format, images: list[Tensor]) -> float:
+        network = backbone.network.to(memory_format=layout)
+        images = [batch.contiguous(memory_format=layout) for batch in images]
+        mixed = torch.autocast(bench.device, torch.bfloat16, enabled=bench.precision == "bf16-mixed")
+        with torch.inference_mode(), mixed:
+            return timed(lambda: [network(batch) for batch in images])
+
+    bare(layouts[0], batches[:2])
+    layout = min(layouts, key=lambda layout: bare(layout, batches[:4]))
+    looks = []
+
+    def whole() -> float:
+        cli, seconds = bench.fit(root, "--trainer.max_epochs", epochs, *bench.fresh())
+        looks.append(cli.model.look_seconds)
+        return seconds
+
+    def paper_epoch() -> float:
+        clock = "--trainer.callbacks+=tests.benchmarks.speed.Epoch"
+        flags = ("--trainer.max_epochs", "1", clock, "--trainer.num_sanity_val_steps", "0")
+        cli, _ = bench.fit(root, "--model.features", "off", "--model.fractions", "0.2", "--model.seeds", "1", *flags)
+        # By its name, as this file may be here under two.
+        return next(each.seconds for each in cli.trainer.callbacks if type(each).__name__ == "Epoch")
+
+    sides = taking_turns(bench.repeats, bare=lambda: bare(layout, batches), fit=whole, paper_epoch=paper_epoch)
+    sides["look"] = looks
+    images = sum(map(len, batches))
+    named = f"MobileNetV2, {images:,} images, {layout}"
+    paper = [7100 * epoch / fit for epoch, fit in zip(sides["paper_epoch"], sides["fit"], strict=True)]
+    return [
+        Figure("whole curve (71 probes) over the bare backbone", ratio(sides, "fit", "bare"), "<= 1.2", sides, named),
+        Figure("rate of the look over the bare backbone's", ratio(sides, "bare", "look"), ">= 0.92", sides, named),
+        Figure("paper's 7,100 epochs over the whole curve", paper, ">= 2000", sides, "one epoch measured, scaled"),
+    ]
+
+
+def probes(bench: Bench) -> list[Figure]:
+    """Measure the probe phase with 71 probes and with (almost) one, and its steps above the bare matrix products."""
+    root = bench.task(*size(bench))
+    cli, _ = bench.features(root)
+    bank: ProbeBank = cli.model.banks[0]
+    steps = len(cli.datamodule.train_dataloader()) * 100
+    two = ("--model.fractions", "0.0005", "--model.seeds", "1")
+    single = Step(1280, seeds=1, fractions=(0.0005,), device=bench.device)
+    many = Step(1280, seeds=5, device=bench.device)
+
+    def products() -> float:
+        columns = [torch.randn(len(s.probes), max(s.sizes), 256, device=bench.device) for s in bank._stacks]
+        logits = [torch.randn(*s.probes.shape, s.classes, 256, device=bench.device) for s in bank._stacks]
+        flat = bank.weight.detach().to(bench.device)
+
+        def run() -> None:
+            for stack, inputs, gradient in zip(bank._stacks, columns, logits, strict=True):
+                for block in stack.blocks:
+                    weights = stack.view(flat, block).flatten(1, 2)
+                    seen, rows = gradient[:, block.probe :].flatten(1, 2), inputs[:, block.start : block.stop]
+                    torch.bmm(weights, rows)
+                    torch.bmm(seen, rows.transpose(1, 2))
+
+        run()
+        return timed(lambda: [run() for _ in range(100)]) / 100
+
+    sides = taking_turns(
+        bench.repeats,
+        probes_71=lambda: probe_phase(bench, root),
+        probes_1=lambda: probe_phase(bench, root, *two),
+        step_71=lambda: many.seconds(100),
+        step_1=lambda: single.seconds(100),
+        products=products,
+    )
+    lightning = [1e3 * (phase / steps - p) for phase, p in zip(sides["probes_71"], sides["products"], strict=True)]
+    plain = [1e3 * (step - p) for step, p in zip(sides["step_71"], sides["products"], strict=True)]
+    note = "of 1: a probe on one neuron beside that of the full layer, which is always there"
+    return [
+        Figure("probe phase, 71 probes over 1", ratio(sides, "probes_71", "probes_1"), "<= 5", sides, note),
+        Figure("a step alone, 71 probes over 1", ratio(sides, "step_71", "step_1"), "", sides, "no loop"),
+        Figure("ms a step above its matrix products, fit", lightning, "", sides, "validation and loop included"),
+        Figure("ms a step above its matrix products, step alone", plain, "", sides, ""),
+    ]
+
+
+class Step:
+    """Training steps of a bank on random representations, without a loop around them."""
+
+    def __init__(self, width, seeds, fractions=PAPER_FRACTIONS, device="cpu", classes=10, batch=256):
+        plan = subsets.plan(["random"], list(fractions), list(range(seeds)), [0], {"layer": width})
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(batch, width, generator=generator).to(device)
+        self.labels = torch.randint(classes, (batch,), generator=generator).to(device)
+        self.coordinates = Coordinates(plan, {"layer": width}).to(device)
+        self.bank = ProbeBank(plan, classes).to(device)
+        self.optimizer = torch.optim.SGD(self.bank.parameters(), 0.01, 0.9, weight_decay=5e-4)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        (losses(self.bank(self.coordinates(self.inputs)), self.labels).sum() / len(self.labels)).backward()
+        self.optimizer.step()
+
+    def seconds(self, steps):
+        self.step()
+        return timed(lambda: [self.step() for _ in range(steps)]) / steps
+
+
+def rivals(bench: Bench) -> list[Figure]:
+    """Measure 71 fits of scikit-learn and 71 trainings of nn.Linear on the same features against the probe phase."""
+    from sklearn.linear_model import LogisticRegression
+
+    root = bench.task(*size(bench))
+    epochs = "10" if bench.quick else "100"
+    cli, features = bench.features(root)
+    plan, coordinates = cli.model.probes, cli.model.coordinates
+    columns = [coordinates.subset(index) for index in range(len(plan))]
+    accuracies: dict[str, list[float]] = {"bank": [], "scikit-learn": [], "nn.Linear": []}
+
+    def bank() -> float:
+        cli, seconds = bench.fit(root, "--trainer.max_epochs", epochs, *bench.kept())
+        rows = cli.model.results()
+        accuracies["bank"].append(rows.loc[rows["split"] == "test", "accuracy"].mean())
+        return seconds - cli.model.look_seconds
+
+    def scikit() -> float:
+        (x, y), (x_test, y_test) = (tuple(each.numpy() for each in features[split]) for split in ("train", "test"))
+
+        def run() -> None:
+            fits = (
+                LogisticRegression(max_iter=1000).fit(x[:, subset], y).score(x_test[:, subset], y_test)
+                for subset in (each.numpy() for each in columns)
+            )
+            accuracies["scikit-learn"].append(float(np.mean(list(fits))))
+
+        return timed(run)
+
+    def linear() -> float:
+        return timed(lambda: accuracies["nn.Linear"].append(one_at_a_time(bench, features, columns, int(epochs))))
+
+    def loaded() -> float:
+        tenth = int(epochs) // 10
+        return 10 * timed(lambda: one_at_a_time(bench, features, columns, tenth, loaded=True))
+
+    sides = taking_turns(bench.repeats, bank=bank, nn_linear=linear, loaded=loaded, scikit_learn=scikit)
+    said = ", ".join(f"{name} {100 * np.median(each):.2f} %" for name, each in accuracies.items())
+    lower = [100 * (b - a) for a, b in zip(accuracies["bank"], accuracies["scikit-learn"], strict=True)]
+    return [
+        Figure("71 fits of scikit-learn over the probe phase", ratio(sides, "scikit_learn", "bank"), ">= 25", sides),
+        Figure("points by which scikit-learn is more accurate", lower, "<= 0.3", {}, f"mean of 71: {said}"),
+        Figure(
+            "71 trainings of nn.Linear over the probe phase",
+            ratio(sides, "loaded", "bank"),
+            ">= 10",
+            sides,
+            "batches from a DataLoader; a tenth of the epochs measured, scaled",
+        ),
+        Figure(
+            "71 trainings of nn.Linear over the probe phase, tight",
+            ratio(sides, "nn_linear", "bank"),
+            ">= 10",
+            sides,
+            "features in memory, gathered once, indexed by a permutation",
+        ),
+    ]
+
+
+def one_at_a_time(bench, features, columns, epochs, loaded=False):
+    """Train a plain nn.Linear on every subset as the bank does; return the mean test accuracy of their best epochs."""
+    (x, y), (x_val, y_val), (x_test, y_test) = (
+        tuple(each.to(bench.device) for each in features[split]) for split in ("train", "val", "test")
+    )
+    reached = []
+    for number, subset in enumerate(columns):
+        torch.manual_seed(number)
+        seen, seen_val, seen_test = (each[:, subset.to(bench.device)] for each in (x, x_val, x_test))
+        probe = nn.Linear(len(subset), int(y.max()) + 1).to(bench.device)
+        optimizer = torch.optim.SGD(probe.parameters(), 0.1, 0.9, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.1)
+        best, kept = -1.0, None
+        loader = DataLoader(TensorDataset(seen, y), 256, shuffle=True)
+        for _ in range(epochs):
+            for inputs, labels in loader if loaded else ((seen[i], y[i]) for i in torch.randperm(len(y)).split(256)):
+                optimizer.zero_grad()
+                F.cross_entropy(probe(inputs), labels).backward()
+                optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                accuracy = (probe(seen_val).argmax(1) == y_val).double().mean().item()
+                if accuracy > best:
+                    best, kept = accuracy, (probe(seen_test).argmax(1) == y_test).double().mean().item()
+        reached.append(kept)
+    return float(np.mean(reached))
+
+
+def moments(width, classes, images, seed, device="cpu"):
+    """Return the sums of random representations."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (images,), generator=generator)
+    sums = Moments(width, classes, device=device)
+    sums.update(torch.randn(images, width, generator=generator) + labels.unsqueeze(1) / classes, labels)
+    sums.count.item()  # makes the products
+    return sums
+
+
+def ridge(bench: Bench) -> list[Figure]:
+    """Measure the 71 closed-form probes of one penalty from sums already taken, against solving each on its own."""
+    width, classes = (512, 20) if bench.quick else (2048, 100)
+    train_sums, val_sums = (moments(width, classes, 2 * width, seed, bench.device) for seed in (0, 1))
+    orderings = [Ordering(o.order, o.sizes) for o in plan_orderings(width, bench.device)]
+
+    def alone() -> None:
+        scatter, cross = train_sums.scatter, train_sums.cross
+        penalty = 1e-2 * scatter.diagonal().mean()
+        for ordering in orderings:
+            for neurons in ordering.sizes:
+                subset = ordering.order[:neurons]
+                system = scatter[subset][:, subset] + penalty * torch.eye(neurons, device=bench.device).double()
+                torch.linalg.solve(system, cross[subset])
+
+    sides = taking_turns(
+        bench.repeats,
+        nested=lambda: timed(lambda: ridge_probes(train_sums, val_sums, orderings, [1e-2])),
+        one_by_one=lambda: timed(alone),
+    )
+    note = f"D = {width}, C = {classes}; choosing by validation error included"
+    return [
+        Figure("seconds of a ridge curve, a penalty", sides["nested"], "<= 2", sides, note),
+        Figure("71 solutions one by one over the ridge curve", ratio(sides, "one_by_one", "nested"), "", sides, note),
+    ]
+
+
+def plan_orderings(width, device):
+    """Return the paper's subsets as statistics know them."""
+    plan = subsets.plan(["random"], list(PAPER_FRACTIONS), list(range(1, 6)), [0], {"layer": width})
+    coordinates = Coordinates(plan, {"layer": width}).to(device)
+    return [coordinates.ordering(nest) for nest in coordinates.nests]
+
+
+def growth(bench: Bench) -> list[Figure]:
+    """Measure with which power time grows in probes, images and width."""
+    figures = []
+
+    def grow(what: str, target: str, sizes: list[int], run: Callable[[int], float]) -> None:
+        run(sizes[0])
+        sides = taking_turns(bench.repeats, **{str(each): functools.partial(run, each) for each in sizes})
+        note = ", ".join(f"{name}: {np.median(each):.3g} s" for name, each in sides.items())
+        figures.append(Figure(f"power of {what}", exponents(sides, list(map(float, sizes))), target, sides, note))
+
+    def step_of(width: int) -> float:
+        return Step(width, 5, device=bench.device).seconds(20)
+
+    def look(per_class: int) -> float:
+        cli, _ = bench.fit(bench.task(per_class, 10), "--trainer.max_epochs", "1", *bench.fresh())
+        return cli.model.look_seconds
+
+    def solve(width: int) -> float:
+        sums = moments(width, 10, 2 * width, 0, bench.device)
+        orderings = plan_orderings(width, bench.device)
+        return timed(lambda: ridge_probes(sums, sums, orderings, [1e-2]))
+
+    def sum_up(width: int) -> float:
+        return timed(lambda: moments(width, 10, 2048, 0, bench.device))
+
+    def components(width: int) -> float:
+        scatter = moments(width, 10, 2 * width, 0, bench.device).scatter
+        return timed(lambda: torch.linalg.eigh(scatter))
+
+    widths = [512, 1024] if bench.quick else [512, 1024, 2048, 4096]
+    seeds = {71: 5, 141: 10, 281: 20}
+    step = "a step in probes (71, 141, 281)"
+    grow(step, "<= 1.1", [*seeds], lambda n: Step(1280, seeds[n], device=bench.device).seconds(20))
+    grow("a step in width", "<= 1.1", widths, step_of)
+    grow("the look in images per class", "<= 1.1", [20, 40], look)
+    grow("sums of products in width", "<= 2.1", widths, sum_up)
+    grow("a ridge curve in width", "<= 3.1", widths, solve)
+    grow("principal components in width", "<= 3.1", widths[:3], components)
+    return figures
+
+
+BARE = """
+import sys, torch, train
+from lightning_modules import FrozenBackbone
+backbone = FrozenBackbone("mobilenetv2_100", sys.argv[1], {"pad_type": "same"})
+for _ in range(4):
+    backbone(torch.randn(32, 3, 224, 224))
+"""
+
+
+def memory(bench: Bench) -> list[Figure]:
+    """Measure the peak resident memory of fits over that of a process that only runs the backbone, in MB."""
+    small, large = bench.task(40, 10), bench.task(80, 10)  # more to train on than the 256 of a batch
+    script = str(ROOT / "train.py")
+
+    def peak(root: Path, *further: str) -> float:
+        flags = ("--trainer.max_epochs", "2", *further)
+        return child(script, *bench.arguments(root, *flags), cwd=bench.folder)[1]
+
+    off = ("--model.features", "off")
+    sides = taking_turns(
+        bench.repeats,
+        bare=lambda: child("-c", BARE, bench.weights, cwd=bench.folder)[1],
+        cached=lambda: peak(large, *bench.fresh()),
+        uncached=lambda: peak(small, *off),
+        uncached_twice=lambda: peak(large, *off),
+    )
+    more = [a - b for a, b in zip(sides["cached"], sides["bare"], strict=True)]
+    features = 900 * 1280 * 4 / 1e6
+    note = f"features {features:.1f} MB; the bare backbone {np.median(sides['bare']):,.0f} MB"
+    twice = ratio(sides, "uncached_twice", "uncached")
+    return [
+        Figure("MB of a cached fit above the bare backbone", more, f"<= {1000 + features:.0f}", sides, note),
+        Figure("memory of an uncached fit, images x 1.8", twice, "<= 1.05", sides, "500 and 900 images"),
+    ]
+
+
+def startup(bench: Bench) -> list[Figure]:
+    """Measure the time to the help and to the first batch of the quickstart, against that of its imports alone."""
+    script = str(ROOT / "train.py")
+    first = ("--trainer.callbacks+=tests.benchmarks.speed.FirstBatch", "--trainer.logger", "false")
+
+    def until_first_batch() -> float:
+        cwd = Path(tempfile.mkdtemp(dir=bench.folder))
+        return child(script, "fit", "--config", "quickstart.yaml", *first, cwd=cwd)[0]
+
+    libraries = "import lightning.pytorch, timm, torchvision, torchmetrics, jsonargparse, pandas"
+    sides = taking_turns(
+        bench.repeats,
+        imports=lambda: child("-c", libraries, cwd=bench.folder)[0],
+        help=lambda: child(script, "--help", cwd=bench.folder)[0],
+        first_batch=until_first_batch,
+    )
+    note = f"importing its libraries alone {np.median(sides['imports']):.1f} s"
+    return [
+        Figure("seconds of --help", sides["help"], "<= 8", sides, note),
+        Figure("seconds of fit until the first batch", sides["first_batch"], "<= 12", sides, f"quickstart; {note}"),
+    ]
+
+
+TASKS = {"CIFAR-10": (60_000, 45_000, 10), "CIFAR-100": (60_000, 45_000, 100)}
+TASKS |= {"flowers": (8_189, 1_020, 102), "pets": (7_349, 3_312, 37)}
+"""The paper's tasks: images to look at, images to train on, classes."""
+
+
+def cost(images: int, training: int, classes: int, looked: float, arithmetic: float, overhead: float) -> str:
+    """Return what one curve of 71 probes on D = 2048 costs on one GPU, as a row of a table.
+
+    Args:
+        images: Images to look at.
+        training: Images per epoch.
+        classes: C.
+        looked: Images a second through the backbone.
+        arithmetic: Operations a second of float32 products.
+        overhead: Seconds of a step that is too small to fill the GPU.
+    """
+    plan = subsets.plan(["random"], list(PAPER_FRACTIONS), list(range(1, 6)), [0], {"layer": 2048})
+    weights = parameters_of(plan, classes)
+    steps = 100 * -(-training // 256)
+    step = max(overhead, 4 * weights * 256 / arithmetic)  # a product and a sum per weight, forward and backward
+    look = images / looked
+    gigabytes = 16 * weights / 1e9  # float32: weights, gradient, momentum, best
+    logits = 4 * 4 * len(plan) * classes * 256 / 1e9
+    return (
+        f"{images:,} | {weights / 1e6:.1f} M | {look:,.0f} s | {steps:,} x {1e3 * step:.1f} ms = {steps * step:,.0f} s "
+        f"| {gigabytes + logits:.2f} GB | {images * 2048 * 4 / 1e9:.2f} GB"
+    )
+
+
+def costs() -> str:
+    """Return the arithmetic of the paper as a whole, and of a curve on ImageNet-1k, on one GPU that nobody measured."""
+    looked, arithmetic, overhead = 2500.0, 1e13, 2e-3
+    lines = [
+        f"Assumed, not measured: a ResNet-50 in mixed precision at {looked:,.0f} images a second (the order of",
+        f"published rates of one A100), {arithmetic / 1e12:.0f} TFLOP/s of float32 products (half of its peak) and "
+        f"{1e3 * overhead:.0f} ms a step for launches and the loop.",
+        "",
+        "| curve of 71 probes | images | weights | look | probes | GPU: bank, logits | features |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(f"| {name} | {cost(*counts, looked, arithmetic, overhead)} |" for name, counts in TASKS.items()),
+        f"| ImageNet-1k | {cost(1_281_167 + 50_000, 1_281_167, 1000, looked, arithmetic, overhead)} |",
+        "",
+    ]
+    steps = sum(100 * -(-training // 256) for _, training, _ in TASKS.values())
+    images = sum(images for images, *_ in TASKS.values())
+    seconds = 6 * (images / looked + steps * overhead)
+    lines.append(
+        f"The paper: 6 backbones x ({images:,} images / {looked:,.0f} a second + {steps:,} steps x "
+        f"{1e3 * overhead:.0f} ms) = {seconds / 60:,.0f} minutes for 6 x 4 x 71 probes; its own procedure looks at "
+        f"6 x 71 x 100 x {sum(training for _, training, _ in TASKS.values()):,} training images, "
+        f"{6 * 7100 * sum(training for _, training, _ in TASKS.values()) / looked / 86400:,.0f} days at the same rate."
+    )
+    return "\n".join(lines)
+
+
+MEASUREMENTS = {each.__name__: each for each in (startup, probes, rivals, ridge, growth, memory, curve)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(MEASUREMENTS)}; all if none is named.")
+    parser.add_argument("--images", type=Path, help="A folder <class>/<image> with 300 images a class; noise if none.")
+    parser.add_argument("--weights", default="random", help="Of a MobileNetV2 in timm's names; random if none.")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="32-true", help="The Trainer's.")
+    parser.add_argument("--repeats", type=int, default=3, help="Rounds.")
+    parser.add_argument("--quick", action="store_true", help="Little of everything, to see whether it runs.")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+    asked = parser.parse_args()
+    if unknown := set(asked.names) - set(MEASUREMENTS):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}")
+    weights = str(Path(asked.weights).resolve()) if asked.weights != "random" else asked.weights
+    figures: list[Figure] = []
+    settings = {"machine": machine(asked.device), "precision": asked.precision, "quick": asked.quick}
+    settings |= {"images": "given" if asked.images else "noise", "weights": Path(weights).name}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), asked.images, weights, asked.device, asked.precision, asked.repeats, asked.quick)
+        for name in asked.names or MEASUREMENTS:
+            print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+            figures += MEASUREMENTS[name](bench)
+            write(figures, settings, asked.output)
+            print(table(figures[-1:]), file=sys.stderr, flush=True)
+    print("\n".join(f"{key}: {value}" for key, value in settings.items()), table(figures), costs(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
