@@ -1,7 +1,9 @@
 """The command line: joins a task, a model and a Trainer, and leaves a run's files."""
 
+import argparse
 import contextlib
 import difflib
+import importlib
 import inspect
 import logging
 import os
@@ -9,6 +11,7 @@ import re
 import sys
 import tempfile
 import time
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -22,13 +25,14 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.distributed import DistError, TCPStore
 
 import datamodules
 import lightning_modules
 from datamodules import Task
-from lightning_modules import FrozenBackbone, RedundancyProbe
+from datamodules.images import one_line
+from lightning_modules import FrozenBackbone, RedundancyProbe, measures
 from lightning_modules.backbone import PretrainedCfgOverlay
 from lightning_modules.checkpoints import Checkpoints, WholeCheckpointIO
 from lightning_modules.files import whole
@@ -39,6 +43,11 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unuse
 """Processes that run the whole command line, each on one device."""
 PARENT = os.getppid()
 """The process that started this one."""
+VERBS = {
+    "compare": "lightning_modules.reporting.compare.compare",
+    "export": "lightning_modules.export.export",
+}
+"""Verbs that are no methods of the Trainer, and the functions that they run; imported when they are called."""
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "a word"}
 TYPES |= {"list[int]": "a list of whole numbers", "list[float]": "a list of numbers", "list[str]": "a list of words"}
 """What types are called to a user."""
@@ -90,33 +99,46 @@ def read_config(path: str) -> dict[str, Any]:
 class Parser(LightningArgumentParser):
     """Says what is wrong in one line, without a hundred lines of usage."""
 
+    known: Sequence[str] | None = None
+    """The options, where they are not the keys of a configuration."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with one line and exit status 2."""
-        fail(explain(message))
+        fail(explain(message, self.known))
 
 
-def explain(message: str) -> str:
-    """Return what jsonargparse says of a mistake as one line that names the wrong value and what would be right."""
+def explain(message: str, known: Sequence[str] | None = None) -> str:
+    """Return what jsonargparse says of a mistake as one line that names the wrong value and what would be right.
+
+    Args:
+        message: What jsonargparse says.
+        known: The options that there are, where they are not the keys of a configuration.
+    """
     name = re.search(r'Parser key "(data|model)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
     name = name or re.search(r'Parser key "(data|model)":.*Given value: (\w+)$', message, re.DOTALL)
     if name:
-        return f"--{name[1]} is {name[2]!r}; it must be one of {', '.join(offered(name[1]))}, or a class's import path."
+        return f"--{name[1]} is {nearest_class(name[2], name[1])}, or a class's import path."
     unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", message)
     if unknown:
-        near = nearest_keys(unknown[1])
-        hint = f"did you mean {' or '.join(near)}?" if near else "`train.py fit --help` lists all."
+        near = nearest_keys(unknown[1], known=known)
+        everything = "--help lists all." if known else "`train.py fit --help` lists all."
+        hint = f"did you mean {' or '.join(near)}?" if near else everything
         return f"There is no option {unknown[1]!r}; {hint}"
     part = re.search(r'Parser key "([\w.]+)":\s+Unable to load config \'(.*?)\'', message)
+    part = part or re.search(r'Parser key "(backbone)":.*Given value: (\w+)$', message, re.DOTALL)
     if part:
-        key = next(iter(nearest_keys(part[1], cutoff=1)), part[1])
+        key = next(iter(nearest_keys(part[1], 1, known)), part[1])
         return f"--{key} is {part[2]!r}; it must be settings, as `--{key} '{{name: value}}'` or `--{key}.name value`."
     required = re.search(r"the following arguments are required: (.*)", message)
     if required:
-        keys = [next(iter(nearest_keys(key, cutoff=1)), key) for key in required[1].split(", ")]
+        keys = [next(iter(nearest_keys(key, 1, known)), key) for key in required[1].split(", ")]
+        if known:
+            named = ["RUN" if key == "runs" else f"--{key}" for key in keys]  # these come without a flag
+            return f"Give {' and '.join(named)} too; --help tells what they are."
         return f"Nothing sets {' and '.join(keys)}; give a --config, as quickstart.yaml, or --{keys[0]}."
     wrong = re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
     if wrong:
-        key = next(iter(nearest_keys(wrong[1], cutoff=1)), wrong[1])
+        key = next(iter(nearest_keys(wrong[1], 1, known)), wrong[1])
         value = re.search(r"Given value: (.*)|Got value: (.*)", wrong[2])
         types = re.search(r"Subtypes: \[(.*)\]\n|Expected an? (.*?)(?:\. Got value|$)", wrong[2])
         if value and types:
@@ -133,8 +155,16 @@ def offered(kind: str) -> list[str]:
     return [name for name in names if name not in ("Task", "FrozenBackbone")]
 
 
-def nearest_keys(key: str, cutoff: float = 0.6) -> list[str]:
-    """Return the keys of a configuration whose last part is nearest to that of `key`, at most two."""
+def nearest_class(name: str, kind: str) -> str:
+    """Return what is to be said of a name that `--data` or `--model` does not take, with the nearest that it does."""
+    known = offered(kind)
+    near = difflib.get_close_matches(name.lower(), [each.lower() for each in known], n=1)
+    hint = next((f"; did you mean {each}? I" for each in known if each.lower() in near), "; i")
+    return f"{name!r}{hint}t must be one of {', '.join(known)}"
+
+
+def nearest_keys(key: str, cutoff: float = 0.6, known: Sequence[str] | None = None) -> list[str]:
+    """Return the keys of a configuration (or of `known`) whose last part is nearest to that of `key`, at most two."""
     owners: dict[str, list[Callable[..., Any]]] = {
         "trainer": [Trainer],
         "data": [getattr(datamodules, name) for name in offered("data")],
@@ -145,10 +175,27 @@ def nearest_keys(key: str, cutoff: float = 0.6) -> list[str]:
     keys = ["name", "overwrite", "config", "seed_everything", "ckpt_path", *owners]
     for part, kinds in owners.items():
         keys += [f"{part}.{name}" for kind in kinds for name in inspect.signature(kind).parameters]
-    last = {known: known.rpartition(".")[2] for known in keys}
+    last = {each: each.rpartition(".")[2] for each in known or keys}
     near = difflib.get_close_matches(key.rpartition(".")[2], set(last.values()), n=1, cutoff=cutoff)
-    found = [known for known in last if last[known] in near]
-    return sorted(found, key=lambda known: -difflib.SequenceMatcher(None, known, key).ratio())[:2]
+    found = [each for each in last if last[each] in near]
+    given = {argument.lstrip("-").partition("=")[0] for argument in sys.argv}  # settles what several parts know
+    return sorted(found, key=lambda each: (each not in given, -difflib.SequenceMatcher(None, each, key).ratio()))[:2]
+
+
+class FinishedRun(MisconfigurationException):
+    """Raised where a run would go into the folder of a finished one.
+
+    Args:
+        folder: That folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} holds a finished run; choose another --name, or say --overwrite true.")
+        self.folder = folder
+
+
+class UnavailableTask(MisconfigurationException):
+    """Raised where the data of one task of several cannot be had."""
 
 
 class CLI(LightningCLI):
@@ -171,7 +218,7 @@ class CLI(LightningCLI):
                 "enable_model_summary": False,
                 "log_every_n_steps": 1,
             },
-            parser_kwargs={"description": __doc__},
+            parser_kwargs={"description": f"{__doc__} Further verbs: {', '.join([*VERBS, 'vtab'])}."},
             args=None if args is None else list(args),
         )
 
@@ -190,6 +237,7 @@ class CLI(LightningCLI):
         """Add what belongs to a run and not to one of its parts."""
         parser.set_defaults({"model": "RedundancyProbe"})
         parser.link_arguments("data", "model.init_args.num_classes", _num_classes, apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.width", _width, apply_on="instantiate")
         parser.add_argument(
             "--name", type=str | None, default=None, help="The run's name; null is <task>_<backbone>_<selections>."
         )
@@ -226,7 +274,7 @@ class CLI(LightningCLI):
                 wanted is not there, or the Trainer cannot be had as asked for.
         """
         self.datamodule.preprocessing = self.model.preprocessing
-        name = self._get(self.config, "name") or f"{self.datamodule.name}_{self.model.label}"
+        name = self._get(self.config, "name") or f"{self.datamodule.label}_{self.model.label}"
         self.name = re.sub(r"[^\w.+=-]+", "-", name)
         if not self.name.strip("."):
             raise MisconfigurationException(f"--name is {name!r}; it must name a folder of its own.")
@@ -248,7 +296,7 @@ class CLI(LightningCLI):
         if config["logger"] is None or config["logger"] is True:
             resumed = bool(self.config[self.subcommand]["ckpt_path"])
             fit = self.subcommand == "fit"
-            config["logger"] = dashboard.wandb_logger(self.name, self.folder, resumed) if fit else False
+            config["logger"] = dashboard.wandb_logger(self.name, self.folder, resumed, self._groups()) if fit else False
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun says how many processes there are
             here, all_of_them = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
             config["devices"] = here if config["devices"] == "auto" else config["devices"]
@@ -289,14 +337,16 @@ class CLI(LightningCLI):
 
     def _claim_folder(self) -> None:
         """Refuse to write over a finished run, or into a folder that cannot be written."""
-        if (self.folder / "results.csv").exists() and not self.config[self.subcommand]["overwrite"]:
-            raise MisconfigurationException(
-                f"{self.folder} holds a finished run; choose another --name, or say --overwrite true."
-            )
+        if self._is_finished():
+            raise FinishedRun(self.folder)
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
+
+    def _is_finished(self) -> bool:
+        """Return whether the folder holds a finished run that must stay."""
+        return (self.folder / "results.csv").exists() and not self.config[self.subcommand]["overwrite"]
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -317,10 +367,14 @@ class CLI(LightningCLI):
         settings = {key: settings[key] for key in ("seed_everything", "trainer", "model", "data")}
         self.settings = {"name": self.name, **settings}
         if self.trainer.is_global_zero:
-            groups = {"task": self.datamodule.name}
-            if isinstance(self.model, RedundancyProbe):
-                groups["backbone"] = self.model.backbone.label
-            dashboard.log_configuration(self.trainer.loggers, groups | self.settings)
+            dashboard.log_configuration(self.trainer.loggers, self._groups() | self.settings)
+
+    def _groups(self) -> dict[str, str]:
+        """Return what runs can be grouped by."""
+        groups = {"task": self.datamodule.label}
+        if isinstance(self.model, RedundancyProbe):
+            groups["backbone"] = self.model.backbone.label
+        return groups
 
     def _begin(self, *_: Any) -> None:
         """Write the configuration, and remove what an earlier run left, once nothing stands in the way of this one."""
@@ -345,10 +399,10 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             seconds = {"look": self.model.look_seconds, "fit": trained - self.started}
             seconds |= {"evaluation": time.perf_counter() - trained}
-            results, classes = self.model.results(), self.model.class_results()
+            tables = self.model.tables()
             with self._writing():
-                print(report(self.folder, results, classes, self.model.remarks(), seconds), flush=True)
-            dashboard.log_report(self.trainer.loggers, self.folder, results)
+                print(report(self.folder, tables, self.model.remarks(), seconds), flush=True)
+            dashboard.log_report(self.trainer.loggers, self.folder, tables)
 
     def after_validate(self) -> None:
         """Write what was measured on validation."""
@@ -369,6 +423,47 @@ class CLI(LightningCLI):
                 with whole(self.folder / name) as file:
                     getattr(self.model, table)().to_csv(file, index=False)
             print(self.folder / name)
+
+
+class TaskRun(CLI):
+    """A run of one task of several, which share a backbone.
+
+    Args:
+        args: The command line.
+        backbones: Those of earlier runs, by what they were made from; a new one is added.
+
+    Raises:
+        FinishedRun: If the run is finished already.
+        UnavailableTask: If the task's data cannot be had.
+    """
+
+    def __init__(self, args: Sequence[str], backbones: dict[str, FrozenBackbone]) -> None:
+        self.backbones = backbones
+        super().__init__(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Go on where the run was interrupted, and let a backbone be shared: it is frozen, so no run can tell."""
+        super().before_instantiate_classes()
+        config = self.config[self.subcommand]
+        if not config["overwrite"]:
+            config["ckpt_path"] = config["ckpt_path"] or "last"
+        self.parser.add_instantiator(self._share, FrozenBackbone, subclasses=True, prepend=True)
+
+    def _share(self, *args: Any, **kwargs: Any) -> FrozenBackbone:
+        made_from = repr((args, sorted(kwargs.items())))
+        if made_from not in self.backbones:
+            self.backbones[made_from] = build(*args, **kwargs)
+        return self.backbones[made_from]
+
+    def _claim_folder(self) -> None:
+        """Have the data before there is a folder; every process tries, as none can ask another yet."""
+        if not self._is_finished():
+            try:
+                self.datamodule.prepare_data()
+                self.datamodule.setup("fit")
+            except MisconfigurationException as error:
+                raise UnavailableTask(one_line(error)) from error
+        super()._claim_folder()
 
 
 def build(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -453,6 +548,10 @@ def _num_classes(task: Task) -> int:
     return task.num_classes
 
 
+def _width(task: Task) -> int | None:
+    return task.width
+
+
 def fail(message: str) -> NoReturn:
     """End with one line and exit status 2; of several processes that meet the same mistake, one says so."""
     said = said_by_processes(1)
@@ -486,6 +585,87 @@ def said_by_processes(more: int) -> int | None:
         return None
 
 
+def run_verb(verb: str, args: Sequence[str]) -> None:
+    """Run a verb that is no method of the Trainer, with a parser made from its function's arguments."""
+    module, _, function = VERBS[verb].rpartition(".")
+    run = getattr(importlib.import_module(module), function)
+    parser = Parser(
+        prog=f"train.py {verb}", description=(inspect.getdoc(run) or verb).partition("\n")[0], allow_abbrev=False
+    )
+    several: set[str | int] = {
+        name for name, kind in typing.get_type_hints(run).items() if name == "runs" and kind == list[str]
+    }
+    for name in several:
+        parser.add_argument(str(name), nargs="+", help="Folders of runs, or patterns.")
+    parser.add_function_arguments(run, skip=several)
+    parser.known = list(inspect.signature(run).parameters)
+    run(**vars(parser.parse_args(args)))
+
+
+def vtab(args: Sequence[str]) -> None:
+    """Run a backbone over VTAB, a run for each task, and compare them. All other options are those of fit.
+
+    A finished run is kept, an interrupted one goes on, and a task whose data cannot be had is left out.
+
+    Args:
+        args: The command line after the verb.
+
+    Raises:
+        MisconfigurationException: If a name is no task, runs would share a folder, or no task can be had.
+    """
+    from lightning_modules.reporting.compare import compare, compare_groups  # these draw, which takes long to import
+
+    parser = argparse.ArgumentParser(
+        "train.py vtab",
+        description=(inspect.getdoc(vtab) or "").partition("\n\nArgs:")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    defaults = inspect.signature(compare).parameters
+    parser.add_argument("-c", "--config", action="append", help="As fit takes it, also several; none is vtab1k.yaml.")
+    parser.add_argument("--tasks", nargs="+", default=list(datamodules.VTAB), help="Names, also as [DTD,SVHN].")
+    parser.add_argument("--data.protocol", dest="protocol", default="vtab1k", help="vtab1k, or full.")
+    parser.add_argument("--output", type=Path, default=Path("vtab"), help="Folder of the comparison.")
+    parser.add_argument("--delta", type=float, default=defaults["delta"].default, help="As compare takes it.")
+    parser.add_argument("--rule", choices=measures.RULES, default=defaults["rule"].default, help="As compare takes it.")
+    try:
+        given, options = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise MisconfigurationException(f"{error.argument_name}: {error.message}.") from error
+    tasks = list(dict.fromkeys(re.findall(r"[\w.]+", " ".join(given.tasks))))
+    unknown = next((task for task in tasks if task not in offered("data")), None)
+    if unknown or not tasks:
+        raise MisconfigurationException(f"--tasks holds {nearest_class(unknown, 'data') if unknown else 'no task'}.")
+    if not 0 < given.delta <= 1:
+        raise MisconfigurationException(f"--delta is {given.delta:g}; it must be above 0, at most 1.")
+    configs = [f"--config={name}" for name in given.config or ["vtab1k.yaml"]]
+    backbones: dict[str, FrozenBackbone] = {}
+    groups: dict[Path, str] = {}
+    for place, task in enumerate(tasks):
+        of_task = ["--name=null", "--overwrite=false", f"--data={task}", f"--data.protocol={given.protocol}"]
+        said = f"{task}, {place + 1} of {len(tasks)}"
+        rank_zero_info(f"{said}.")
+        try:
+            folder = TaskRun(["fit", *configs, *of_task, *options], backbones).folder
+        except UnavailableTask as error:
+            rank_zero_info(f"{said}, is skipped: {error}")
+            continue
+        except FinishedRun as error:
+            folder = error.folder
+            rank_zero_info(f"{said}, is kept: {folder} holds a finished run; --overwrite true does all anew.")
+        finally:
+            dashboard.finish()
+        if folder in groups:
+            raise MisconfigurationException(f"All tasks would go to {folder}; leave --name and --data out.")
+        groups[folder] = getattr(datamodules, task).group or "other"
+    if not groups:
+        raise MisconfigurationException("None of the tasks can be had; the lines above say why.")
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        compare([str(folder) for folder in groups], given.output, given.delta, given.rule)
+        compare_groups(groups, given.output, given.delta, given.rule)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one line."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # for what Lightning's own command line calls
@@ -497,10 +677,17 @@ def main(args: Sequence[str] | None = None) -> None:
         "in eval mode at the start of training",
         "is deprecated",
         "sync_dist=True",
+        "args parameter is intended to run from within Python",  # `vtab` does that
     ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
     try:
-        CLI(args)
+        verb, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+        if verb in VERBS:
+            run_verb(verb, rest)
+        elif verb == "vtab":
+            vtab(rest)
+        else:
+            CLI(args)
     except MisconfigurationException as error:
         # A loader's worker wraps its traceback around the message; the message is the last line.
         fail(str(error).strip().splitlines()[-1].partition("MisconfigurationException: ")[2] or str(error))

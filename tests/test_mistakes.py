@@ -77,7 +77,7 @@ MISTAKES = {
     ),
     "full seed twice": (["--model.full_seeds=[0,0]"], "model.full_seeds lists 0 twice"),
     "no full seed": (["--model.full_seeds=0"], "model.full_seeds is 0; give a number of seeds from 1"),
-    "unknown selection": (["--model.selection=randm"], "'randm'; it must be one of first, random"),
+    "unknown selection": (["--model.selection=randm"], "'randm'; it must be one of first, fisher"),
     "selection twice": (["--model.selection=[first,first]"], "model.selection lists first twice"),
     "no selection": (["--model.selection=[]"], "model.selection is empty"),
     # The backbone.
@@ -120,8 +120,8 @@ MISTAKES = {
     "step size 0": (["--model.step_size=0"], "model.step_size is 0; it must be at least 1"),
     "neither true nor false": (["--model.standardise=maybe"], "model.standardise is maybe", "true or false"),
     # The task.
-    "unknown task": (["--data=Digit"], "--data is 'Digit'; it must be one of CIFAR10, CIFAR100, Digits"),
-    "task that is none": (["--data=Task"], "--data is 'Task'; it must be one of CIFAR10, CIFAR100, Digits"),
+    "unknown task": (["--data=Digit"], "--data is 'Digit'; did you mean Digits? It must be one of CIFAR10, CIFAR100"),
+    "task that is none": (["--data=Task"], "--data is 'Task'; it must be one of CIFAR10, CIFAR100"),
     "classes that are not the task's": (["--model.num_classes=7"], "model.num_classes is that of the task"),
     "unknown model": (["--model=Probe"], "--model is 'Probe'; it must be one of Pretraining, RedundancyProbe"),
     "batch size 0": (["--data.batch_size=0"], "data.batch_size is 0; it must be at least 1"),
@@ -227,7 +227,7 @@ VERBS = {
     "no verb": ([], "fit,validate,test,predict"),
     "unknown verb": (["fitt", "--config", "quickstart.yaml"], "'fitt'", "'fit', 'validate', 'test', 'predict'"),
     "configuration before the verb": (["--config", "quickstart.yaml", "fit"], "--config comes after the verb"),
-    "nothing but a verb": (["fit"], "Nothing sets model.backbone.name", "--config"),
+    "nothing but a verb": (["fit"], "Nothing sets data", "--config"),
     "test without a run": (["test", "--config", "quickstart.yaml"], "no runs/quickstart/checkpoints/last.ckpt"),
     "prediction without a run": (["predict", "--config", "quickstart.yaml"], "name the --config of a run"),
 }
@@ -561,7 +561,7 @@ LAYOUTS = {
     "a class without images": (lambda root: keep(root / "train" / "dog", 0), "train/dog holds no images", ".jpg"),
     "a class too small to split": (
         lambda root: keep(root / "train" / "dog", 2),
-        "Class 'dog' of pets/train has 2 images; to cut val and test from train it needs at least 3",
+        "Class 'dog' of pets has 2 images in train; to cut val and test from it, it needs at least 3",
     ),
     "a class that test lacks": (lambda root: noise(root / "test" / "cat" / "a.png"), "pets/test lacks ['dog']"),
     "a class that val adds": (

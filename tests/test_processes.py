@@ -113,3 +113,20 @@ def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
         assert sum(sent) == sum(bank.weight.numel() + bank.bias.numel() for bank in model.banks)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_two_processes_leave_the_files_of_one(start, tmp_path):
+    measures = ("--model.solver=ridge", "--model.selection=[random,pca,pca_least,fisher]", "--model.ensembles=true")
+    command = (*SHORT, *measures, "--model.neighbours=5", "--model.backbone.layer=[layer2,penultimate]", "--name=run")
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        for process in start(*command, cwd=tmp_path / str(processes), processes=processes):
+            done = process.wait()
+            assert done.returncode == 0, done.stderr
+    one, two = (tmp_path / str(processes) / "runs" / "run" for processes in (1, 2))
+    for name in ("results", "classes", "layers", "ensembles", "neighbours"):
+        mine, theirs = (pd.read_csv(folder / f"{name}.csv") for folder in (one, two))
+        # Sums of float64 differ by their order alone; counts do not.
+        pd.testing.assert_frame_equal(mine, theirs, rtol=1e-6, atol=1e-9)
+        counted = [column for column in mine if column in ("accuracy", "correct", "images", "kept", "gained", "lost")]
+        assert mine[counted].equals(theirs[counted])

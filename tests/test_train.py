@@ -1,5 +1,6 @@
 """The command line as a user meets it: real runs, the files they leave, and what a mistake is answered with."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -7,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 import yaml
 from conftest import ROOT, SHARED, launch
 from safetensors.torch import load_file
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from datamodules import Digits
 
-CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+SWEEP = "sweep.yaml"
+SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+CONFIGS = [name for name in SHIPPED if name != SWEEP]
 OVERLAYS = {"paper_recipe.yaml": "cifar10_20pct.yaml", "debug.yaml": "cifar10_curve.yaml"}
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
@@ -41,11 +46,51 @@ def test_every_shipped_configuration_parses(cli, name):
     assert "class_path" in out
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_key_of_a_shipped_configuration_is_commented(name):
     lines = (ROOT / "configs" / name).read_text().splitlines()
     bare = [line for line in lines if re.search(r":\s+[^#\s]", line) and not line.startswith("#") and " #" not in line]
     assert bare == []
+
+
+def sweep_commands():
+    """Command lines of the shipped sweep without the interpreter, as W&B's agents make them; all combinations."""
+    sweep = yaml.safe_load((ROOT / "configs" / SWEEP).read_text())
+    assert (sweep["method"], sweep["program"]) == ("grid", "train.py")
+    names, values = zip(*((name, each["values"]) for name, each in sweep["parameters"].items()), strict=True)
+    for combination in itertools.product(*values):
+        given = {name: {"value": value} for name, value in zip(names, combination, strict=True)}
+        macros = create_sweep_command_args({"args": given}) | {"env": [], "interpreter": [], "program": []}
+        chunks = [re.fullmatch(r"\$\{(\w+)\}", chunk) or chunk for chunk in create_sweep_command(sweep["command"])]
+        yield [word for chunk in chunks for word in ([chunk] if isinstance(chunk, str) else macros[chunk[1]])]
+
+
+def test_the_sweep_covers_backbones_and_tasks_with_commands_that_parse(cli):
+    found = []
+    for command in sweep_commands():
+        assert command[0] == "fit"
+        if len(found) in (0, 9, 23):  # a parse takes a while
+            status, out, err = cli(*command, "--print_config")
+            assert status == 0, err
+            assert f"name: {command[-1].partition('=')[2]}\n" in out
+        found.append(tuple(command[1:]))
+    assert len(set(found)) == len(found) == 6 * 4
+    tasks, names = ({argument.partition("=")[2] for argument in column} for column in zip(*found, strict=True))
+    assert all((ROOT / "configs" / task).is_file() for task in tasks)
+    assert names <= set(timm.list_models(pretrained=True))
+
+
+def test_a_command_of_the_sweep_runs(cli, tmp_path):
+    quick = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["backbone"]
+    command = next(sweep_commands())
+    status, _, err = cli(
+        *command,
+        *(f"--model.backbone={json.dumps(quick)}", "--data=Digits", "--data.digits=[0,1]", "--model.seeds=1"),
+        *("--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--name=swept"),
+    )
+    assert status == 0, err
+    assert (tmp_path / "runs" / "swept" / "report.html").is_file()
+    assert list((tmp_path / "runs" / "swept").glob("wandb/offline-run-*"))
 
 
 @pytest.mark.parametrize("size", ["20pct", "curve"])
@@ -117,7 +162,7 @@ def test_quickstart_prints_the_curve_the_answer_and_its_files(quickstart):
         summary["answer"],
     )
     assert summary["answer"] in done.stdout
-    for name in ("results.csv", "classes.csv", "summary.json", "curve.png", "curve.svg"):
+    for name in ("results.csv", "classes.csv", "summary.json", "curve.png", "curve.svg", "report.html"):
         assert f"{folder.parent.name}/{folder.name}/{name}" in done.stdout
         assert (folder / name).stat().st_size > 0
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
