@@ -35,6 +35,11 @@ def nests(probes: Sequence[Probe]) -> list[list[Nest]]:
     return list(alike.values())
 
 
+def _is_informed(basis: str) -> bool:
+    """Return whether a basis depends on the training images."""
+    return any(rule.informed for rule in SELECTIONS.values() if rule.basis == basis)
+
+
 class Coordinates(nn.Module):
     """Gathers the coordinates of every nest, as far as its largest subset goes.
 
@@ -61,7 +66,7 @@ class Coordinates(nn.Module):
                 self._starts[self._space(nest)] = end
                 end += widths[nest.layer]
         for place, (layer, basis, _) in enumerate(self._bases()):
-            informed = any(rule.informed for rule in SELECTIONS.values() if rule.basis == basis)
+            informed = _is_informed(basis)
             self.register_buffer(f"matrix_{place}", torch.zeros(widths[layer], widths[layer]), persistent=informed)
             self.register_buffer(f"centre_{place}", torch.zeros(widths[layer]), persistent=informed)
         self.register_buffer("rows", torch.zeros(sum(o.sizes[-1] for o in self.nests), dtype=torch.int64))
@@ -116,12 +121,12 @@ class Coordinates(nn.Module):
 
     def subset(self, index: int) -> Tensor:
         """Return the coordinates that a probe sees, shape (k,), as places in its layer or basis."""
-        nest = next(nest for nest in self.nests if index in nest.probes)
+        nest = self._nest_of(index)
         return self.ordering(nest).order[: nest.sizes[nest.probes.index(index)]]
 
     def basis(self, index: int) -> tuple[Tensor, Tensor] | None:
         """Return the matrix, shape (D, D), and centre, shape (D,), of the basis a probe sees; None for neurons."""
-        return self._basis(next(nest for nest in self.nests if index in nest.probes))
+        return self._basis(self._nest_of(index))
 
     def masks(self) -> Tensor:
         """Return which of `spaces` each probe sees, shape (P, M), boolean."""
@@ -137,6 +142,9 @@ class Coordinates(nn.Module):
             for index, size in zip(nest.probes, nest.sizes, strict=True):
                 masks[index, rows[:size]] = True
         return masks
+
+    def _nest_of(self, index: int) -> Nest:
+        return next(nest for nest in self.nests if index in nest.probes)
 
     def _bases(self) -> Iterator[tuple[str, str, int]]:
         for layer, basis, seed in self._starts:
@@ -165,7 +173,7 @@ class Coordinates(nn.Module):
 
     def _fill(self, layers: dict[str, Layer], informed: bool) -> None:
         for place, (layer, name, seed) in enumerate(self._bases()):
-            if informed == any(rule.informed for rule in SELECTIONS.values() if rule.basis == name):
+            if informed == _is_informed(name):
                 basis = BASES[name](layers[layer], seed)
                 getattr(self, f"matrix_{place}").copy_(basis.matrix)
                 getattr(self, f"centre_{place}").copy_(basis.centre)
