@@ -33,7 +33,7 @@ import lightning_modules
 from datamodules import Task
 from datamodules.images import one_line
 from lightning_modules import FrozenBackbone, RedundancyProbe, measures
-from lightning_modules.backbone import PretrainedCfgOverlay
+from lightning_modules.backbone import PretrainedCfgOverlay, keep_freed_memory
 from lightning_modules.checkpoints import Checkpoints, WholeCheckpointIO
 from lightning_modules.files import whole
 from lightning_modules.reporting import dashboard, report
@@ -668,6 +668,7 @@ def vtab(args: Sequence[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one line."""
+    keep_freed_memory()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # for what Lightning's own command line calls
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     # Left out: advertisements, and advice that a frozen backbone or a small data set has no use for.

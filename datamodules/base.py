@@ -34,7 +34,8 @@ class Task(LightningDataModule, ABC):
         batch_size: Images per batch, over all processes.
         augmentation: How training images are varied where a run asks for more than the clean view (`model.features`):
             `paper` or `none`; null is the task's own default, `none` for specialized and structured tasks.
-        num_workers: Processes that load images, for each training process; null takes one per free core, at most 8.
+        num_workers: Processes that load images, for each training process; null takes one per free core, at most 8,
+            and none beside a backbone on the CPU, where threads make the images in its pauses.
         seed: Decides the splits that are cut here, the order of training images, and the augmentation.
         protocol: `full`, or `vtab1k`: a seeded stratified 800 images of train and 200 of val, and the whole test split.
 
@@ -202,9 +203,9 @@ class Task(LightningDataModule, ABC):
 
     def image_batches(self, split: str, augmented: bool = False) -> ImageBatches:
         """Return what answers requests for images of `split`, in the clean or the augmented view."""
-        transform = (AUGMENTATIONS[self.augmentation] if augmented else evaluation)(self.view)
-        images = cast(Images, self.images[split])
-        return ImageBatches(images, transform, self.seed, tuple(self.preprocessing["input_size"]))
+        varied = augmented and self.augmentation != "none"
+        transform = (AUGMENTATIONS[self.augmentation] if varied else evaluation)(self.view)
+        return ImageBatches(cast(Images, self.images[split]), transform, self.view, self.seed, varied)
 
     @staticmethod
     def request(indices: Sequence[int], epoch: int) -> Request:
@@ -219,7 +220,7 @@ class Task(LightningDataModule, ABC):
             batches,
             batch_size=None,  # a request is a whole batch
             sampler=requests,
-            num_workers=self._workers(batches.images) if isinstance(batches, ImageBatches) else 0,
+            num_workers=self._workers(batches) if isinstance(batches, ImageBatches) else 0,
             pin_memory=bool(self.trainer and self.trainer.strategy.root_device.type == "cuda"),
         )
 
@@ -254,9 +255,13 @@ class Task(LightningDataModule, ABC):
             return self.loader(RepresentationBatches(self._representations[split], images.labels), requests)
         return self.loader(self.image_batches(split, augmented=split == "train"), requests)
 
-    def _workers(self, images: Images) -> int:
+    def _workers(self, batches: ImageBatches) -> int:
         if self.num_workers is not None:
             return self.num_workers
+        on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu and not batches.varied:
+            return 0  # the backbone wants every core; a worker beside it holds up all its threads
+        images = batches.images
         if isinstance(images, ArrayImages) and images.pixels[0].nbytes * len(images) < 2**20:
             return 0  # transforming a handful of tiny images costs less than starting a process
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,14 +6,16 @@ epoch, so that augmentation is a function of (seed, epoch, index) even in worker
 
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.images import Images
-from datamodules.transforms import Transform
+from datamodules.transforms import Preprocessing, Transform, normalise
 
 
 class Request(NamedTuple):
@@ -87,29 +89,43 @@ class RequestSampler(Sampler[Request]):
 
 
 class ImageBatches(Dataset[Batch]):
-    """Answers requests with decoded and transformed images.
+    """Answers requests with decoded and transformed images, made by as many threads as PyTorch uses.
 
     Args:
         images: The split.
-        transform: From a PIL image to a tensor; may draw from torch's random numbers, which are seeded for each image
-            by (seed, epoch, index) and left as they were.
+        transform: From a PIL image to pixels.
+        preprocessing: With the `input_size` of an image, and `mean` and `std` of its normalisation.
         seed: Seed of the augmentation.
-        shape: Shape of one transformed image, for requests without images.
+        varied: Whether the transform draws from torch's random numbers. They are seeded for each image by (seed,
+            epoch, index) and left as they were; as there is one such state, images are then made one by one.
     """
 
-    def __init__(self, images: Images, transform: Transform, seed: int, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, images: Images, transform: Transform, preprocessing: Preprocessing, seed: int, varied: bool
+    ) -> None:
         self.images = images
         self.transform = transform
+        self.preprocessing = preprocessing
         self.seed = seed
-        self.shape = shape
+        self.varied = varied
 
     def __getitem__(self, request: Request) -> Batch:
-        inputs = torch.empty(len(request.indices), *self.shape)
-        with torch.random.fork_rng(devices=[]):
-            for place, index in enumerate(request.indices):
-                torch.default_generator.manual_seed(zlib.crc32(f"{self.seed}/{request.epoch}/{index}".encode()))
-                inputs[place] = self.transform(self.images[index])
+        channels, height, width = self.preprocessing["input_size"]
+        pixels = np.empty((len(request.indices), height, width, channels), np.uint8)
+
+        threads = 1 if self.varied else torch.get_num_threads()
+
+        def make(share: int) -> None:
+            for place in range(share, len(pixels), threads):
+                index = request.indices[place]
+                if self.varied:
+                    torch.default_generator.manual_seed(zlib.crc32(f"{self.seed}/{request.epoch}/{index}".encode()))
+                pixels[place] = self.transform(self.images[index]).permute(1, 2, 0).numpy()
+
+        with torch.random.fork_rng(devices=[], enabled=self.varied), ThreadPoolExecutor(threads) as pool:
+            list(pool.map(make, range(threads)))
         indices = torch.tensor(request.indices, dtype=torch.int64)
+        inputs = normalise(torch.from_numpy(pixels), self.preprocessing)
         return Batch(inputs, self.images.labels[indices], indices, request.total)
 
 

@@ -1,8 +1,9 @@
-"""From a PIL image to the backbone's input: the evaluation view, and training augmentations by name."""
+"""From a PIL image to the backbone's input: the evaluation view, training augmentations by name, normalisation."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -10,13 +11,14 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 Transform = Callable[[Image.Image], Tensor]
+"""From an RGB image to pixels of the backbone's input size, shape (C, H, W), uint8."""
 Preprocessing = dict[str, Any]
 """The keys of timm's data configuration: input_size (C, H, W), interpolation, mean, std, crop_pct, crop_mode."""
 
 
 def evaluation(preprocessing: Preprocessing) -> Transform:
-    """Return the backbone's own evaluation view: resize, centre crop, normalise; nothing random."""
-    return create_transform(**preprocessing, is_training=False)
+    """Return the backbone's own evaluation view: resize and centre crop; nothing random."""
+    return create_transform(**preprocessing, is_training=False, normalize=False)
 
 
 def squashed(preprocessing: Preprocessing) -> Preprocessing:
@@ -37,10 +39,27 @@ def paper(preprocessing: Preprocessing) -> Transform:
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25),
             transforms.RandomRotation(degrees=2),
-            transforms.ToTensor(),
-            transforms.Normalize(preprocessing["mean"], preprocessing["std"]),
+            transforms.PILToTensor(),
         ]
     )
+
+
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return pixels as the backbone wants them: over 255, less the mean, over the standard deviation of each channel.
+
+    Each pass goes along whole rows of pixels, several times faster than along the three channels of one.
+
+    Args:
+        pixels: Images with their channels last, shape (B, H, W, C), uint8.
+        preprocessing: With `mean` and `std` of each channel.
+
+    Returns:
+        float32 of shape (B, C, H, W), channels last in memory, equal to torchvision's ToTensor and Normalize.
+    """
+    images, height, width, channels = pixels.shape
+    mean, std = (torch.tensor(preprocessing[key]).repeat(width) for key in ("mean", "std"))
+    rows = pixels.reshape(images, height, width * channels).float()
+    return rows.div_(255).sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
 
 
 AUGMENTATIONS: dict[str, Callable[[Preprocessing], Transform]] = {"none": evaluation, "paper": paper}

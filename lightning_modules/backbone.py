@@ -1,12 +1,14 @@
 """The frozen backbone: any timm model, or any callable that returns a module, read at one layer."""
 
 import contextlib
+import ctypes
 import difflib
 import hashlib
 import importlib
 import inspect
 import logging
 import math
+import os
 import sys
 import sysconfig
 import typing
@@ -283,6 +285,20 @@ class FrozenBackbone(nn.Module):
         if PENULTIMATE in self.layers and not weighted:
             raise MisconfigurationException(f"{self.name} has no linear or convolutional layer; name a layer.")
         return [order[weighted[-1]]] if weighted and not set(self.layers) & set(order[weighted[-1] :]) else []
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, for what it allocates next.
+
+    A pass frees and allocates maps of tens of MB at each layer. glibc gives each back to the system at once, which
+    clears it page by page when it is asked for again: half of the time of a MobileNetV2 on a CPU and more. Other
+    allocators are left as they are (man 3 mallopt).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        never_mapped, never_trimmed = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        mallopt(*never_mapped)
+        mallopt(*never_trimmed)
 
 
 def is_timm_model(name: str) -> bool:

@@ -22,7 +22,7 @@ from lightning_modules import checks, statistics, subsets, weights
 from lightning_modules.backbone import FrozenBackbone, GivenVectors
 from lightning_modules.checkpoints import check_belonging
 from lightning_modules.coordinates import Coordinates
-from lightning_modules.feature_cache import FeatureCache, FeatureRows
+from lightning_modules.feature_cache import BATCH, FeatureCache, FeatureRows
 from lightning_modules.measurement import Measured, Measurement, neighbour_rows
 from lightning_modules.probe_bank import ProbeBank, parameters_of
 from lightning_modules.reporting import tables
@@ -326,8 +326,11 @@ class RedundancyProbe(LightningModule):
         return cache.features(fingerprint, len(images), extract)
 
     def _represent(self, images: Tensor, indices: Tensor, split: str) -> Tensor:
+        device = self.trainer.strategy.root_device
+        # On a CPU larger batches are no faster, and take memory in proportion.
+        parts = images.split(BATCH) if device.type == "cpu" else [images]
         with self.trainer.precision_plugin.forward_context():
-            representations = self.backbone(images.to(self.trainer.strategy.root_device, non_blocking=True))
+            representations = torch.cat([self.backbone(part.to(device, non_blocking=True)) for part in parts])
         if not representations.isfinite().all():
             bad = indices[(~representations.isfinite().all(1)).nonzero()[0].item()]
             layer = self._layer_of(~representations.isfinite().all(0))

@@ -2,12 +2,13 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from datamodules import Digits
 from datamodules.images import ArrayImages
 from datamodules.loading import ImageBatches, RepresentationBatches, Request, RequestSampler
-from datamodules.transforms import paper
+from datamodules.transforms import evaluation, paper
 
 PREPROCESSING = {
     "input_size": (3, 12, 12),
@@ -44,7 +45,7 @@ def whole_batches(asked):
 def batches():
     pixels = np.random.default_rng(0).integers(0, 256, (30, 10, 10, 3), dtype=np.uint8)
     images = ArrayImages(pixels, torch.arange(30) % 7)
-    return ImageBatches(images, paper(PREPROCESSING), seed=0, shape=(3, 12, 12))
+    return ImageBatches(images, paper(PREPROCESSING), PREPROCESSING, seed=0, varied=True)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -101,7 +102,7 @@ def test_augmentation_differs_between_epochs_images_and_seeds(batches):
     same_pixels = ArrayImages(batches.images.pixels[[4, 4]], batches.images.labels[[4, 4]])
     views = []
     for seed in (0, 1):
-        twice = ImageBatches(same_pixels, batches.transform, seed, batches.shape)
+        twice = ImageBatches(same_pixels, batches.transform, PREPROCESSING, seed, varied=True)
         views += [*twice[Request([0, 1], 2, epoch=0)].inputs, *twice[Request([0, 1], 2, epoch=1)].inputs]
     for i, view in enumerate(views):
         assert not any(torch.equal(view, other) for other in views[:i])
@@ -130,6 +131,22 @@ def test_augmented_epochs_do_not_feel_workers(workers):
         alone = task.image_batches("train", augmented=True)[task.request(indices[-3:].tolist(), epoch)]
         assert torch.equal(seen[-1].inputs[-3:], alone.inputs)
         assert torch.equal(seen[-1].labels[-3:], alone.labels)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_clean_batch_does_not_feel_the_number_of_threads(batches, threads):
+    clean = ImageBatches(batches.images, evaluation(PREPROCESSING), PREPROCESSING, seed=0, varied=False)
+    indices = [7, 0, 29, 7, 12, 3, 4]
+    transform = timm.data.create_transform(**PREPROCESSING, is_training=False)
+    expected = torch.stack([transform(batches.images[index]) for index in indices])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        batch = clean[Request(indices, 7, epoch=0)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(batch.inputs, expected)
+    assert batch.labels.tolist() == [index % 7 for index in indices]
 
 
 def test_an_empty_request_gives_an_empty_batch(batches):

@@ -6,10 +6,15 @@ from PIL import Image
 from timm.data import resolve_data_config
 from torchvision import transforms
 
-from datamodules.transforms import AUGMENTATIONS, evaluation
+from datamodules.transforms import AUGMENTATIONS, evaluation, normalise
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 RECIPE = {"input_size": (3, 224, 224), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center", **IMAGENET}
+
+
+def seen(transform, image):
+    """What the backbone gets of an image."""
+    return normalise(transform(image).permute(1, 2, 0).unsqueeze(0), RECIPE)[0]
 
 
 @pytest.fixture(params=[(32, 32), (300, 200), (150, 400)], ids=str)
@@ -28,7 +33,7 @@ def test_the_recipes_test_view_resizes_and_crops_to_224(image):
             transforms.Normalize(**IMAGENET),
         ]
     )
-    torch.testing.assert_close(evaluation(RECIPE)(image), published(image), rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen(evaluation(RECIPE), image), published(image), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -43,11 +48,10 @@ def test_the_recipes_training_view_is_the_published_one(image, seed):
             transforms.Normalize(**IMAGENET),
         ]
     )
-    views = []
-    for transform in (AUGMENTATIONS["paper"](RECIPE), published):
-        torch.manual_seed(seed)
-        views.append(transform(image))
-    torch.testing.assert_close(*views, rtol=0, atol=0)
+    torch.manual_seed(seed)
+    view = seen(AUGMENTATIONS["paper"](RECIPE), image)
+    torch.manual_seed(seed)
+    assert torch.equal(view, published(image))
 
 
 def test_the_papers_backbone_is_normalised_as_the_authors_did():

@@ -1,5 +1,8 @@
 import io
 import pickle
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,7 +18,8 @@ from torchvision.models import squeezenet1_1
 from lightning_modules import weights
 from lightning_modules.backbone import FrozenBackbone, PretrainedCfgOverlay
 
-SHARED_WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "weights"
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_WEIGHTS = ROOT.parent / "shared" / "weights"
 SMALL = PretrainedCfgOverlay(input_size=[3, 64, 64])
 PLAIN = PretrainedCfgOverlay(input_size=[3, 64, 64], mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
 SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4}
@@ -651,3 +655,26 @@ def test_several_layers_stand_side_by_side_and_flatten_keeps_every_place():
 def test_layers_are_given_once_each():
     assert "each once" in refusal("resnet10t", weights="random", layer=["layer1", "layer1"])
     assert "at least one layer" in refusal("resnet10t", weights="random", layer=[])
+
+
+# Speed
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_the_command_line_does_not_hand_back_what_the_next_map_needs():
+    script = """
+import contextlib, resource, sys, torch, train
+if sys.argv[1] == "run":
+    with contextlib.suppress(SystemExit):
+        train.main(["--help"])
+for repeat in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for megabytes in (60, 20, 100, 40) * 4:
+        torch.ones(megabytes, 2**18)
+print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for how in ("run", "import"):
+        done = subprocess.run([sys.executable, "-c", script, how], cwd=ROOT, capture_output=True, text=True, check=True)
+        faults[how] = int(done.stdout.split("faults")[-1])
+    assert 10 * faults["run"] < faults["import"]
