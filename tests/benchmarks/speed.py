@@ -10,6 +10,7 @@ What bounds the figures that miss their target, and what else was tried, stands 
 import argparse
 import functools
 import itertools
+import json
 import os
 import sys
 import tempfile
@@ -147,10 +148,11 @@ class Bench(NamedTuple):
         return "--model.cache_dir", str(self.folder / "kept")
 
 
-def probe_phase(bench: Bench, root: Path, *further: str) -> float:
-    """Return the seconds of a fit on cached features without the look: training, evaluation, report."""
-    cli, seconds = bench.fit(root, *bench.kept(), *further)
-    return seconds - cli.model.look_seconds
+def probe_phase(bench: Bench, root: Path, *further: str) -> tuple[train.CLI, float]:
+    """Fit on cached features; return what it leaves, and the seconds of training and evaluation, without the report."""
+    cli, _ = bench.fit(root, *bench.kept(), *further)
+    spent = json.loads((cli.folder / "summary.json").read_text())["seconds"]
+    return cli, spent["fit"] - spent["look"] + spent["evaluation"]
 
 
 def size(bench: Bench) -> tuple[int, int]:
@@ -265,8 +267,8 @@ def probes(bench: Bench) -> list[Figure]:
 
     sides = taking_turns(
         bench.repeats,
-        probes_71=lambda: probe_phase(bench, root),
-        probes_1=lambda: probe_phase(bench, root, *two),
+        probes_71=lambda: probe_phase(bench, root)[1],
+        probes_1=lambda: probe_phase(bench, root, *two)[1],
         step_71=lambda: many.seconds(100),
         step_1=lambda: single.seconds(100),
         products=products,
@@ -316,11 +318,10 @@ def rivals(bench: Bench) -> list[Figure]:
     accuracies: dict[str, list[float]] = {"sgd": [], "ridge": [], "scikit-learn": [], "nn.Linear": []}
 
     def ours(solver: str) -> float:
-        flags = ("--trainer.max_epochs", epochs, "--model.solver", solver)
-        cli, seconds = bench.fit(root, *flags, *bench.kept())
+        cli, seconds = probe_phase(bench, root, "--trainer.max_epochs", epochs, "--model.solver", solver)
         rows = cli.model.results()
         accuracies[solver].append(rows.loc[rows["split"] == "test", "accuracy"].mean())
-        return seconds - cli.model.look_seconds
+        return seconds
 
     def scikit() -> float:
         (x, y), (x_test, y_test) = (tuple(each.numpy() for each in features[split]) for split in ("train", "test"))
@@ -615,7 +616,8 @@ def costs() -> str:
     return "\n".join(lines)
 
 
-MEASUREMENTS = {each.__name__: each for each in (startup, probes, rivals, ridge, growth, memory, curve, precision)}
+MEASUREMENTS = {each.__name__: each for each in (startup, memory, probes, rivals, ridge, growth, curve, precision)}
+"""Memory comes early: the peak of a child is at least what its parent held when it started it."""
 
 
 def main() -> None:
@@ -640,7 +642,7 @@ def main() -> None:
     settings |= {"images": "given" if asked.images else "noise", "weights": Path(weights).name}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), asked.images, weights, asked.device, asked.precision, asked.repeats, asked.quick)
-        for name in asked.names or MEASUREMENTS:
+        for name in (each for each in MEASUREMENTS if each in (asked.names or MEASUREMENTS)):
             print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
             figures += MEASUREMENTS[name](bench)
             write(figures, settings, asked.output)
