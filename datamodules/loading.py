@@ -112,7 +112,6 @@ class ImageBatches(Dataset[Batch]):
     def __getitem__(self, request: Request) -> Batch:
         channels, height, width = self.preprocessing["input_size"]
         pixels = np.empty((len(request.indices), height, width, channels), np.uint8)
-
         threads = 1 if self.varied else torch.get_num_threads()
 
         def make(share: int) -> None:
