@@ -190,7 +190,6 @@ def curve(bench: Bench) -> list[Figure]:
     }
     batches = [task.image_batches(split)[each].inputs for split in requests for each in requests[split]]
     batches = [batch.to(bench.device) for batch in batches]
-    torch.save([batch.cpu() for batch in batches], bench.folder / "images.pt")
     layouts = ("channels_last", "contiguous_format")
 
     def bare(layout: str, images: list[Tensor]) -> float:
@@ -220,11 +219,11 @@ def curve(bench: Bench) -> list[Figure]:
         # By its name, as this file may be here under two.
         return next(each.seconds for each in cli.trainer.callbacks if type(each).__name__ == "Epoch")
 
-    def tight() -> float:
-        return bare(layout, batches)
-
-    measured = {"bare": tight, "fit": whole} | ({"plain": plain} if bench.device == "cpu" else {})
-    sides = taking_turns(bench.repeats, **measured, paper_epoch=paper_epoch)
+    measured = {"bare": lambda: bare(layout, batches), "fit": whole, "paper_epoch": paper_epoch}
+    if bench.device == "cpu":
+        torch.save(batches, bench.folder / "images.pt")
+        measured["plain"] = plain
+    sides = taking_turns(bench.repeats, **measured)
     sides["look"] = looks
     named = f"MobileNetV2, {sum(map(len, batches)):,} images, {layout}"
     paper = [7100 * epoch / fit for epoch, fit in zip(sides["paper_epoch"], sides["fit"], strict=True)]
