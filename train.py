@@ -32,11 +32,12 @@ import datamodules
 import lightning_modules
 from datamodules import Task
 from datamodules.images import one_line
-from lightning_modules import FrozenBackbone, RedundancyProbe, measures
-from lightning_modules.backbone import PretrainedCfgOverlay, keep_freed_memory
+from lightning_modules import FrozenBackbone, RedundancyProbe
+from lightning_modules.backbones.frozen import PretrainedCfgOverlay, keep_freed_memory
 from lightning_modules.checkpoints import Checkpoints, WholeCheckpointIO
 from lightning_modules.files import whole
 from lightning_modules.reporting import dashboard, report
+from lightning_modules.results import curves as measures
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")

@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_modules import weights
-from lightning_modules.backbone import FrozenBackbone, PretrainedCfgOverlay, is_timm_model
-from lightning_modules.coordinates import Coordinates
+from lightning_modules.backbones import weights
+from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay, is_timm_model
 from lightning_modules.files import whole
-from lightning_modules.probe_bank import ProbeBank
-from lightning_modules.subsets import Probe
+from lightning_modules.probes.bank import ProbeBank
+from lightning_modules.subsets.coordinates import Coordinates
+from lightning_modules.subsets.plan import Probe
 
 USE = {
     "neurons": "logits = representations[:, subset['indices']] @ subset['weight'].T + subset['bias']",

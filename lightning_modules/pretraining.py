@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_modules import weights
-from lightning_modules.backbone import PretrainedCfgOverlay, is_timm_model
+from lightning_modules.backbones import weights
+from lightning_modules.backbones.frozen import PretrainedCfgOverlay, is_timm_model
 from lightning_modules.checkpoints import check_belonging
 from lightning_modules.files import whole
 

@@ -18,17 +18,21 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_modules import checks, statistics, subsets, weights
-from lightning_modules.backbone import FrozenBackbone, GivenVectors
+from lightning_modules import checks
+from lightning_modules.backbones import weights
+from lightning_modules.backbones.frozen import FrozenBackbone, GivenVectors
 from lightning_modules.checkpoints import check_belonging
-from lightning_modules.coordinates import Coordinates
-from lightning_modules.feature_cache import BATCH, FeatureCache, FeatureRows
-from lightning_modules.measurement import Measured, Measurement, neighbour_rows
-from lightning_modules.probe_bank import ProbeBank, parameters_of
-from lightning_modules.reporting import tables
-from lightning_modules.ridge import ridge_probes
-from lightning_modules.scores import ProbeScores, losses
-from lightning_modules.statistics import Moments
+from lightning_modules.features import moments as statistics
+from lightning_modules.features.cache import BATCH, FeatureCache, FeatureRows
+from lightning_modules.features.moments import Moments
+from lightning_modules.measures.accuracy import ProbeScores, losses
+from lightning_modules.measures.measurement import Measured, Measurement, neighbour_rows
+from lightning_modules.probes.bank import ProbeBank, parameters_of
+from lightning_modules.probes.ridge import ridge_probes
+from lightning_modules.results import tables
+from lightning_modules.subsets import plan as subsets
+from lightning_modules.subsets.coordinates import Coordinates
+from lightning_modules.subsets.selections import FULL, Layer
 
 PAPER_FRACTIONS = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.9)
 LAYER_COLUMNS = ["layer", "width", "split", "images", "participation_ratio", "effective_rank"]
@@ -401,7 +405,7 @@ class RedundancyProbe(LightningModule):
             self.std.copy_(std.masked_fill(std == 0, 1.0))
         if self.coordinates.informed:
             moments = self._sum_moments(self._clean_train())
-            self.coordinates.look({name: subsets.Layer(self.widths[name], each) for name, each in moments.items()})
+            self.coordinates.look({name: Layer(self.widths[name], each) for name, each in moments.items()})
 
     def _sum_moments(self, batches: Iterator[tuple[Tensor, Tensor]], products: bool = True) -> dict[str, Moments]:
         """Return the moments of each layer, of this and all other processes, as the probes see it."""
@@ -625,8 +629,8 @@ class RedundancyProbe(LightningModule):
             "weights": self.identity["weights"],
             "preprocessing": json.dumps(self.identity["preprocessing"]),
             "selection": self.selections,
-            "fractions": sorted({probe.fraction for probe in self.probes if probe.selection != subsets.FULL}),
-            "seeds": sorted({probe.seed for probe in self.probes if probe.selection != subsets.FULL}),
+            "fractions": sorted({probe.fraction for probe in self.probes if probe.selection != FULL}),
+            "seeds": sorted({probe.seed for probe in self.probes if probe.selection != FULL}),
             "probes": [list(probe) for probe in self.probes],
             "solver": self.solver,
             "learning_rate and weight_decay": [list(candidate) for candidate in self.candidates]
@@ -701,7 +705,7 @@ class RedundancyProbe(LightningModule):
             groups = {f" {fraction:g}": count for fraction, count in fractions.items()}
             if len(groups) > 3:
                 groups = {f" {min(fractions):g} to {max(fractions):g}": sum(fractions.values())}
-            elif name.endswith(subsets.FULL):
+            elif name.endswith(FULL):
                 groups = {"": fractions[1.0]}
             parts += [f"{name}{group}" + (f" (x{count})" if count > 1 else "") for group, count in groups.items()]
         return ", ".join(parts)

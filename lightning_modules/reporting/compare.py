@@ -11,10 +11,10 @@ import pandas as pd
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules import measures
 from lightning_modules.files import whole
 from lightning_modules.reporting import figures
-from lightning_modules.subsets import FULL
+from lightning_modules.results import curves as measures
+from lightning_modules.subsets.selections import FULL
 
 NEEDED = ("task", "backbone", "selection", "fraction", "split", "accuracy")
 """Columns of `results.csv` without which there is nothing to compare; older files lack others."""

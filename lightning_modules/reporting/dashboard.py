@@ -18,10 +18,10 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from lightning_modules import measures
 from lightning_modules.reporting.page import CAPTIONS
 from lightning_modules.reporting.report import DELTAS
-from lightning_modules.subsets import FULL
+from lightning_modules.results import curves as measures
+from lightning_modules.subsets.selections import FULL
 
 FRACTION = "curve/fraction"
 """The x axis of the curves."""

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from lightning_modules import measures
 from lightning_modules.files import whole
-from lightning_modules.subsets import FULL
+from lightning_modules.results import curves as measures
+from lightning_modules.subsets.selections import FULL
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4A21")
 """Okabe and Ito's colours, told apart with every common form of colour blindness, and a dark brown."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from lightning_modules import measures
-from lightning_modules.subsets import FULL
+from lightning_modules.results import curves as measures
+from lightning_modules.subsets.selections import FULL
 
 CAPTIONS = {
     "curve": "Accuracy on the test split, and similarity with the full layer where it was measured, against the "

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from lightning_modules import measures
 from lightning_modules.files import whole
 from lightning_modules.reporting import figures, page
-from lightning_modules.subsets import FULL
+from lightning_modules.results import curves as measures
+from lightning_modules.subsets.selections import FULL
 
 DELTAS = (0.8, 0.9, 0.95, 0.99)
 """Shares of the full layer's accuracy for which redundancy is given."""

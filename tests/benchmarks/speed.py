@@ -28,16 +28,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import train
-from lightning_modules import subsets
-from lightning_modules.backbone import keep_freed_memory
-from lightning_modules.bases import Ordering
-from lightning_modules.coordinates import Coordinates
-from lightning_modules.feature_cache import BATCH
-from lightning_modules.probe_bank import ProbeBank, parameters_of
+from lightning_modules.backbones.frozen import keep_freed_memory
+from lightning_modules.features.cache import BATCH
+from lightning_modules.features.moments import Moments
+from lightning_modules.measures.accuracy import losses
+from lightning_modules.probes.bank import ProbeBank, parameters_of
+from lightning_modules.probes.ridge import ridge_probes
 from lightning_modules.redundancy_probe import PAPER_FRACTIONS
-from lightning_modules.ridge import ridge_probes
-from lightning_modules.scores import losses
-from lightning_modules.statistics import Moments
+from lightning_modules.subsets import plan as subsets
+from lightning_modules.subsets.bases import Ordering
+from lightning_modules.subsets.coordinates import Coordinates
 from tests.benchmarks.benchmark import (
     ROOT,
     Figure,

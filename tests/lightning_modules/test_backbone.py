@@ -15,8 +15,8 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision.models import squeezenet1_1
 
-from lightning_modules import weights
-from lightning_modules.backbone import FrozenBackbone, PretrainedCfgOverlay
+from lightning_modules.backbones import weights
+from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_WEIGHTS = ROOT.parent / "shared" / "weights"

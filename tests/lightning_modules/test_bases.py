@@ -3,7 +3,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from lightning_modules.bases import (
+from lightning_modules.features.moments import Moments
+from lightning_modules.subsets.bases import (
     fisher_order,
     gaussian_projection,
     orthogonal_projection,
@@ -11,7 +12,6 @@ from lightning_modules.bases import (
     principal_components,
     variance_order,
 )
-from lightning_modules.statistics import Moments
 
 
 def summed(representations, labels=None, classes=1, **options):

@@ -5,9 +5,10 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from lightning_modules.coordinates import Coordinates
-from lightning_modules.statistics import Moments
-from lightning_modules.subsets import OFFERED, SELECTIONS, Layer, plan
+from lightning_modules.features.moments import Moments
+from lightning_modules.subsets.coordinates import Coordinates
+from lightning_modules.subsets.plan import plan
+from lightning_modules.subsets.selections import OFFERED, SELECTIONS, Layer
 
 WIDTHS = {"early": 12, "late": 30}
 FRACTIONS = [0.1, 0.5, 1.0]

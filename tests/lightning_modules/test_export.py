@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from datamodules import Digits
-from lightning_modules.backbone import FrozenBackbone, PretrainedCfgOverlay
+from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay
 
 USE = """
 import json, sys

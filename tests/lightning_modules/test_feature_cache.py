@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import safe_open
 
-from lightning_modules.feature_cache import BATCH, FeatureCache, FeatureRows
+from lightning_modules.features.cache import BATCH, FeatureCache, FeatureRows
 
 IMAGES = 100  # cut into four shards
 VALUES = torch.randn(IMAGES, 5, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.measures import (
+from lightning_modules.results.curves import (
     RULES,
     class_inequality,
     class_losses,

@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.coordinates import Coordinates
-from lightning_modules.probe_bank import ProbeBank, parameters_of
-from lightning_modules.scores import losses
-from lightning_modules.subsets import Probe, plan
+from lightning_modules.measures.accuracy import losses
+from lightning_modules.probes.bank import ProbeBank, parameters_of
+from lightning_modules.subsets.coordinates import Coordinates
+from lightning_modules.subsets.plan import Probe, plan
 
 WIDTH, CLASSES = 60, 4
 PROBES = plan(["random", "first"], [0.01, 0.02, 0.05, 0.3, 0.9, 1.0], [0, 1, 7], [0, 1], {"penultimate": WIDTH})

@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from datamodules import Digits
 from lightning_modules import FrozenBackbone, RedundancyProbe
-from lightning_modules.backbone import PretrainedCfgOverlay
+from lightning_modules.backbones.frozen import PretrainedCfgOverlay
 
 OVERLAY = PretrainedCfgOverlay([3, 32, 32], [0.5] * 3, [0.5] * 3, "bilinear", 1.0)
 KWARGS = {"channels": [12, 24, 48, 96], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8}

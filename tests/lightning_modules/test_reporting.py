@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_modules.measures import class_inequality
 from lightning_modules.reporting import report
+from lightning_modules.results.curves import class_inequality
 
 FULL = {"full": {1.0: [0.9]}}
 

@@ -4,9 +4,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.linear_model import Ridge
 
-from lightning_modules.bases import Ordering, orthogonal_projection
-from lightning_modules.ridge import ridge_probes
-from lightning_modules.statistics import Moments
+from lightning_modules.features.moments import Moments
+from lightning_modules.probes.ridge import ridge_probes
+from lightning_modules.subsets.bases import Ordering, orthogonal_projection
 
 
 def summed(representations, labels, classes):

@@ -3,9 +3,9 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from lightning_modules.bases import Ordering, orthogonal_projection, principal_components
-from lightning_modules.similarity import DebiasedCKA, linear_cka, neighbours_kept
-from lightning_modules.statistics import Moments
+from lightning_modules.features.moments import Moments
+from lightning_modules.measures.cka import DebiasedCKA, linear_cka, neighbours_kept
+from lightning_modules.subsets.bases import Ordering, orthogonal_projection, principal_components
 
 
 def orderings(width, moments):
@@ -90,7 +90,7 @@ def nearest(queries, gallery, neighbours):
 
 
 def test_neighbours_are_scikit_learns_on_real_features(real_features, monkeypatch):
-    monkeypatch.setattr("lightning_modules.similarity.QUERIES", 50)  # several chunks, the last smaller
+    monkeypatch.setattr("lightning_modules.measures.cka.QUERIES", 50)  # several chunks, the last smaller
     queries, gallery = real_features.test, real_features.train
     # One and two coordinates of ReLUs leave ties, whose order scikit-learn does not say.
     groups = [

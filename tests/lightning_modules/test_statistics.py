@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from lightning_modules.statistics import Moments, effective_rank, largest_curvature, participation_ratio
+from lightning_modules.features.moments import Moments, effective_rank, largest_curvature, participation_ratio
 
 
 def summed(representations, labels, classes, batch=37, **options):

@@ -2,20 +2,9 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.statistics import Moments
-from lightning_modules.subsets import (
-    FULL,
-    OFFERED,
-    SELECTIONS,
-    Layer,
-    check,
-    ensembles,
-    held_together,
-    neurons,
-    order,
-    plan,
-    references,
-)
+from lightning_modules.features.moments import Moments
+from lightning_modules.subsets.plan import check, ensembles, held_together, neurons, plan, references
+from lightning_modules.subsets.selections import FULL, OFFERED, SELECTIONS, Layer, order
 
 FRACTIONS = [0.0005, 0.01, 0.1, 0.29, 0.5, 1.0]
 

@@ -27,7 +27,7 @@ def find(path: str) -> Path:
     Raises:
         MisconfigurationException: If it is in neither.
     """
-    shipped = Path(__file__).parents[1] / "configs" / path
+    shipped = Path(__file__).parents[2] / "configs" / path
     for candidate in (Path(path).expanduser(), shipped):
         if candidate.is_file():
             return candidate

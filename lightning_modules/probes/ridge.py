@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_modules.bases import Ordering
-from lightning_modules.statistics import Moments, rounding
+from lightning_modules.features.moments import Moments, rounding
+from lightning_modules.subsets.bases import Ordering
 
 
 class RidgeProbe(NamedTuple):

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules import subsets
-from lightning_modules.subsets import FULL
+from lightning_modules.subsets import plan as subsets
+from lightning_modules.subsets.selections import FULL
 
 RULES = ("threshold", "nearest", "interpolated")
 MEASURED = (

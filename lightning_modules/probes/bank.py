@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.coordinates import nests
-from lightning_modules.subsets import Probe
+from lightning_modules.subsets.coordinates import nests
+from lightning_modules.subsets.plan import Probe
 
 
 class Block(NamedTuple):

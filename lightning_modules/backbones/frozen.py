@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from lightning_modules import weights as weight_files
+from lightning_modules.backbones import weights as weight_files
 
 PENULTIMATE = "penultimate"
 """The layer before the classifier."""

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_modules.bases import Ordering
-from lightning_modules.statistics import Moments
+from lightning_modules.features.moments import Moments
+from lightning_modules.subsets.bases import Ordering
 
 QUERIES = 512
 """Vectors whose neighbours are searched at once."""

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.bases import Ordering
-from lightning_modules.subsets import BASES, SELECTIONS, Layer, Probe, order
+from lightning_modules.subsets.bases import Ordering
+from lightning_modules.subsets.plan import Probe
+from lightning_modules.subsets.selections import BASES, SELECTIONS, Layer, order
 
 
 class Nest(NamedTuple):

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules import statistics, subsets
-from lightning_modules.coordinates import Coordinates, Nest
-from lightning_modules.scores import EnsembleScores, ProbeScores
-from lightning_modules.similarity import DebiasedCKA, linear_cka, neighbours_kept
-from lightning_modules.subsets import Probe
+from lightning_modules.features import moments as statistics
+from lightning_modules.measures.accuracy import EnsembleScores, ProbeScores
+from lightning_modules.measures.cka import DebiasedCKA, linear_cka, neighbours_kept
+from lightning_modules.subsets import plan as subsets
+from lightning_modules.subsets.coordinates import Coordinates, Nest
+from lightning_modules.subsets.plan import Probe
 
 
 class Measured(NamedTuple):

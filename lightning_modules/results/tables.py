@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from lightning_modules import measures
-from lightning_modules.scores import EnsembleScores
-from lightning_modules.subsets import FULL, Probe, held_together
+from lightning_modules.measures.accuracy import EnsembleScores
+from lightning_modules.results import curves as measures
+from lightning_modules.subsets.plan import Probe, held_together
+from lightning_modules.subsets.selections import FULL
 
 Evaluated = dict[str, dict[str, Tensor]]
 """By split, what `ProbeScores` computed of the P probes, and `cka` and `cka_debiased`, shape (P,)."""

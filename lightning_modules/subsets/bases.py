@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.statistics import CONSTANT, Moments, rounding
+from lightning_modules.features.moments import CONSTANT, Moments, rounding
 
 
 class Ordering(NamedTuple):

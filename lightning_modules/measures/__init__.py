@@ -1,0 +1,1 @@
+"""What is counted or summed over a split; one file a measure."""

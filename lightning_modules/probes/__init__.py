@@ -1,0 +1,1 @@
+"""Linear probes, and the solvers that find them."""

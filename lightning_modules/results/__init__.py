@@ -1,0 +1,1 @@
+"""What the tables of a run say: curves, redundancy, class losses and the plain answer."""
