@@ -1,6 +1,5 @@
-"""What a run of probes can be: checked before long work starts, and answered in one line where it cannot."""
+"""What a Trainer must be for counts to be exact and probes to be independent, and what must fit into memory."""
 
-import math
 from collections.abc import Sequence
 
 import psutil
@@ -9,6 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.subsets.plan import Probe
 
 
 def trainer(trainer: Trainer) -> None:
@@ -63,58 +64,28 @@ def schedule(trainer: Trainer, steps: int) -> None:
         )
 
 
-def optimisation(candidates: Sequence[tuple[float, float]], momentum: float, step_size: int, gamma: float) -> None:
-    """Refuse what SGD cannot be."""
-    if len(set(candidates)) < len(candidates):
-        twice = next(candidate for candidate in candidates if candidates.count(candidate) > 1)
-        raise MisconfigurationException(
-            f"model.learning_rate {twice[0]:g} with model.weight_decay {twice[1]:g} is listed twice; give each once."
-        )
-    if not candidates:
-        raise MisconfigurationException("model.learning_rate and model.weight_decay need at least one value each.")
-    for name, value, holds, right in (
-        *(("learning_rate", rate, rate > 0, "above 0") for rate, _ in candidates),
-        *(("weight_decay", decay, decay >= 0, "0 or more") for _, decay in candidates),
-        ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
-        ("step_size", step_size, step_size >= 1, "at least 1"),
-        ("gamma", gamma, 0 < gamma <= 1, "above 0, at most 1"),
-    ):
-        if not (holds and math.isfinite(value)):
-            raise MisconfigurationException(f"model.{name} is {value:g}; it must be {right}.")
-
-
-def penalties(penalties: Sequence[float]) -> None:
-    """Refuse penalties that ridge cannot have."""
-    if not penalties:
-        raise MisconfigurationException("model.penalty needs at least one value.")
-    for penalty in penalties:
-        if not (penalty >= 0 and math.isfinite(penalty)):
-            raise MisconfigurationException(f"model.penalty is {penalty:g}; it must be 0 or more.")
-
-
-def memory(parameters: int, candidates: int, probes: int, classes: int, widths: dict[str, int]) -> None:
-    """Refuse what cannot fit.
+def memory(probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int]) -> None:
+    """Refuse a bank or second moments that do not fit into memory.
 
     Args:
-        parameters: Of a bank: weights, gradients, momentum and kept weights take four bytes each.
+        probes: The probes of a run; weights, gradients, momentum and kept weights take four bytes each.
+        outputs: C.
         candidates: Number of banks.
-        probes: Number of probes.
-        classes: Number of classes.
-        widths: D of each layer whose second moments are summed, at eight bytes each and as much again to work with.
+        squares: D of each layer whose second moments are summed, at eight bytes each and as much again to work with.
     """
+    parameters = sum((probe.neurons + 1) * outputs for probe in probes)
     needed = 4 * 4 * parameters * candidates
-    available = psutil.virtual_memory().available
-    if torch.cuda.is_available():
-        available = torch.cuda.mem_get_info()[0]
+    available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > available:
         raise MisconfigurationException(
-            f"The bank needs {needed / 1e9:,.1f} GB of memory ({probes} probes x {candidates} candidates, {classes} "
-            f"classes: {parameters * candidates:,} weights, with gradient, momentum and best), and "
+            f"The bank needs {needed / 1e9:,.1f} GB of memory ({len(probes)} probes x {candidates} candidates, "
+            f"{outputs} classes: {parameters * candidates:,} weights, with gradient, momentum and best), and "
             f"{available / 1e9:,.1f} GB are free; use fewer fractions, seeds or candidates."
         )
-    squares = sum(4 * 8 * width**2 for width in widths.values())
-    if squares > available:
+    moments = sum(4 * 8 * width**2 for width in squares.values())
+    if moments > available:
         raise MisconfigurationException(
-            f"The second moments of {sum(widths.values()):,} neurons need {squares / 1e9:,.1f} GB of memory, and "
-            f"{available / 1e9:,.1f} GB are free; set model.similarity false and model.solver sgd, or read less."
+            f"The second moments of {sum(squares.values()):,} neurons need {moments / 1e9:,.1f} GB of memory, and "
+            f"{available / 1e9:,.1f} GB are free; set model.measures [Inequality] and model.solver SGD, or read fewer "
+            f"neurons."
         )

@@ -16,10 +16,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_modules.backbones import weights
-from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay, is_timm_model
-from lightning_modules.files import whole
-from lightning_modules.probes.bank import ProbeBank
+from lightning_modules.backbones.build import PretrainedCfgOverlay, is_timm_model
+from lightning_modules.backbones.frozen import FrozenBackbone
+from lightning_modules.checkpoints import read_checkpoint
+from lightning_modules.files import atomic, one_line, writing
+from lightning_modules.probes.grid import Grid
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Probe
 
@@ -53,21 +54,22 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
     """
     folder = Path(run).expanduser()
     config, checkpoint = _read(folder)
-    said, state = checkpoint["probes"]["belonging"], checkpoint["state_dict"]
-    probes = [Probe(*each) for each in said["probes"]]
+    provenance, state = checkpoint["probes"]["provenance"], checkpoint["state_dict"]
+    probes = [Probe(*each) for each in provenance["probes"]]
     index = _find(probes, selection, fraction, seed, layer, folder)
     probe = probes[index]
     backbone = _backbone(config["model"]["init_args"]["backbone"], probe.layer)
-    if backbone and backbone.identity()["weights"] != said["weights"]:
+    if backbone and backbone.provenance()["weights"] != provenance["weights"]:
         raise MisconfigurationException(
             f"The weights of {backbone.label} are not those that {folder} was measured with; its model.backbone is "
             f"{config['model']['init_args']['backbone']}."
         )
 
-    tensors = _tensors(probes, index, state, len(said["classes"]))
+    tensors = _tensors(probes, index, state, len(provenance["classes"]))
     program = _program(backbone, tensors) if backbone and is_timm_model(backbone.name) else None
     card = {
-        **{"task": said["task"], "classes": said["classes"], "backbone": said["backbone"], "layer": probe.layer},
+        **{"task": provenance["task"], "classes": provenance["classes"]},
+        **{"backbone": provenance["backbone"], "layer": probe.layer},
         **{"selection": probe.selection, "fraction": probe.fraction, "seed": probe.seed, "neurons": probe.neurons},
         "width": next(each.neurons for each in probes if each.layer == probe.layer),
         "accuracy": _accuracies(folder / "results.csv", probe),
@@ -79,20 +81,16 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
         },
     }
     target = Path(output).expanduser()
-    try:
+    with writing(target, "name another folder with --output"):
         target.mkdir(parents=True, exist_ok=True)
         (target / "backbone.pt2").unlink(missing_ok=True)  # of an earlier export
-        with whole(target / "subset.safetensors") as file:
+        with atomic(target / "subset.safetensors") as file:
             save_file(tensors, file)
         if program:
-            with whole(target / "backbone.pt2") as file:
+            with atomic(target / "backbone.pt2") as file:
                 torch.export.save(program, file)
-        with whole(target / "card.json") as file:
+        with atomic(target / "card.json") as file:
             file.write_text(json.dumps(card, indent=2) + "\n")
-    except OSError as error:
-        raise MisconfigurationException(
-            f"The subset cannot be written to {target} ({error.strerror or error}); name another --output."
-        ) from error
     for name in ("subset.safetensors", "card.json", *["backbone.pt2"] * bool(program)):
         print(target / name)
 
@@ -125,8 +123,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for file in files:
         if not file.is_file():
             raise MisconfigurationException(f"{folder} is no folder of a run: it holds no {file.relative_to(folder)}.")
-    checkpoint = weights.read_torch(files[1], "checkpoint")
-    if "belonging" not in checkpoint.get("probes", {}):
+    checkpoint = read_checkpoint(files[1])
+    if "probes" not in checkpoint:
         raise MisconfigurationException(f"{files[1]} holds no probes; name a run that measured some.")
     return yaml.safe_load(files[0].read_text()), checkpoint
 
@@ -170,11 +168,13 @@ def _tensors(probes: list[Probe], index: int, state: dict[str, Tensor], classes:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
-    coordinates, bank = Coordinates(probes, widths), ProbeBank(probes, classes)
+    count, _, hyperparameters = state["grid.hyperparameters"].shape
+    coordinates, grid = Coordinates(probes, widths), Grid(probes, classes, [(0.0,) * hyperparameters] * count)
     coordinates.load_state_dict(part("coordinates."))
-    bank.load_state_dict(part(f"kept.{int(state['kept_accuracy'][:, index].argmax())}."))
-    weight, bias = (each.double() for each in bank.get_probe(index))
-    mean, std = coordinates.by_layer(torch.stack([state["mean"], state["std"]]).double())[probes[index].layer]
+    grid.load_state_dict(part("grid."))
+    weight, bias = (each.double() for each in grid.kept_probe(index))
+    scale = torch.stack([state["stream.mean"], state["stream.std"]]).double()
+    mean, std = coordinates.by_layer(scale)[probes[index].layer]
     chosen = coordinates.subset(index).clone()  # not with the storage of the whole order
     basis = coordinates.basis(index)
     if basis is None:
@@ -209,5 +209,5 @@ def _program(backbone: FrozenBackbone, tensors: dict[str, Tensor]) -> torch.expo
                 KeptCoordinates(backbone, tensors).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)
             )
     except Exception as error:  # what torch.export raises for an architecture that it cannot follow is its own affair
-        print(f"There is no backbone.pt2: {backbone.name} cannot be exported ({str(error).partition(chr(10))[0]}).")
+        print(f"There is no backbone.pt2: {backbone.name} cannot be exported ({one_line(error)}).")
         return None

@@ -1,16 +1,14 @@
-"""The one pass over the images, kept on disk and checked before it is believed.
+"""Features on disk: cut into files that are written whole or not at all, and checked before they are used.
 
-The representations of one view of one split lie in a folder named after their fingerprint, cut into safetensors files
-(shards) that are written whole or not at all. Each shard carries the full fingerprint and a hash of its values: a torn,
-altered or foreign one is computed again, a finished one survives an interrupted pass. Shards and batches are cut at
-fixed places, so that neither their content nor their names depend on the number of processes.
+The features of one view of one split lie in a folder named after their provenance, cut into safetensors files (shards).
+Each carries the full provenance and a hash of its values: a torn, altered or foreign one is computed again, a finished
+one survives an interrupted extraction. Shards and batches are cut at fixed places, so that neither their content nor
+their names depend on the number of processes.
 """
 
-import contextlib
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_modules.files import sweep, whole
+from lightning_modules.files import atomic, remove_unfinished, writing
 
 BATCH = 32
 """Images per forward pass; fixed, because the last digits of a convolution may depend on its batch."""
@@ -33,12 +31,9 @@ SHARDS = 64
 LARGEST = 4096
 VERSIONS = f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
 
-Extract = Callable[[Sequence[Sequence[int]]], Generator[Tensor, None, None]]
-"""From batches of places in a split to their representations, one tensor of shape (b, D) per batch, in order."""
-
 
 class FeatureRows:
-    """A matrix of representations, shape (n, D), in memory or mapped from shards on disk.
+    """A matrix of features, shape (n, D), in memory or mapped from shards on disk.
 
     Args:
         shards: Consecutive pieces, all but the last with the same number of rows.
@@ -65,118 +60,93 @@ class FeatureRows:
 
 
 class FeatureCache:
-    """Representations on disk, one folder per fingerprint.
+    """The features of one view of one split, in a folder of `directory`.
 
     Args:
         directory: Where the folders lie; all processes must see it.
-        process: Rank of this process.
-        processes: Number of processes; each extracts its share of the shards.
-        barrier: Waits for all processes.
+        provenance: All that the values depend on, as JSON types; with `split` and `view`.
+        images: n, the images in the split.
+
+    Raises:
+        MisconfigurationException: If the folder cannot be written.
     """
 
-    def __init__(self, directory: Path, process: int, processes: int, barrier: Callable[[], None]) -> None:
-        self.directory = directory
-        self.process = process
-        self.processes = processes
-        self.barrier = barrier
+    def __init__(self, directory: Path, provenance: dict[str, Any], images: int) -> None:
+        text = json.dumps(provenance, sort_keys=True)
+        self.provenance = provenance
+        self.folder = directory / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        rows = BATCH * min(max(1, -(-images // (SHARDS * BATCH))), LARGEST // BATCH)
+        self.shards = [range(start, min(start + rows, images)) for start in range(0, images, rows)]
+        """The places in the split that each shard holds."""
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.folder)
 
-    def features(self, fingerprint: dict[str, Any], images: int, extract: Extract) -> FeatureRows:
-        """Return the representations with this fingerprint, from disk where they can be believed.
+    def missing(self, process: int, processes: int) -> list[range]:
+        """Return the shards that this process of several has to make: its share, without those that are valid."""
+        return [shard for shard in self.shards[process::processes] if not self._is_valid(shard)]
 
-        Args:
-            fingerprint: All that the values depend on, as JSON types.
-            images: n, the images in the split.
-            extract: Computes what is missing.
+    def write(self, shard: range, values: Tensor) -> None:
+        """Write a shard's values, shape (len(shard), D)."""
+        metadata = {"provenance": self.provenance, "rows": str(shard), "digest": _digest(values), "versions": VERSIONS}
+        with self._writing():
+            try:
+                with atomic(self._path(shard)) as file:
+                    # Under one name, as safetensors leaves the order of several to chance: equal shards, equal files.
+                    save_file({"features": values}, file, {"shard": json.dumps(metadata, sort_keys=True)})
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(str(error)) from error
+
+    def read(self, processes: int) -> FeatureRows:
+        """Return all features, in memory where they fit well beside those of the other processes, else mapped.
 
         Raises:
-            MisconfigurationException: If the folder cannot be written, or another process' shards cannot be seen.
+            MisconfigurationException: If another process' shards cannot be seen.
         """
-        said = json.dumps(fingerprint, sort_keys=True)
-        folder = self.directory / hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
-        rows = BATCH * min(max(1, -(-images // (SHARDS * BATCH))), LARGEST // BATCH)
-        shards = {
-            folder / f"{start:09d}.safetensors": range(start, min(start + rows, images))
-            for start in range(0, images, rows)
-        }
-        mine = list(shards.items())[self.process :: self.processes]
-        missing = [(path, span) for path, span in mine if not _is_valid(path, fingerprint, span)]
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
-        batches = [list(span[i : i + BATCH]) for _, span in missing for i in range(0, len(span), BATCH)]
-        with contextlib.closing(extract(batches) if batches else (torch.empty(0) for _ in ())) as extracted:
-            for path, span in missing:
-                values = torch.cat(list(itertools.islice(extracted, -(-len(span) // BATCH))))
-                with _writing(folder):
-                    _write(path, values, fingerprint, span)
-            next(extracted, None)  # lets the extraction come to its end, and its progress bar
-        self.barrier()
         try:
-            tensors = [_open(path) for path in shards]
+            tensors = [_open(self._path(shard)) for shard in self.shards]
         except (OSError, SafetensorError) as error:
             raise MisconfigurationException(
-                f"Features that another process wrote to {folder} cannot be read ({error}); all processes must see "
-                f"the same folder: name one with --model.cache_dir."
+                f"Features that another process wrote to {self.folder} cannot be read ({error}); all processes must "
+                f"see the same folder: name one with --model.cache_dir."
             ) from error
-        size = sum(tensor.nbytes for tensor in tensors)
-        state = "extracted" if len(missing) == len(mine) else "found" if not missing else "completed"
-        rank_zero_info(
-            f"Features of {fingerprint['split']}, {fingerprint['view']}: {images:,} x {tensors[0].shape[1]:,} "
-            f"({size / 1e6:,.1f} MB) {state} in {folder}; delete the folder to clear them."
-        )
-        if size * max(1, self.processes) < psutil.virtual_memory().available / 2:
+        if sum(tensor.nbytes for tensor in tensors) * max(1, processes) < psutil.virtual_memory().available / 2:
             tensors = [torch.cat(tensors)]
         return FeatureRows(tensors)
 
+    def _path(self, shard: range) -> Path:
+        return self.folder / f"{shard.start:09d}.safetensors"
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say where features cannot be written, and what to do about it."""
-    try:
-        yield
-    except OSError as error:
-        raise MisconfigurationException(
-            f"Features cannot be written to {folder} ({error.strerror or error}); "
-            f"name another folder with --model.cache_dir."
-        ) from error
+    def _writing(self) -> Any:
+        return writing(self.folder, "name another folder with --model.cache_dir")
 
-
-def _is_valid(path: Path, fingerprint: dict[str, Any], span: range) -> bool:
-    """Return whether a shard is there, whole, unaltered and the one asked for; say why where it is not."""
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, framework="pt") as shard:
-            metadata = json.loads((shard.metadata() or {}).get("shard", "{}"))
-            values = shard.get_tensor("features")
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        rank_zero_info(f"{path} is torn ({error}); it is computed again.")
-        return False
-    if (metadata.get("fingerprint"), metadata.get("rows")) != (fingerprint, str(span)) or len(values) != len(span):
-        rank_zero_info(f"{path} belongs to other weights, images or settings; it is computed again.")
-        return False
-    if metadata.get("digest") != _digest(values) or values.dtype != torch.float32:
-        rank_zero_info(f"{path} was altered; it is computed again.")
-        return False
-    if metadata.get("versions") != VERSIONS:
-        rank_zero_info(f"{path} was computed with {metadata.get('versions')}, this is {VERSIONS}.")
-    return True
+    def _is_valid(self, shard: range) -> bool:
+        """Return whether a shard is there, complete, unaltered and the one asked for; say why where it is not."""
+        path = self._path(shard)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get("shard", "{}"))
+                values = file.get_tensor("features")
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            rank_zero_info(f"{path} is torn ({error}); it is computed again.")
+            return False
+        known = (metadata.get("provenance"), metadata.get("rows"))
+        if known != (self.provenance, str(shard)) or len(values) != len(shard):
+            rank_zero_info(f"{path} belongs to other weights, images or settings; it is computed again.")
+            return False
+        if metadata.get("digest") != _digest(values) or values.dtype != torch.float32:
+            rank_zero_info(f"{path} was altered; it is computed again.")
+            return False
+        if metadata.get("versions") != VERSIONS:
+            rank_zero_info(f"{path} was computed with {metadata.get('versions')}, this is {VERSIONS}.")
+        return True
 
 
 def _open(path: Path) -> Tensor:
-    with safe_open(path, framework="pt") as shard:
-        return shard.get_tensor("features")
-
-
-def _write(path: Path, values: Tensor, fingerprint: dict[str, Any], span: range) -> None:
-    """Write a shard."""
-    metadata = {"fingerprint": fingerprint, "rows": str(span), "digest": _digest(values), "versions": VERSIONS}
-    try:
-        with whole(path) as file:
-            # Under one name, as safetensors leaves the order of several to chance: equal shards are equal files.
-            save_file({"features": values}, file, {"shard": json.dumps(metadata, sort_keys=True)})
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(str(error)) from error
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("features")
 
 
 def _digest(values: Tensor) -> str:

@@ -156,30 +156,3 @@ def effective_rank(moments: Moments) -> float:
 def rounding(terms: int) -> float:
     """Return the relative error that sums of so many float64 products may have."""
     return terms * torch.finfo(torch.float64).eps
-
-
-def largest_curvature(representations: Tensor, masks: Tensor, iterations: int = 30) -> Tensor:
-    """Return a bound on the curvature of each probe's softmax cross-entropy, by power iteration.
-
-    The Hessian of the loss at an input x with probabilities p is (diag(p) - p p') (x) x x'; the largest eigenvalue of
-    the first factor never exceeds 1/2 (reached where two classes share the probability; Böhning, 1992), so that of
-    the mean over inputs never exceeds half the largest eigenvalue of the second moments. The bias counts as a neuron
-    that is always one.
-
-    Args:
-        representations: A sample, shape (n, D).
-        masks: Which neurons each probe sees, shape (P, D), boolean.
-        iterations: Steps of the power iteration.
-
-    Returns:
-        Shape (P,), in the representations' precision.
-    """
-    inputs = torch.cat([representations, torch.ones_like(representations[:, :1])], 1)
-    seen = torch.cat([masks, torch.ones_like(masks[:, :1])], 1)
-    vectors = inputs.mean(0) * seen
-    eigenvalues = vectors.norm(dim=1)
-    for _ in range(iterations):
-        vectors = vectors / vectors.norm(dim=1, keepdim=True)
-        vectors = (vectors @ inputs.t() @ inputs) / len(inputs) * seen
-        eigenvalues = vectors.norm(dim=1)
-    return eigenvalues / 2

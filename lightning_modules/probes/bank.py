@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.subsets.coordinates import nests
-from lightning_modules.subsets.plan import Probe
+from lightning_modules.subsets.plan import Probe, probe_groups
 
 
 class Block(NamedTuple):
@@ -122,8 +121,8 @@ class ProbeBank(nn.Module):
         self.classes = classes
         self._stacks: list[Stack] = []
         offset = 0
-        for alike in nests(self.probes):
-            members = torch.tensor([nest.probes for nest in alike])
+        for alike in probe_groups(self.probes):
+            members = torch.tensor([group.probes for group in alike])
             self._stacks.append(Stack(members, alike[0].sizes, classes, offset))
             offset = self._stacks[-1].end
         self.weight = nn.Parameter(torch.empty(offset))
@@ -189,8 +188,3 @@ class ProbeBank(nn.Module):
         for block in stack.blocks:
             if block.probe <= rank:
                 yield stack.view(flat, block)[group, rank - block.probe], slice(block.start, block.stop)
-
-
-def parameters_of(probes: Sequence[Probe], classes: int) -> int:
-    """Return how many weights and biases a bank of these probes holds."""
-    return sum((probe.neurons + 1) * classes for probe in probes)

@@ -1,7 +1,7 @@
 """The probes of a run: every selection, fraction and subset seed of every layer, beside the full layers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,7 +11,7 @@ from lightning_modules.subsets.selections import FULL, OFFERED, SELECTIONS, Laye
 
 
 class Probe(NamedTuple):
-    """What makes one probe of a run."""
+    """One probe of a run: which coordinates of which layer it sees, and the seed they were drawn from."""
 
     selection: str
     fraction: float
@@ -20,47 +20,125 @@ class Probe(NamedTuple):
     layer: str = "penultimate"
 
 
+class ProbeGroup(NamedTuple):
+    """The probes of one layer, selection and seed: their subsets are prefixes of one order, so they nest."""
+
+    layer: str
+    selection: str
+    seed: int
+    probes: tuple[int, ...]
+    """Places of the probes in the run, by ascending size."""
+    sizes: tuple[int, ...]
+    """How many coordinates each of them sees."""
+
+
+def probe_groups(probes: Sequence[Probe]) -> list[list[ProbeGroup]]:
+    """Group the probes of a run by layer, selection and seed; groups with the same subset sizes come in one list."""
+    members: dict[tuple[str, str, int], list[int]] = {}
+    for index, probe in enumerate(probes):
+        members.setdefault((probe.layer, probe.selection, probe.seed), []).append(index)
+    by_sizes: dict[tuple[int, ...], list[ProbeGroup]] = {}
+    for key, indices in members.items():
+        indices.sort(key=lambda index: probes[index].neurons)
+        sizes = tuple(probes[index].neurons for index in indices)
+        by_sizes.setdefault(sizes, []).append(ProbeGroup(*key, tuple(indices), sizes))
+    return list(by_sizes.values())
+
+
 def neurons(fraction: float, width: int) -> int:
-    """Return k, the neurons that `fraction` of a layer of `width` is; rounded down as in the paper, at least one."""
+    """Return k, the number of neurons in `fraction` of a layer: rounded down as in the paper, at least one."""
     return max(1, int(fraction * width + 1e-9))
 
 
-def plan(
-    selections: Sequence[str],
-    fractions: Sequence[float],
-    seeds: Sequence[int],
-    full_seeds: Sequence[int],
-    widths: dict[str, int],
-    ensembles: bool = False,
-) -> list[Probe]:
-    """Return every probe of a run.
+class Plan:
+    """What a run asks for: selections, fractions and seeds.
 
     Args:
-        selections: Names of `OFFERED`.
-        fractions: Fractions of the neurons.
-        seeds: Subset seeds of selections by chance.
-        full_seeds: Initialisation seeds of the full layer.
-        widths: D of each layer.
-        ensembles: Whether a selection by chance also gets, for each fraction, a probe with as many neurons as its
-            seeds' subsets hold together.
+        selection: Names of `OFFERED`, one or a list.
+        fractions: Fractions of the neurons in (0, 1], one or a list.
+        seeds: Subset seeds of seeded selections; a number n means 0 to n - 1.
+        full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
 
-    Returns:
-        By layer: the full layer first, then selections by seed and ascending fraction.
+    Raises:
+        MisconfigurationException: If a list is empty or repeats itself, a selection is unknown, a fraction is not in
+            (0, 1], or a seed is negative.
     """
-    probes = []
-    for layer, width in widths.items():
-        probes += [Probe(FULL, 1.0, width, seed, layer) for seed in full_seeds]
-        for selection in selections:
-            by_chance = SELECTIONS[selection].by_chance
-            asked = set(fractions)
-            if ensembles and by_chance:
-                together = (held_together(selection, neurons(fraction, width), seeds, width) for fraction in fractions)
-                asked |= {size / width for size in together if size < width}
-            for seed in seeds if by_chance else [0]:
-                probes += [
-                    Probe(selection, fraction, neurons(fraction, width), seed, layer) for fraction in sorted(asked)
-                ]
-    return probes
+
+    def __init__(
+        self,
+        selection: str | Sequence[str],
+        fractions: float | Sequence[float],
+        seeds: int | Sequence[int],
+        full_seeds: int | Sequence[int] = 1,
+    ) -> None:
+        self.selections = [selection] if isinstance(selection, str) else list(selection)
+        self.fractions = list(fractions) if isinstance(fractions, Sequence) else [fractions]
+        self.seeds = _seed_list(seeds, "seeds")
+        self.full_seeds = _seed_list(full_seeds, "full_seeds")
+        self._check()
+
+    def probes(self, widths: dict[str, int], together: bool = False) -> list[Probe]:
+        """Return every probe of a run.
+
+        Args:
+            widths: D of each layer.
+            together: Whether a seeded selection also gets, for each fraction, a probe with as many neurons as the
+                subsets of all its seeds hold together.
+
+        Returns:
+            By layer: the full layer first, then selections by seed and ascending fraction.
+        """
+        probes = []
+        for layer, width in widths.items():
+            probes += [Probe(FULL, 1.0, width, seed, layer) for seed in self.full_seeds]
+            for selection in self.selections:
+                seeded = SELECTIONS[selection].seeded
+                asked = set(self.fractions)
+                if together and seeded:
+                    sizes = (
+                        held_together(selection, neurons(each, width), self.seeds, width) for each in self.fractions
+                    )
+                    asked |= {size / width for size in sizes if size < width}
+                for seed in self.seeds if seeded else [0]:
+                    probes += [Probe(selection, each, neurons(each, width), seed, layer) for each in sorted(asked)]
+        return probes
+
+    def describe(self) -> str:
+        """Return selections, fractions and seeds in one line."""
+        fractions = ", ".join(f"{fraction:g}" for fraction in sorted(self.fractions))
+        seeds = f" x {len(self.seeds)} seeds" if any(SELECTIONS[name].seeded for name in self.selections) else ""
+        return f"{', '.join(self.selections)} x fractions {fractions}{seeds}, and the full layer"
+
+    def _check(self) -> None:
+        lists: dict[str, list[Any]] = {"selection": self.selections, "fractions": self.fractions}
+        lists |= {"seeds": self.seeds, "full_seeds": self.full_seeds}
+        for name, values in lists.items():
+            if not values:
+                raise MisconfigurationException(f"model.{name} is empty; give at least one.")
+            if len(set(values)) < len(values):
+                twice = next(value for value in values if values.count(value) > 1)
+                raise MisconfigurationException(f"model.{name} lists {twice} twice; give each once.")
+        for selection in self.selections:
+            if selection not in OFFERED:
+                raise MisconfigurationException(
+                    f"model.selection is {selection!r}; it must be one of {', '.join(sorted(OFFERED))}."
+                )
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise MisconfigurationException(f"model.fractions has {fraction:g}; a fraction must be in (0, 1].")
+        for name in ("seeds", "full_seeds"):
+            negative = [seed for seed in lists[name] if seed < 0]
+            if negative:
+                raise MisconfigurationException(f"model.{name} has {negative[0]}; a seed must be 0 or more.")
+
+
+def _seed_list(value: int | Sequence[int], name: str) -> list[int]:
+    """Return the seeds that a number n (0 to n - 1) or a list stands for; more would not fit into memory as probes."""
+    if value == [] or (isinstance(value, int) and not 1 <= value <= 100_000):
+        raise MisconfigurationException(
+            f"model.{name} is {value}; give a number of seeds from 1 to 100,000, or a list of seeds."
+        )
+    return list(range(value)) if isinstance(value, int) else list(value)
 
 
 def references(probes: Sequence[Probe]) -> Tensor:
@@ -76,7 +154,7 @@ def ensembles(probes: Sequence[Probe], fractions: Sequence[float]) -> list[list[
     """Return the places of the probes of these fractions that differ by nothing but the subset seed, if any do."""
     members: dict[tuple[str, str, float], list[int]] = {}
     for index, probe in enumerate(probes):
-        if SELECTIONS[probe.selection].by_chance and probe.fraction in fractions:
+        if SELECTIONS[probe.selection].seeded and probe.fraction in fractions:
             members.setdefault((probe.layer, probe.selection, probe.fraction), []).append(index)
     return [places for places in members.values() if len(places) > 1]
 
@@ -89,31 +167,34 @@ def held_together(selection: str, size: int, seeds: Sequence[int], width: int) -
     return len(torch.cat(subsets).unique())
 
 
-def check(
-    selections: Sequence[str], fractions: Sequence[float], seeds: Sequence[int], full_seeds: Sequence[int] = (0,)
-) -> None:
-    """Refuse what cannot be a run.
+def describe(probes: Sequence[Probe], which: Sequence[bool]) -> str:
+    """Name the probes where `which`, one value per probe, is true: by selection and fraction, many by their range."""
+    counts: dict[str, dict[float, int]] = {}
+    several = len({probe.layer for probe in probes}) > 1
+    for probe, chosen in zip(probes, which, strict=True):
+        if chosen:
+            name = f"{probe.layer} {probe.selection}" if several else probe.selection
+            fractions = counts.setdefault(name, {})
+            fractions[probe.fraction] = fractions.get(probe.fraction, 0) + 1
+    parts = []
+    for name, fractions in counts.items():
+        groups = {f" {fraction:g}": count for fraction, count in fractions.items()}
+        if len(groups) > 3:
+            groups = {f" {min(fractions):g} to {max(fractions):g}": sum(fractions.values())}
+        elif name.endswith(FULL):
+            groups = {"": fractions[1.0]}
+        parts += [f"{name}{group}" + (f" (x{count})" if count > 1 else "") for group, count in groups.items()]
+    return ", ".join(parts)
 
-    Raises:
-        MisconfigurationException: If a list is empty or repeats itself, a selection is unknown, a fraction is not in
-            (0, 1], or a seed is negative.
+
+def mean_by_fraction(probes: Sequence[Probe], values: Sequence[float], prefix: str) -> dict[str, float]:
+    """Return means over seeds of one value per probe, as `<prefix>/<selection>/<fraction>`.
+
+    With several layers the layer stands before the selection.
     """
-    lists = {"selection": selections, "fractions": fractions, "seeds": seeds, "full_seeds": full_seeds}
-    for name, values in lists.items():
-        if not values:
-            raise MisconfigurationException(f"model.{name} is empty; give at least one.")
-        if len(set(values)) < len(values):
-            twice = next(value for value in values if list(values).count(value) > 1)
-            raise MisconfigurationException(f"model.{name} lists {twice} twice; give each once.")
-    for selection in selections:
-        if selection not in OFFERED:
-            raise MisconfigurationException(
-                f"model.selection is {selection!r}; it must be one of {', '.join(sorted(OFFERED))}."
-            )
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise MisconfigurationException(f"model.fractions has {fraction:g}; a fraction must be in (0, 1].")
-    for name, given in (("seeds", seeds), ("full_seeds", full_seeds)):
-        for seed in given:
-            if seed < 0:
-                raise MisconfigurationException(f"model.{name} has {seed}; a seed must be 0 or more.")
+    several = len({probe.layer for probe in probes}) > 1
+    grouped: dict[str, list[float]] = {}
+    for probe, value in zip(probes, values, strict=True):
+        layer = f"{probe.layer}/" if several else ""
+        grouped.setdefault(f"{prefix}/{layer}{probe.selection}/{probe.fraction:g}", []).append(value)
+    return {name: sum(group) / len(group) for name, group in grouped.items()}

@@ -24,7 +24,7 @@ class Layer:
 
     Args:
         width: D, its number of neurons.
-        moments: Of the clean view of train; None for selections that know nothing of the data.
+        moments: Of the clean view of train; None for selections that are not fitted.
     """
 
     def __init__(self, width: int, moments: Moments | None = None) -> None:
@@ -33,7 +33,7 @@ class Layer:
 
     @property
     def moments(self) -> Moments:
-        """The moments, where a selection asks for them that says so in `SELECTIONS` or `BASES`."""
+        """The moments; only fitted selections (see `SELECTIONS`) may ask for them."""
         assert self._moments is not None
         return self._moments
 
@@ -57,16 +57,16 @@ class Selection(NamedTuple):
 
     order: Callable[[Layer, int], Tensor]
     """From the layer and the subset seed to a permutation of 0 to D - 1, shape (D,)."""
-    by_chance: bool = False
-    """Whether the subset seed matters; without chance there is one probe per fraction."""
+    seeded: bool = False
+    """Whether order or basis are drawn from the subset seed; otherwise there is one probe per fraction."""
     basis: str | None = None
     """The basis whose coordinates are ordered, of `BASES`; None for the layer's own neurons."""
-    informed: bool = False
-    """Whether the order or the basis depends on the training images."""
+    fitted: bool = False
+    """Whether order or basis are computed from the training split."""
 
 
 def random(layer: Layer, seed: int) -> Tensor:
-    """Order neurons at random, as the paper's code does for that seed."""
+    """Order neurons at random; for a given seed the order is that of the paper's code."""
     return torch.randperm(layer.width, generator=torch.Generator().manual_seed(seed))
 
 
@@ -76,23 +76,23 @@ def first(layer: Layer, seed: int) -> Tensor:
 
 
 def least(layer: Layer, seed: int) -> Tensor:
-    """Put the principal component with the least variance first, and those without any last."""
+    """Order principal components by ascending variance, with those that have none last."""
     rank = layer.components.rank
     return torch.cat([torch.arange(rank).flip(0), torch.arange(rank, layer.width)])
 
 
 def variance(layer: Layer, seed: int) -> Tensor:
-    """Put the neuron that varies most first."""
+    """Order neurons by descending variance over train."""
     return bases.variance_order(layer.moments)
 
 
 def fisher(layer: Layer, seed: int) -> Tensor:
-    """Put the neuron first that separates the classes of train best."""
+    """Order neurons by how well each alone separates the classes of train (Fisher's ratio)."""
     return bases.fisher_order(layer.moments)
 
 
 def pca_basis(layer: Layer, seed: int) -> Basis:
-    """Return the principal components of the clean view of train, the one with the largest variance first."""
+    """Return the principal components of the clean view of train by descending variance."""
     return Basis(layer.components.components, layer.moments.mean)
 
 
@@ -109,15 +109,15 @@ BASES: dict[str, Callable[[Layer, int], Basis]] = {
 """From the layer and the subset seed to coordinates beside the neurons themselves."""
 
 SELECTIONS = {
-    "random": Selection(random, by_chance=True),
+    "random": Selection(random, seeded=True),
     "first": Selection(first),
-    "pca": Selection(first, basis="pca", informed=True),
-    "pca_least": Selection(least, basis="pca", informed=True),
-    "random_projection": Selection(first, by_chance=True, basis="gaussian"),
-    "orthogonal_projection": Selection(first, by_chance=True, basis="orthogonal"),
-    "positive_projection": Selection(first, by_chance=True, basis="positive"),
-    "variance": Selection(variance, informed=True),
-    "fisher": Selection(fisher, informed=True),
+    "pca": Selection(first, basis="pca", fitted=True),
+    "pca_least": Selection(least, basis="pca", fitted=True),
+    "random_projection": Selection(first, seeded=True, basis="gaussian"),
+    "orthogonal_projection": Selection(first, seeded=True, basis="orthogonal"),
+    "positive_projection": Selection(first, seeded=True, basis="positive"),
+    "variance": Selection(variance, fitted=True),
+    "fisher": Selection(fisher, fitted=True),
     FULL: Selection(first),
 }
 """Selections by name; the full layer comes by itself."""

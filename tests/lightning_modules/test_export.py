@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 import train
 from datamodules import Digits
-from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay
+from lightning_modules.backbones.build import PretrainedCfgOverlay
+from lightning_modules.backbones.frozen import FrozenBackbone
 
 USE = """
 import json, sys
 import safetensors.torch, torch
 found = {}
-representations = torch.load(sys.argv[1])["representations"]
+features = torch.load(sys.argv[1])["features"]
 images = torch.load(sys.argv[1])["images"]
 for folder in sys.argv[2:]:
     card = json.load(open(f"{folder}/card.json"))
@@ -41,7 +42,7 @@ class Run(NamedTuple):
     folder: object
     predictions: pd.DataFrame
     inputs: object
-    representations: torch.Tensor
+    features: torch.Tensor
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     arguments = ["--config", "quickstart.yaml", "--name", "digits", "--trainer.max_epochs", "2"]
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--model.seeds", "2"]
-    arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.similarity", "false"]
+    arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.measures", "[]"]
     arguments += ["--model.selection", "[random, pca, random_projection]"]
     with pytest.MonkeyPatch.context() as patch:
         for verb in ("fit", "predict"):
@@ -63,10 +64,10 @@ def run(tmp_path_factory):
     task.preprocessing = backbone.preprocessing
     task.setup()
     (batch,) = task.test_dataloader()
-    representations = backbone(batch.inputs)
-    torch.save({"images": batch.inputs, "representations": representations}, folder / "inputs.pt")
+    features = backbone(batch.inputs)
+    torch.save({"images": batch.inputs, "features": features}, folder / "inputs.pt")
     predictions = pd.read_csv(folder / "digits" / "predictions.csv", dtype=str)
-    return Run(folder / "digits", predictions, folder / "inputs.pt", representations)
+    return Run(folder / "digits", predictions, folder / "inputs.pt", features)
 
 
 def use(inputs, *folders):
@@ -77,7 +78,7 @@ def use(inputs, *folders):
     return json.loads(done.stdout)
 
 
-def test_exported_files_say_what_the_run_said_and_need_nothing_of_this_project(run, cli, tmp_path):
+def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_project(run, cli, tmp_path):
     wanted = {"random/0.1/1": "neurons", "pca/0.5/0": "components", "random_projection/0.1/1": "projection"}
     for column, name in wanted.items():
         selection, fraction, seed = column.split("/")

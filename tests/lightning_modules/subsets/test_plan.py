@@ -1,16 +1,15 @@
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.features.moments import Moments
-from lightning_modules.subsets.plan import check, ensembles, held_together, neurons, plan, references
-from lightning_modules.subsets.selections import FULL, OFFERED, SELECTIONS, Layer, order
+from lightning_modules.subsets.plan import Plan, describe, ensembles, held_together, neurons, references
+from lightning_modules.subsets.selections import FULL, SELECTIONS, Layer, order
 
 FRACTIONS = [0.0005, 0.01, 0.1, 0.29, 0.5, 1.0]
 
 
 def layer(width):
-    """A layer with 60 images of three classes, for the selections that depend on images."""
+    """A layer with 60 images of three classes, for the selections that are fitted."""
     moments = Moments(width, 3)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (60,), generator=generator)
@@ -45,10 +44,10 @@ def test_neurons_are_ranked_by_what_train_says_of_them():
     assert order("fisher", Layer(3, moments), 0).tolist() == [0, 1, 2]
 
 
-def test_only_chance_feels_the_seed():
+def test_the_seed_matters_to_seeded_selections_alone():
     for selection, rule in SELECTIONS.items():
         if rule.basis is None:
-            assert torch.equal(order(selection, layer(40), 0), order(selection, layer(40), 1)) != rule.by_chance
+            assert torch.equal(order(selection, layer(40), 0), order(selection, layer(40), 1)) != rule.seeded
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -92,7 +91,7 @@ def test_k_is_exact_where_the_fraction_is(width):
 
 
 def test_a_plan_has_the_full_layer_first_then_selections_by_seed_and_fraction():
-    probes = plan(["random", "first"], [0.5, 0.1], seeds=[3, 0], full_seeds=[0, 1], widths={"a": 20, "b": 10})
+    probes = Plan(["random", "first"], [0.5, 0.1], seeds=[3, 0], full_seeds=2).probes({"a": 20, "b": 10})
     assert [tuple(probe) for probe in probes if probe.layer == "a"] == [
         (FULL, 1.0, 20, 0, "a"),
         (FULL, 1.0, 20, 1, "a"),
@@ -108,13 +107,13 @@ def test_a_plan_has_the_full_layer_first_then_selections_by_seed_and_fraction():
 
 
 def test_fractions_of_the_same_k_keep_their_own_rows():
-    probes = plan(["random"], [0.01, 0.02, 0.1, 1.0], seeds=[0], full_seeds=[0], widths={"a": 10})
+    probes = Plan("random", [0.01, 0.02, 0.1, 1.0], seeds=[0]).probes({"a": 10})
     assert [(probe.fraction, probe.neurons) for probe in probes[1:]] == [(0.01, 1), (0.02, 1), (0.1, 1), (1.0, 10)]
 
 
 def test_ensembles_have_a_probe_with_as_many_neurons_beside_them():
-    widths, seeds = {"a": 40}, [0, 1, 2]
-    probes = plan(["random", "first"], [0.1, 0.5], seeds, [0], widths, ensembles=True)
+    seeds = [0, 1, 2]
+    probes = Plan(["random", "first"], [0.1, 0.5], 3).probes({"a": 40}, together=True)
     members = ensembles(probes, [0.1, 0.5])
     assert [[(probes[i].fraction, probes[i].seed) for i in each] for each in members] == [
         [(0.1, 0), (0.1, 1), (0.1, 2)],
@@ -129,34 +128,8 @@ def test_ensembles_have_a_probe_with_as_many_neurons_beside_them():
     assert {probe.fraction for probe in probes if probe.selection == "first"} == {0.1, 0.5}
 
 
-RUN = {"selections": ["random", "first"], "fractions": [0.1, 1.0], "seeds": [0, 5]}
-
-
-def test_a_run_that_can_be_is_not_refused():
-    check(**RUN)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"selections": []}, ["model.selection", "empty"]),
-        ({"fractions": []}, ["model.fractions", "empty"]),
-        ({"seeds": []}, ["model.seeds", "empty"]),
-        ({"selections": ["first", "random", "first"]}, ["model.selection", "first", "twice"]),
-        ({"fractions": [0.5, 0.25, 0.5]}, ["model.fractions", "0.5", "twice"]),
-        ({"seeds": [1, 7, 7]}, ["model.seeds", "7", "twice"]),
-        ({"selections": ["randon"]}, ["model.selection", "'randon'", *OFFERED]),
-        ({"selections": [FULL]}, ["model.selection", "'full'"]),
-        ({"fractions": [0.5, 0.0]}, ["model.fractions", "has 0;", "(0, 1]"]),
-        ({"fractions": [-0.5]}, ["model.fractions", "-0.5", "(0, 1]"]),
-        ({"fractions": [1.5]}, ["model.fractions", "1.5", "(0, 1]"]),
-        ({"fractions": [float("nan")]}, ["model.fractions", "nan", "(0, 1]"]),
-        ({"seeds": [0, -3]}, ["model.seeds", "-3"]),
-    ],
-)
-def test_a_run_that_cannot_be_is_refused_in_one_line(change, named):
-    with pytest.raises(MisconfigurationException) as error:
-        check(**RUN | change)
-    message = str(error.value)
-    assert "\n" not in message
-    assert [name for name in named if name not in message] == []
+def test_probes_are_named_by_selection_and_fraction_and_many_by_their_range():
+    probes = Plan("random", [0.1, 0.2, 0.3, 0.4], 2).probes({"a": 40})
+    few = [probe.fraction in (0.1, 0.4, 1.0) for probe in probes]
+    assert describe(probes, few) == "full, random 0.1 (x2), random 0.4 (x2)"
+    assert describe(probes, [True] * len(probes)) == "full, random 0.1 to 0.4 (x8)"

@@ -3,13 +3,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.measures.accuracy import losses
-from lightning_modules.probes.bank import ProbeBank, parameters_of
+from datamodules.targets import Multiclass
+from lightning_modules.probes.bank import ProbeBank
 from lightning_modules.subsets.coordinates import Coordinates
-from lightning_modules.subsets.plan import Probe, plan
+from lightning_modules.subsets.plan import Plan, Probe
 
 WIDTH, CLASSES = 60, 4
-PROBES = plan(["random", "first"], [0.01, 0.02, 0.05, 0.3, 0.9, 1.0], [0, 1, 7], [0, 1], {"penultimate": WIDTH})
+PROBES = Plan(["random", "first"], [0.01, 0.02, 0.05, 0.3, 0.9, 1.0], [0, 1, 7], 2).probes({"penultimate": WIDTH})
 COORDINATES = Coordinates(PROBES, {"penultimate": WIDTH})
 
 
@@ -53,7 +53,7 @@ def test_a_probe_trains_as_a_separate_linear_layer_does(dtype, steps, tolerance)
     for step in range(steps):
         batch = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(step))[:16]
         together.zero_grad()
-        (losses(bank(COORDINATES(inputs[batch])), labels[batch]).sum() / len(batch)).backward()
+        (Multiclass("abcd").loss(bank(COORDINATES(inputs[batch])), labels[batch]).sum() / len(batch)).backward()
         together.step()
         for index, (layer, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
             optimizer.zero_grad()
@@ -91,8 +91,7 @@ def test_building_a_bank_leaves_global_random_numbers_alone():
 
 def test_a_bank_stores_no_weight_that_a_mask_would_hide():
     bank = ProbeBank(PROBES, CLASSES)
-    assert sum(p.numel() for p in bank.parameters()) == parameters_of(PROBES, CLASSES)
-    assert parameters_of(PROBES, CLASSES) == sum((probe.neurons + 1) * CLASSES for probe in PROBES)
+    assert sum(p.numel() for p in bank.parameters()) == sum((probe.neurons + 1) * CLASSES for probe in PROBES)
 
 
 def test_copying_takes_the_chosen_probes_and_no_others():

@@ -1,0 +1,83 @@
+"""What every solver is made of: how probes are found, what is said of it, and which of its settings results name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from lightning_modules.measures.measure import Column
+from lightning_modules.probes.grid import Grid
+
+if TYPE_CHECKING:
+    from lightning_modules.redundancy_probe import RedundancyProbe
+
+
+class Solver(ABC):
+    """Finds the probes of a run; holds its hyper-parameters and no state, which lies in the run's `Grid`.
+
+    `prepare` runs once before the first step, with the features of train and validation at hand. A solver that trains
+    (`trains`) also gives an optimiser, and sees validation scores; one that does not has its probes after `prepare`.
+    """
+
+    name: ClassVar[str]
+    """What the column `solver` of results says."""
+    trains: ClassVar[bool]
+    """Whether the Trainer's epochs follow `prepare`."""
+    second_moments: ClassVar[bool] = False
+    """Whether it sums X'X of every layer, D^2 numbers each."""
+    columns: ClassVar[Sequence[Column]]
+    """The hyper-parameters that are chosen for each probe on validation, as columns of results.csv."""
+
+    @abstractmethod
+    def candidates(self) -> list[tuple[float, ...]]:
+        """Return the combinations of `columns` that are trained side by side; one of nan where `prepare` chooses."""
+
+    @abstractmethod
+    def prepare(self, model: RedundancyProbe) -> None:
+        """Do what must precede the first step; called with the features of train and validation at hand."""
+
+    @abstractmethod
+    def loss(self, target: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what is minimised for each probe, summed over the batch, shape (P,), from logits (P, C, B)."""
+
+    @abstractmethod
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return logits, with classes on the second axis from the end, as probabilities or estimates of them."""
+
+    def optimizer(self, grid: Grid) -> OptimizerLRScheduler:
+        """Return optimiser and schedule over the grid's banks, if this solver trains."""
+        return None
+
+    def after_epoch(self, grid: Grid, epoch: int) -> None:  # noqa: B027 (most solvers need not)
+        """Keep weights after a training epoch, where the solver keeps the last."""
+
+    def after_validation(self, grid: Grid, scores: Tensor, epoch: int) -> None:  # noqa: B027 (most need not)
+        """Keep weights by validation scores of every candidate and probe, shape (K, P); higher is better."""
+
+    def remarks(self, model: RedundancyProbe) -> list[str]:
+        """Name the probes that should not be trusted as they are, one line per reason."""
+        return []
+
+    def describe(self) -> str:
+        """Return the solver with its arguments, in one line."""
+        settings = ", ".join(f"{name} {_short(value)}" for name, value in vars(self).items())
+        return f"{type(self).__name__} ({settings})"
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what its probes depend on, in plain types: checked when a checkpoint is loaded."""
+        swept = " and ".join(column.name for column in self.columns)
+        return {"solver": self.name, swept: [list(candidate) for candidate in self.candidates()]}
+
+    def training_provenance(self) -> dict[str, Any]:
+        """Return what else a training must share with the one it resumes, in plain types."""
+        return {}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1:
+        return _short(value[0])
+    return f"{value:g}" if isinstance(value, float) else str(value)
