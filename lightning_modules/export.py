@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from lightning_modules.backbones.build import PretrainedCfgOverlay, is_timm_model
 from lightning_modules.backbones.frozen import FrozenBackbone
-from lightning_modules.checkpoints import read_checkpoint
+from lightning_modules.checkpoints import read
 from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.probes.grid import Grid
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Probe
 
 USE = {
-    "neurons": "logits = representations[:, subset['indices']] @ subset['weight'].T + subset['bias']",
-    "basis": "logits = (representations - subset['mean']) @ subset['basis'] @ subset['weight'].T + subset['bias']",
+    "neurons": "logits = features[:, subset['indices']] @ subset['weight'].T + subset['bias']",
+    "basis": "logits = (features - subset['mean']) @ subset['basis'] @ subset['weight'].T + subset['bias']",
     "program": "kept = torch.export.load('backbone.pt2').module()(images); "
     "logits = kept @ subset['weight'].T + subset['bias']",
 }
@@ -36,7 +36,7 @@ USE = {
 def export(run: str, selection: str, fraction: float, output: str, seed: int = 0, layer: str | None = None) -> None:
     """Write one subset of a finished run, with its probe, as files that need nothing of this project.
 
-    `subset.safetensors` holds float32 `weight` (C, k) and `bias` (C,), for raw representations: a standardisation is
+    `subset.safetensors` holds float32 `weight` (C, k) and `bias` (C,), for raw features: a standardisation is
     folded in. Beside them are the `indices` (k,) of the neurons, or, where the coordinates are of another basis, its
     `basis` (D, k) and `mean` (D,). `card.json` says what it is and how to use it. For a timm backbone, `backbone.pt2`
     is a torch.export program from preprocessed images (B, C, H, W), for any B, to the kept coordinates (B, k).
@@ -111,10 +111,10 @@ class KeptCoordinates(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the kept coordinates, shape (B, k), of preprocessed images, shape (B, C, H, W)."""
-        representations = self.backbone(images)
+        features = self.backbone(images)
         if hasattr(self, "indices"):
-            return representations.index_select(1, self.indices)
-        return (representations - self.mean) @ self.basis
+            return features.index_select(1, self.indices)
+        return (features - self.mean) @ self.basis
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -123,7 +123,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for file in files:
         if not file.is_file():
             raise MisconfigurationException(f"{folder} is no folder of a run: it holds no {file.relative_to(folder)}.")
-    checkpoint = read_checkpoint(files[1])
+    checkpoint = read(files[1])
     if "probes" not in checkpoint:
         raise MisconfigurationException(f"{files[1]} holds no probes; name a run that measured some.")
     return yaml.safe_load(files[0].read_text()), checkpoint

@@ -1,5 +1,6 @@
 """The LightningModule of the project: a frozen backbone, and a linear probe on every subset of its neurons."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,9 @@ from lightning_modules.features.extractor import Extractor
 from lightning_modules.features.stream import FeatureStream
 from lightning_modules.measures.measure import Batch, Context, Measure
 from lightning_modules.measures.suite import Suite
+from lightning_modules.probes import SGD, Solver
 from lightning_modules.probes.grid import Grid
-from lightning_modules.probes.sgd import SGD
-from lightning_modules.probes.solver import Solver
+from lightning_modules.results.assemble import assemble
 from lightning_modules.results.predictions import Predictions
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.coordinates import Coordinates
@@ -47,7 +48,7 @@ class RedundancyProbe(LightningModule):
             with a pass of the backbone each.
         standardise: Whether to subtract each neuron's mean and divide by its standard deviation over train.
         measures: What is measured beside the target's own metric, one or a list of classes with their arguments; null
-            is CKA, LayerRanks and Inequality.
+            is CKA (with the ranks of the layers) and Inequality.
         cache_dir: Where features are kept; null is `feature_cache` under `trainer.default_root_dir`.
 
     Raises:
@@ -79,11 +80,11 @@ class RedundancyProbe(LightningModule):
         self.backbone: Any = backbone
         self.solver = solver
         self.standardise = standardise
-        self.measures: Any = Suite(measures)
+        self.measures: Any = Suite(measures, self.features == "clean")
         self.cache_dir = cache_dir
         self.probes: list[Probe] = []
         self.train_losses: list[Tensor] = []
-        self.measured: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, list[Any]] = {}
         self.strict_loading = False  # a checkpoint never holds the backbone; `on_load_checkpoint` checks the rest
 
     @property
@@ -121,7 +122,7 @@ class RedundancyProbe(LightningModule):
             + ", standardised" * self.standardise,
             "probes": f"{len(self.probes):,}: {self.plan.describe()}",
             "solver": self.solver.describe(),
-            "measures": ", ".join(measure.describe() for measure in self.measures),
+            "measures": ", ".join(type(measure).__name__ for measure in self.measures),
         }
 
     def _plan(self, task: Any) -> None:
@@ -139,7 +140,7 @@ class RedundancyProbe(LightningModule):
         if self.backbone is None:
             self.backbone = GivenVectors(task.width)
         self.measures.insert(0, getattr(measures, task.target.measure)())
-        self.probes = self.plan.probes(self.widths, any(measure.together for measure in self.measures))
+        self.probes = self.plan.probes(self.widths, any(measure.needs_comparison_probes for measure in self.measures))
 
     def setup(self, stage: str) -> None:
         """Build the bank for the task as loaded, and let the task have its features extracted.
@@ -147,6 +148,8 @@ class RedundancyProbe(LightningModule):
         Raises:
             MisconfigurationException: If the Trainer cannot count exactly, or the bank does not fit into memory.
         """
+        # The hook below is meant to be this module's and not the task's, of which Lightning would warn.
+        warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")
         checks.trainer(self.trainer)
         self._plan(self.task)
         if self.trainer.state.fn == "fit" and self.solver.trains:
@@ -159,9 +162,8 @@ class RedundancyProbe(LightningModule):
     def _build(self) -> None:
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
-        parts = (self.coordinates, self.solver, *self.measures)
-        squares = self.widths if any(part.second_moments for part in parts) else {}
-        checks.memory(self.probes, outputs, len(candidates), squares)
+        squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
+        checks.memory(self.probes, outputs, len(candidates), self.widths if squared else {})
         self.grid = Grid(self.probes, outputs, candidates)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         directory = Path(self.cache_dir or Path(self.trainer.default_root_dir) / "feature_cache").expanduser()
@@ -170,13 +172,13 @@ class RedundancyProbe(LightningModule):
         self.stream = FeatureStream(extractor, self.widths, self.features, self.standardise)
         context = Context(
             probes=self.probes,
+            fractions=self.plan.fractions,
             coordinates=self.coordinates,
             target=self.target,
             solver=self.solver,
             device=self.trainer.strategy.root_device,
             reduce=self._sum,
             features=self.stream.everything,
-            clean=self.features == "clean",
         )
         self.measures.setup(context)
         # What processes need not tell each other: they build the same, and a frozen backbone stays so. Without this
@@ -272,12 +274,25 @@ class RedundancyProbe(LightningModule):
 
     def _finish_measures(self, split: str) -> None:
         self.measured[split] = self.measures.compute()
-        for name, values in self.measures.logged(self.measured[split]).items():
-            self._log(split, name, values)
+        for measure, values in zip(self.measures, self.measured[split], strict=True):
+            for column in measure.columns:
+                if column.logged and column.name in values:
+                    self._log(split, column.name, values[column.name])
 
     def results(self) -> Results:
         """Return all that was measured of the splits that were evaluated."""
-        return Results.of_model(self)
+        chosen = self.grid.of_chosen(self.grid.hyperparameters).T.tolist()
+        facts = {
+            "task": self.task.label,
+            "backbone": self.backbone.label,
+            "solver": self.solver.name,
+            "augmentation": "none" if self.features == "clean" else self.task.augmentation,
+            "features": self.features,
+            "epoch": self.grid.of_chosen(self.grid.kept_epoch).tolist(),
+            **{column.name: values for column, values in zip(self.solver.columns, chosen, strict=True)},
+        }
+        tables = assemble(self.probes, self.widths, self.measured, self.target.metric, facts)
+        return Results(tables, list(self.measures), self.target)
 
     def remarks(self) -> list[str]:
         """Name the probes that should not be trusted as they stand, one line per reason."""

@@ -1,4 +1,4 @@
-"""Statistics of representations, summed in one look: moments, the measures that need no more, and curvature."""
+"""First and second moments of features, summed over a split in one pass and over processes."""
 
 from collections.abc import Callable
 
@@ -7,26 +7,26 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 CONSTANT = 1e-12
-"""A neuron whose variance is at most this share of its squared mean never changes: float32 could not tell."""
+"""A neuron whose variance is at most this share of its squared mean counts as constant: float32 cannot tell."""
 
 ROWS = 512
-"""Images that are gathered before they are multiplied, so that small batches cost no more than large ones."""
+"""Rows that are collected before they are multiplied, so that small batches cost no more than large ones."""
 
 COLUMNS = 256
-"""Columns of a product that are made at once; what lies above their diagonal is known by symmetry and not made."""
+"""Columns of X'X that are computed at once; what lies above their diagonal follows by symmetry."""
 
 
 class Moments:
-    """Sums over images from which means, variances, principal components, plain CKA and ridge probes follow.
+    """Sums over images that give means, variances, principal components, CKA and ridge probes.
 
     Everything is summed in float64, so in any order of images, batches and processes it is the same to rounding.
 
     Args:
         width: D.
         classes: C.
-        outer: Whether to sum the D x D products of neurons too; without, `scatter` is not to be had.
-        shift: Shape (D,), subtracted from every representation before it is multiplied, the same on all processes.
-            Nothing depends on it but rounding, which matters where means are many times their spread.
+        outer: Whether to sum the D x D products of neurons too; `scatter` needs them.
+        shift: Shape (D,), subtracted from every row before it is multiplied, the same on all processes. It changes
+            rounding only, which matters where means are many times their spread.
         device: Where the sums lie.
     """
 
@@ -48,9 +48,9 @@ class Moments:
         }
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, representations: Tensor, labels: Tensor) -> None:
-        """Add images: representations of shape (b, D), labels of shape (b,)."""
-        self._waiting.append((representations.to(self.shift.device), labels.to(self.shift.device)))
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add images: features of shape (b, D), labels of shape (b,)."""
+        self._waiting.append((features.to(self.shift.device), labels.to(self.shift.device)))
         if sum(len(labels) for _, labels in self._waiting) >= ROWS:
             self._flush()
 
@@ -61,9 +61,9 @@ class Moments:
 
     def _flush(self) -> None:
         if self._waiting:
-            representations, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            features, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             self._waiting = []
-            for rows, of_rows in zip(representations.split(ROWS), labels.split(ROWS), strict=True):
+            for rows, of_rows in zip(features.split(ROWS), labels.split(ROWS), strict=True):
                 self._add(rows.double() - self.shift, of_rows)
 
     def _add(self, rows: Tensor, labels: Tensor) -> None:
@@ -131,26 +131,6 @@ class Moments:
     def _offset(self) -> Tensor:
         """The mean from the shift."""
         return self._sum("totals").sum(0) / self.count
-
-
-def participation_ratio(moments: Moments) -> float:
-    """Return how many directions share the variance evenly: tr(C)^2 / |C|_F^2 of the covariance C; 1 to D."""
-    scatter = moments.scatter
-    return float(scatter.trace().square() / scatter.square().sum())
-
-
-def effective_rank(moments: Moments) -> float:
-    """Return RankMe (Garrido et al., ICML 2023): the exponential of the entropy of the normalised singular values.
-
-    As published of the representations as they are, not centred; without the published 1e-7 beside every singular
-    value, which would add 0.2 % for a thousand neurons that have none. Singular values that float32 cannot tell from
-    zero count as zero.
-    """
-    mean, count = moments.mean, moments.count
-    eigenvalues = torch.linalg.eigvalsh(moments.scatter + count * mean.outer(mean)).flip(0)[: int(count)]
-    eigenvalues = eigenvalues[eigenvalues > rounding(moments.width) * eigenvalues[0]]
-    shares = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
-    return float(torch.special.entr(shares).sum().exp())
 
 
 def rounding(terms: int) -> float:

@@ -1,36 +1,37 @@
 """The measures of a run, driven together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_modules.measures.cka import CKA
 from lightning_modules.measures.inequality import Inequality
-from lightning_modules.measures.layer_ranks import LayerRanks
-from lightning_modules.measures.measure import Batch, Context, Measure
+from lightning_modules.measures.measure import Batch, Context, Measure, check
 
 
 class Suite(nn.ModuleList):
-    """Measures that see the same batches; no two of one class, as their columns would collide.
+    """Measures that see the same batches.
 
     Args:
-        measures: One or a list; None is CKA, LayerRanks and Inequality.
+        measures: One or a list; None is CKA and Inequality.
+        clean: Whether the probes train on clean features, which are kept.
 
     Raises:
-        MisconfigurationException: If two are of one class.
+        MisconfigurationException: If two would write the same column or table, or one needs clean features.
     """
 
-    def __init__(self, measures: Measure | Sequence[Measure] | None) -> None:
+    def __init__(self, measures: Measure | Sequence[Measure] | None, clean: bool) -> None:
         if measures is None:
-            measures = [CKA(), LayerRanks(), Inequality()]
-        measures = [measures] if isinstance(measures, Measure) else measures
-        super().__init__(measures)
-        names = [type(measure).__name__ for measure in measures]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
-            raise MisconfigurationException(f"model.measures lists {twice} twice; give each once.")
+            measures = [CKA(), Inequality()]
+        super().__init__([measures] if isinstance(measures, Measure) else measures)
+        check(list(self))
+        for measure in self:
+            if measure.needs_clean_features and not clean:
+                raise MisconfigurationException(
+                    f"model.measures lists {type(measure).__name__}, which needs model.features clean; leave one out."
+                )
 
     def setup(self, context: Context) -> None:
         """Let all measures know the run that they belong to."""
@@ -48,14 +49,9 @@ class Suite(nn.ModuleList):
         for measure in self:
             measure.update(batch)
 
-    def compute(self) -> dict[str, Any]:
-        """Return columns and tables of all measures by name, over all processes; then forget what was counted."""
-        values: dict[str, Any] = {}
+    def compute(self) -> list[Mapping[str, Any]]:
+        """Return what each measure computes over all processes, and forget what was counted."""
+        computed = [measure.compute() for measure in self]
         for measure in self:
-            values |= measure.compute()
             measure.reset()
-        return values
-
-    def logged(self, values: dict[str, Any]) -> dict[str, Tensor]:
-        """Return those of the computed columns that are logged, shape (P,)."""
-        return {column.name: values[column.name] for each in self for column in each.columns if column.logged}
+        return computed

@@ -1,4 +1,4 @@
-"""Every masked linear probe of a run as one parameter, trained side by side with no more arithmetic than it takes.
+"""All masked linear probes of a run as one parameter, trained side by side without multiplying by masks.
 
 The subsets of one ordering nest, so the neurons between one subset and the next larger one serve all the larger
 probes: they are multiplied once, with the weights of all those probes stacked. A weight that a mask would hide is
@@ -62,7 +62,7 @@ class Stack:
 class _BankLogits(torch.autograd.Function):
     """Logits of all stacks, one after the other, shape (P, C, B), from the flat weights and each stack's inputs.
 
-    Inputs are the representations in each ordering, shape (G, k, B). Written out because autograd would keep and add
+    Inputs are the features in each ordering, shape (G, k, B). Written out because autograd would keep and add
     one full-size gradient per block.
     """
 

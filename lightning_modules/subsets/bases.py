@@ -1,4 +1,4 @@
-"""Coordinates to pick from, and orders to pick them in: principal components, random projections, rankings."""
+"""Bases whose coordinates are selected, and orders to select in: principal components, projections, rankings."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Ordering(NamedTuple):
     sizes: Sequence[int]
     """The m subset sizes k, ascending; equal ones are allowed."""
     basis: Tensor | None = None
-    """Coordinates as columns, shape (D, M), a representation x having the coordinates basis' x; None for the layer's
+    """Coordinates as columns, shape (D, M), features x having the coordinates basis' x; None for the layer's
     own neurons."""
 
     @property
@@ -53,7 +53,7 @@ class PrincipalComponents(NamedTuple):
 
 
 def principal_components(moments: Moments) -> PrincipalComponents:
-    """Return the principal components of centred representations."""
+    """Return the principal components of centred features."""
     count = moments.count
     variances, components = torch.linalg.eigh(moments.scatter / count)
     variances, components = variances.flip(0).clamp(min=0), components.flip(1)

@@ -16,6 +16,7 @@ from datamodules import Digits, Embeddings
 from lightning_modules import FrozenBackbone, RedundancyProbe
 from lightning_modules.backbones.build import PretrainedCfgOverlay
 from lightning_modules.measures import Ensembles, Neighbours
+from lightning_modules.probes.bank import ProbeBank
 from lightning_modules.probes.ridge import Ridge
 from lightning_modules.probes.sgd import SGD
 
@@ -55,12 +56,11 @@ def fit(folder, model, epochs=3, data=None, **trainer):
 def test_the_backbone_is_bit_identical_after_a_fit(tmp_path, features):
     model = build(features=features)
     before = copy.deepcopy(model.backbone.state_dict())
-    probes = model.grid.banks[0].weight.detach().clone()
     fit(tmp_path, model, data={"augmentation": "paper"})
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
     assert not any(module.training for module in model.backbone.modules())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.backbone.parameters())
-    assert not torch.equal(probes, model.grid.banks[0].weight)
+    assert not torch.equal(ProbeBank(model.probes, 5).weight, model.grid.banks[0].weight)
 
 
 def test_without_augmentation_features_kept_give_what_features_off_does(tmp_path):
@@ -76,8 +76,8 @@ def test_augmented_views_differ_and_are_cycled(tmp_path):
     first, second = task.features("train")
     everything = torch.arange(len(first))
     assert not torch.allclose(first[everything], second[everything], atol=1e-2)
-    assert model.results()["features"].unique().tolist() == [2]
-    assert model.results()["augmentation"].unique().tolist() == ["paper"]
+    assert model.results().tables["results"]["features"].unique().tolist() == [2]
+    assert model.results().tables["results"]["augmentation"].unique().tolist() == ["paper"]
 
 
 def test_probes_in_a_run_do_not_feel_each_other(tmp_path):
@@ -92,7 +92,8 @@ def test_counts_and_losses_are_those_of_numpy(tmp_path):
     model, task, _ = fit(tmp_path, build())
     labels = task.images["test"].labels.numpy()
     inputs = task.features("test")[0][torch.arange(len(labels))].numpy()
-    results, classes = model.results(), model.tables()["classes"]
+    tables = model.results().tables
+    results, classes = tables["results"], tables["classes"]
     for index, probe in enumerate(model.probes):
         weight, bias = (part.numpy() for part in model.grid.kept[0].get_probe(index))
         logits = inputs[:, model.coordinates.subset(index).numpy()] @ weight.T + bias
@@ -127,7 +128,7 @@ def test_trained_to_the_optimum_probes_agree_with_scikit_learn(tmp_path):
         parts[split] = values, labels.numpy()
     mean, std = parts["train"][0].mean(0), parts["train"][0].std(0)
     std[std < 1e-9] = 1
-    results = model.results()
+    results = model.results().tables["results"]
     for index, row in enumerate(results[results["split"] == "test"].itertuples()):
         subset = model.coordinates.subset(index).numpy()
         # The bias is penalised like a weight here, so it is one: a neuron that is always one.
@@ -152,7 +153,7 @@ def read_metrics(folder):
 def test_each_probe_keeps_its_earliest_best_epoch(tmp_path):
     model, _, _ = fit(tmp_path, build(seeds=[3]), epochs=12, logger=CSVLogger(tmp_path))
     history = [row for row in read_metrics(tmp_path) if "val/accuracy/full/1" in row][:12]
-    results = model.results()
+    results = model.results().tables["results"]
     kept = results[results["split"] == "val"]
     assert kept["epoch"].nunique() > 1
     for row in kept.itertuples():
@@ -163,7 +164,7 @@ def test_each_probe_keeps_its_earliest_best_epoch(tmp_path):
 
 def test_the_last_epoch_is_kept_where_that_is_asked_for(tmp_path):
     model, _, _ = fit(tmp_path, build(solver=SGD(keep="last")), epochs=4, check_val_every_n_epoch=3)
-    assert model.results()["epoch"].unique().tolist() == [3]
+    assert model.results().tables["results"]["epoch"].unique().tolist() == [3]
     assert torch.equal(model.grid.kept[0].weight, model.grid.banks[0].weight)
 
 
@@ -171,15 +172,17 @@ def test_a_sweep_keeps_each_probes_best_rate_on_validation(tmp_path):
     rates = [0.1, 0.0001]
     swept, _, _ = fit(tmp_path, build(solver=SGD(rates, weight_decay=[0.0])), epochs=5)
     single = [fit(tmp_path, build(solver=SGD(rate, weight_decay=0.0)), epochs=5)[0] for rate in rates]
-    val = [model.results().query("split == 'val'")["accuracy"].to_numpy() for model in (swept, *single)]
+    val = [
+        model.results().tables["results"].query("split == 'val'")["accuracy"].to_numpy() for model in (swept, *single)
+    ]
     np.testing.assert_allclose(val[0], np.maximum(val[1], val[2]), atol=1e-9)
-    chosen = swept.results().query("split == 'val'")["learning_rate"].to_numpy()
+    chosen = swept.results().tables["results"].query("split == 'val'")["learning_rate"].to_numpy()
     np.testing.assert_array_equal(chosen, np.where(val[1] >= val[2], *rates))
 
 
 def test_metric_names_and_means_are_those_of_the_contract(tmp_path):
     model, _, trainer = fit(tmp_path, build())
-    results = model.results().query("split == 'test'")
+    results = model.results().tables["results"].query("split == 'test'")
     for (selection, fraction), rows in results.groupby(["selection", "fraction"]):
         logged = trainer.logged_metrics[f"test/accuracy/{selection}/{fraction:g}"].item()
         assert logged == pytest.approx(rows["accuracy"].mean(), abs=1e-6)
@@ -233,7 +236,7 @@ def test_layers_read_in_one_pass_are_those_read_alone(tmp_path):
     both = build(layer=["layer2", "penultimate"])
     together, task, _ = fit(tmp_path, both)
     assert together.widths == {"layer2": 96, "penultimate": 384}
-    results = together.results()
+    results = together.results().tables["results"]
     assert results.groupby(["layer", "split"])["selection"].apply(lambda names: (names == "full").sum()).eq(1).all()
     start = 0
     for layer, width in together.widths.items():
@@ -251,16 +254,14 @@ def test_layers_read_in_one_pass_are_those_read_alone(tmp_path):
 def test_ridge_probes_are_those_of_scikit_learn(tmp_path, standardise):
     penalties = [1e-3, 1e-1, 10.0]
     selections = ["random", "pca", "fisher"]
-    model, task, _ = fit(
-        tmp_path, build(solver=Ridge(penalties), selection=selections, standardise=standardise)
-    )
+    model, task, _ = fit(tmp_path, build(solver=Ridge(penalties), selection=selections, standardise=standardise))
     (train, labels), (val, val_labels), (test, test_labels) = (rows_of(task, s) for s in ("train", "val", "test"))
     if standardise:
         mean, std = train.mean(0), train.std(0)
         std[std < 1e-9] = 1
         train, val, test = ((part - mean) / std for part in (train, val, test))
     scale = (train - train.mean(0)).var(0).mean() * len(train)
-    results = model.results().query("split == 'test'")
+    results = model.results().tables["results"].query("split == 'test'")
     for index, row in enumerate(results.itertuples()):
         group = next(group for group in model.coordinates.groups if index in group.probes)
         ordering = model.coordinates.ordering(group)
@@ -297,7 +298,7 @@ def test_similarities_are_those_of_the_kernels_over_the_images(tmp_path):
     for split in ("val", "test"):
         values, _ = rows_of(task, split)
         whole = centred_kernel(values)
-        results = model.results().query("split == @split")
+        results = model.results().tables["results"].query("split == @split")
         for index, row in enumerate(results.itertuples()):
             group = next(group for group in model.coordinates.groups if index in group.probes)
             ordering = model.coordinates.ordering(group)
@@ -305,7 +306,7 @@ def test_similarities_are_those_of_the_kernels_over_the_images(tmp_path):
             part = centred_kernel(ordering.coordinates(torch.from_numpy(values)).numpy()[:, :size])
             expected = (part * whole).sum() / np.sqrt((part**2).sum() * (whole**2).sum())
             assert row.cka == pytest.approx(expected, rel=1e-5)
-        layers = model.tables()["layers"].query("split == @split")
+        layers = model.results().tables["layers"].query("split == @split")
         eigenvalues = np.linalg.eigvalsh(np.cov(values.T))
         expected = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
         assert layers["participation_ratio"].item() == pytest.approx(expected, rel=1e-6)
@@ -313,7 +314,7 @@ def test_similarities_are_those_of_the_kernels_over_the_images(tmp_path):
 
 def test_gained_and_lost_are_the_difference_to_the_full_layer(tmp_path):
     model, _, _ = fit(tmp_path, build(full_seeds=2), epochs=2)
-    for _, rows in model.results().groupby("split"):
+    for _, rows in model.results().tables["results"].groupby("split"):
         full = rows.iloc[0]
         assert (full["gained"], full["lost"]) == (0, 0)
         difference = (rows["accuracy"] - full["accuracy"]) * rows["images"]
@@ -324,7 +325,7 @@ def test_gained_and_lost_are_the_difference_to_the_full_layer(tmp_path):
 def test_ensembles_are_counted_as_numpy_counts_them(tmp_path):
     model, task, _ = fit(tmp_path, build(measures=Ensembles(), seeds=3, fractions=[0.05, 0.2, 0.5]), epochs=2)
     values, labels = rows_of(task, "test")
-    table = model.tables()["ensembles"].query("split == 'test'").set_index(["fraction", "rule"])
+    table = model.results().tables["ensembles"].query("split == 'test'").set_index(["fraction", "rule"])
     for fraction in (0.05, 0.2, 0.5):
         members = [i for i, p in enumerate(model.probes) if (p.selection, p.fraction) == ("random", fraction)]
         logits = []
@@ -341,7 +342,11 @@ def test_ensembles_are_counted_as_numpy_counts_them(tmp_path):
         together = len(set(torch.cat([model.coordinates.subset(index) for index in members]).tolist()))
         row = table.loc[(fraction, "mean_probability")]
         assert (row["members"], row["neurons"], row["single_neurons"]) == (3, together, together)
-        alike = model.results().query("split == 'test' and selection == 'random' and neurons == @together")
+        alike = (
+            model.results()
+            .tables["results"]
+            .query("split == 'test' and selection == 'random' and neurons == @together")
+        )
         assert row["single_accuracy"] == pytest.approx(alike["accuracy"].mean())
 
 
@@ -354,7 +359,7 @@ def test_neighbours_are_counted_among_training_images(tmp_path):
         return search.kneighbors(queries[:, subset], return_distance=False)
 
     wanted = nearest(slice(None))
-    for index, row in enumerate(model.tables()["neighbours"].itertuples()):
+    for index, row in enumerate(model.results().tables["neighbours"].itertuples()):
         found = nearest(model.coordinates.subset(index).numpy())
         kept = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(wanted, found, strict=True)])
         assert (row.queries, row.gallery, row.neighbours) == (179, 538, 10)
