@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_modules.backbones import weights
-from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay, is_timm_model
+from lightning_modules.backbones.build import PretrainedCfgOverlay, is_timm_model
+from lightning_modules.backbones.frozen import FrozenBackbone
 from lightning_modules.files import whole
 from lightning_modules.probes.bank import ProbeBank
 from lightning_modules.subsets.coordinates import Coordinates
@@ -58,7 +59,7 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
     index = _find(probes, selection, fraction, seed, layer, folder)
     probe = probes[index]
     backbone = _backbone(config["model"]["init_args"]["backbone"], probe.layer)
-    if backbone and backbone.identity()["weights"] != said["weights"]:
+    if backbone and backbone.provenance()["weights"] != said["weights"]:
         raise MisconfigurationException(
             f"The weights of {backbone.label} are not those that {folder} was measured with; its model.backbone is "
             f"{config['model']['init_args']['backbone']}."

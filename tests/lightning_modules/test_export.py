@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import train
 from datamodules import Digits
-from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay
+from lightning_modules.backbones.build import PretrainedCfgOverlay
+from lightning_modules.backbones.frozen import FrozenBackbone
 
 USE = """
 import json, sys
