@@ -16,7 +16,8 @@ from PIL import Image
 from torch.distributed import TCPStore
 
 import train
-from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay
+from lightning_modules.backbones.build import PretrainedCfgOverlay
+from lightning_modules.backbones.frozen import FrozenBackbone
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

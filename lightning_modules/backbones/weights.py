@@ -1,4 +1,4 @@
-"""From a file of weights to a network that holds them, with nothing left at random and no pickled code run."""
+"""Load weights from safetensors and torch files into a network: every parameter, and no pickled code is run."""
 
 import contextlib
 import os
@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 CONTAINERS = ("state_dict", "model")
-"""Keys under which training code keeps a network's weights in a checkpoint."""
+"""Keys of a checkpoint under which training code keeps the state dict."""
 PREFIXES = ("module", "model", "backbone", "network", "encoder", "_orig_mod")
-"""Names of wrappers that training code puts before every parameter, alone or nested."""
+"""Names of wrapper modules that precede every parameter's name, alone or nested (`module.model.`)."""
 COMPANIONS = ("attacker", "normalizer")
-"""Entries that adversarial-training libraries keep beside the network."""
+"""Modules that adversarial-training libraries save beside the network."""
 
 
 def find(path: str) -> Path:
-    """Return the file `path`, looked up in the current folder and then beside the shipped configurations.
+    """Return the file `path`, looked up in the current folder and then in `configs/`.
 
     Raises:
         MisconfigurationException: If it is in neither.
@@ -37,7 +37,7 @@ def find(path: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a safetensors or torch file, taken out of its container.
+    """Return the state dict that a safetensors or torch file holds, at its top level or under one of `CONTAINERS`.
 
     Raises:
         MisconfigurationException: If the file is neither, is cut short, holds code, or holds no state dict.
@@ -59,8 +59,8 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def pickles_closed() -> Iterator[None]:
-    """Keep other people's loading code, meanwhile, from running what is pickled in a file of weights."""
+def no_pickled_code() -> Iterator[None]:
+    """Make every `torch.load` meanwhile, also in other libraries, refuse files whose pickle holds code."""
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
@@ -74,20 +74,20 @@ def pickles_closed() -> Iterator[None]:
 
 
 def read_torch(path: Path, what: str) -> Any:
-    """Return what a torch file holds, of plain types only.
+    """Load a torch file of tensors and plain types; refuse one whose pickle holds code.
 
     Args:
         path: The file.
-        what: What it should be, for the message.
+        what: What the file should be, for the message.
 
     Raises:
-        MisconfigurationException: If the file is none, is cut short, or holds code.
+        MisconfigurationException: If the file is no torch file, is cut short, or holds code.
     """
     with path.open("rb") as file:
         start = file.read(2)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch's readers raise on a broken file is anybody's guess
+    except Exception as error:  # torch's readers raise all kinds of errors on a broken file
         if (
             isinstance(error, pickle.UnpicklingError)
             and start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -102,22 +102,22 @@ def read_torch(path: Path, what: str) -> Any:
 
 
 def load(network: nn.Module, path: Path, classifier: Collection[str]) -> None:
-    """Fill every parameter and buffer of `network` from the file at `path`.
+    """Load every parameter and buffer of `network` from the file at `path`, whose names and shapes must match.
 
-    Wrappers' prefixes are stripped. Entries of the classifier and of adversarial-training companions are ignored;
-    so is a missing count of batches, which evaluation never reads.
+    Prefixes of wrappers (`PREFIXES`) are stripped. Ignored are entries of the classifier and of `COMPANIONS`, and that
+    batch norm's `num_batches_tracked` may be missing, which evaluation never reads.
 
     Args:
         network: The network.
         path: A safetensors or torch file.
-        classifier: Names of the classifier's modules; they are neither wanted from the file nor given by it.
+        classifier: Names of the classifier's modules, which are not loaded.
 
     Raises:
-        MisconfigurationException: If any other name or shape does not match; the message gives the first few.
+        MisconfigurationException: If any other name or shape does not match; the message lists the first few.
     """
-    wanted = {name: value.shape for name, value in network.state_dict().items() if not below(name, classifier)}
+    wanted = {name: value.shape for name, value in network.state_dict().items() if not is_part_of(name, classifier)}
     given = _unwrap(read(path), wanted)
-    given = {name: value for name, value in given.items() if not below(name, classifier)}
+    given = {name: value for name, value in given.items() if not is_part_of(name, classifier)}
     missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
     unknown = [name for name in given if name not in wanted]
     shapes = [
@@ -135,13 +135,13 @@ def load(network: nn.Module, path: Path, classifier: Collection[str]) -> None:
     network.load_state_dict(given, strict=False)
 
 
-def below(name: str, modules: Collection[str]) -> bool:
-    """Return whether a parameter, buffer or module is one of `modules` or part of one."""
+def is_part_of(name: str, modules: Collection[str]) -> bool:
+    """Return whether the parameter, buffer or module `name` is one of `modules` or inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _unwrap(given: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Strip the chain of wrappers under which most of the wanted names are found, and drop companions."""
+    """Drop companions, and strip the prefix of wrappers under which most of the wanted names are found."""
 
     def strip(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
