@@ -1,0 +1,215 @@
+"""The documentation: its commands parse as written, its links lead somewhere, its Python examples compile and run."""
+
+import argparse
+import functools
+import importlib
+import re
+import shlex
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from torch.distributed.run import get_args_parser
+
+from lightning_modules import measures
+from lightning_modules.features.moments import Moments
+from lightning_modules.subsets import selections
+
+FUNCTIONS = {"compare": "lightning_modules.reporting.compare", "export": "lightning_modules.export"}
+"""Verbs that are functions of the same name, and the modules these are in."""
+FOLDERS = ("", "configs/", "datamodules/", "lightning_modules/", "tests/", "tests/benchmarks/")
+PAGES = [page for folder in FOLDERS if (page := ROOT / f"{folder}README.md").is_file()]
+PAGES += sorted((ROOT / ".github" / "docs").glob("*.md"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MODULES = ROOT / "lightning_modules" / "README.md"
+SETTINGS = ("fit", "validate", "test", "predict")
+"""Verbs whose options are the keys of a configuration."""
+
+
+def blocks(page, language):
+    """Return the fenced blocks of a page that are in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(text):
+    """Return the commands of a shell script as lists of words; what the shell would fill in is a 1."""
+    text = re.sub(r"\$\([^)]*\)|\$\w+", "1", text.replace("\\\n", " "))
+    lines = [shlex.split(line, comments=True) for line in text.replace("&&", "\n").splitlines()]
+    return [line for line in lines if line]
+
+
+def documented():
+    """Yield all commands of the pages, and of the comments of configurations, each once."""
+    found = [command for page in PAGES for block in blocks(page, "sh") for command in commands(block)]
+    for config in CONFIGS:
+        shown = re.findall(r"^# {2,}((?:python|wandb) .*)", config.read_text(), re.MULTILINE)
+        found += [command for line in shown for command in commands(line)]
+    return list(dict.fromkeys(map(tuple, found)))
+
+
+DOCUMENTED = documented()
+OURS = [words for words in DOCUMENTED if "train.py" in words]
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """Write what a command names and a user would have: a finished run's configuration, classes of one's own."""
+    examples = [block for page in PAGES for block in blocks(page, "python")]
+
+    def write(words):
+        monkeypatch.syspath_prepend(tmp_path)
+        for word in words:
+            if re.fullmatch(r"runs/[^*]+/config\.yaml", word):
+                (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / word).write_text((ROOT / "configs" / "quickstart.yaml").read_text())
+            for module, name in re.findall(r"\b(my_\w+)\.(\w+)", word):
+                (example,) = (block for block in examples if f"class {name}(" in block)
+                (tmp_path / f"{module}.py").write_text(example)
+
+    return write
+
+
+def parses(cli, words):
+    """Assert that a command parses; nothing that it asks for is made."""
+    status, out, err = cli(*words, "--print_config")
+    assert status == 0, err
+    assert "class_path" in out
+
+
+def test_commands_are_found():
+    assert {words[words.index("train.py") + 1] for words in OURS} >= {"fit", "test", "sweep", "compare", "export"}
+    assert len(OURS) > 50
+
+
+@pytest.mark.parametrize("words", OURS, ids=" ".join)
+def test_a_command_parses_as_written(cli, made_up, monkeypatch, words):
+    place = words.index("train.py")
+    launcher, (verb, *options) = words[:place], words[place + 1 :]
+    if "torchrun" in launcher:
+        launched = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+        assert (launched.training_script, *launched.training_script_args) == words[place:]
+    else:
+        assert launcher in (("python",), (".venv/bin/python",))
+    made_up(options)
+    if verb in SETTINGS:
+        parses(cli, (verb, *options))
+    elif verb == "sweep":
+        monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+        runs, sweep = [], importlib.import_module("lightning_modules.cli.sweep")
+        monkeypatch.setattr(sweep, "SweptRun", lambda arguments, *_: runs.append(arguments))
+        monkeypatch.setattr(sweep.Sweep, "compare", lambda self, runs: len(runs))
+        status, _, err = cli(verb, *options)
+        assert status == 0, err
+        parses(cli, runs[0])
+    else:
+        called, module = [], importlib.import_module(FUNCTIONS[verb])
+        function = functools.wraps(getattr(module, verb))(lambda **given: called.append(given))
+        monkeypatch.setattr(module, verb, function)
+        status, _, err = cli(verb, *options)
+        assert status == 0, err
+        assert len(called) == 1
+
+
+@pytest.mark.parametrize("words", [words for words in DOCUMENTED if "train.py" not in words], ids=" ".join)
+def test_another_command_names_what_is_there(monkeypatch, words):
+    program = words[:3]
+    if program == ("python", "-m", "tests.benchmarks.speed"):
+        speed = importlib.import_module(program[2])
+        parse = argparse.ArgumentParser.parse_args
+        asked = []
+
+        def stop(parser, *_):
+            asked.append(parse(parser, words[3:]))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(KeyboardInterrupt):
+            speed.main()
+        assert set(asked[0].names) <= set(speed.MEASUREMENTS)
+    elif program[1:] == ("-m", "pytest"):
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
+    elif program[0] == "wandb":
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
+    else:
+        assert " ".join(program).startswith(("python3 -m venv", ".venv/bin/pip install"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        name, _, section = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if section:
+            headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+            assert section in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], link
+
+
+def test_every_picture_is_shown():
+    shown = " ".join(page.read_text() for page in PAGES)
+    assert [picture.name for picture in (ROOT / ".github").glob("*.png") if picture.name not in shown] == []
+
+
+def test_the_first_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 160
+
+
+def test_what_is_offered_is_named():
+    assert [file.name for file in CONFIGS if f"`{file.name}`" not in (ROOT / "configs" / "README.md").read_text()] == []
+    kinds = [kind for kind in vars(measures).values() if isinstance(kind, type) and issubclass(kind, measures.Measure)]
+    offered = [*selections.OFFERED, *(kind.__name__ for kind in kinds if kind is not measures.Measure)]
+    assert [name for name in offered if f"| `{name}` |" not in MODULES.read_text()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_examples_compile(page):
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+
+
+def test_the_example_from_python_runs(monkeypatch, tmp_path, capsys):
+    (example,) = (block for block in blocks(MODULES, "python") if "trainer.fit" in block)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    results = names["results"].tables["results"]
+    assert results.groupby("split").size().to_dict() == {"val": 3 * 3 + 1, "test": 3 * 3 + 1}
+    assert results.query("selection == 'full' and split == 'test'")["accuracy"].item() > 0.5
+    assert "To keep 90 % of the accuracy: keep " in capsys.readouterr().out
+
+
+def test_the_examples_of_a_measure_and_a_solver_run(cli, made_up, tmp_path):
+    own = ("--model.solver", "my_solvers.AdamW", "--model.solver.learning_rate", "[0.001,0.01]")
+    own += ("--model.measures", "my_measures.Margin")
+    made_up(own)
+    quiet = ("--trainer.enable_progress_bar", "false")
+    status, _, err = cli("fit", "--config", "quickstart.yaml", "--config", "debug.yaml", *own, *quiet)
+    assert status == 0, err
+    results = pd.read_csv(tmp_path / "runs" / "debug" / "results.csv")
+    assert results["solver"].unique().tolist() == ["adamw"]
+    assert set(results["learning_rate"]) <= {0.001, 0.01}
+    assert results["margin"].notna().all()
+    assert "margin of the right class" in (tmp_path / "runs" / "debug" / "curve.svg").read_text()
+
+
+def test_the_example_of_a_selection_orders_neurons():
+    names = vars(selections) | {"SELECTIONS": dict(selections.SELECTIONS)}
+    for example in blocks(MODULES, "python"):
+        if "mean_activation" in example:
+            exec(example, names)
+    moments = Moments(3, 2)
+    moments.update(torch.tensor([[0.0, 5.0, 1.0], [1.0, 3.0, 2.0]]), torch.tensor([0, 1]))
+    layer = selections.Layer(3, moments)
+    assert names["SELECTIONS"]["mean_activation"].order(layer, 0).tolist() == [1, 2, 0]
+    assert names["SELECTIONS"]["mean_activation"].fitted
+
+
+def test_the_example_of_an_objective_is_a_loss(made_up, tmp_path):
+    made_up(["my_objectives.ConfidencePenalty"])
+    objective = importlib.import_module("my_objectives").ConfidencePenalty(weight=0.2)
+    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    loss = objective(lambda images: logits, None, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx(2 * 0.8 * torch.tensor(2.0).log().item())
