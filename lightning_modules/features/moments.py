@@ -1,4 +1,4 @@
-"""Statistics of representations, summed in one look: moments, the measures that need no more, and curvature."""
+"""Statistics of representations, summed in one pass: moments, and curvature."""
 
 from collections.abc import Callable
 
@@ -131,26 +131,6 @@ class Moments:
     def _offset(self) -> Tensor:
         """The mean from the shift."""
         return self._sum("totals").sum(0) / self.count
-
-
-def participation_ratio(moments: Moments) -> float:
-    """Return how many directions share the variance evenly: tr(C)^2 / |C|_F^2 of the covariance C; 1 to D."""
-    scatter = moments.scatter
-    return float(scatter.trace().square() / scatter.square().sum())
-
-
-def effective_rank(moments: Moments) -> float:
-    """Return RankMe (Garrido et al., ICML 2023): the exponential of the entropy of the normalised singular values.
-
-    As published of the representations as they are, not centred; without the published 1e-7 beside every singular
-    value, which would add 0.2 % for a thousand neurons that have none. Singular values that float32 cannot tell from
-    zero count as zero.
-    """
-    mean, count = moments.mean, moments.count
-    eigenvalues = torch.linalg.eigvalsh(moments.scatter + count * mean.outer(mean)).flip(0)[: int(count)]
-    eigenvalues = eigenvalues[eigenvalues > rounding(moments.width) * eigenvalues[0]]
-    shares = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
-    return float(torch.special.entr(shares).sum().exp())
 
 
 def rounding(terms: int) -> float:

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
-from lightning_modules.measures.accuracy import losses
 from lightning_modules.probes.bank import ProbeBank, parameters_of
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Probe, plan
@@ -53,7 +53,9 @@ def test_a_probe_trains_as_a_separate_linear_layer_does(dtype, steps, tolerance)
     for step in range(steps):
         batch = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(step))[:16]
         together.zero_grad()
-        (losses(bank(COORDINATES(inputs[batch])), labels[batch]).sum() / len(batch)).backward()
+        logits = bank(COORDINATES(inputs[batch]))
+        summed = cross_entropy(logits, labels[batch].expand(len(logits), -1), reduction="sum")
+        (summed / len(batch)).backward()
         together.step()
         for index, (layer, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
             optimizer.zero_grad()

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from lightning_modules.features.moments import Moments, effective_rank, largest_curvature, participation_ratio
+from lightning_modules.features.moments import Moments, largest_curvature
 
 
 def summed(representations, labels, classes, batch=37, **options):
@@ -57,19 +57,6 @@ def test_a_shift_keeps_the_digits_of_a_mean_far_above_its_spread():
     expected = np.cov(values.double().numpy().T, bias=True) * 500
     moments = summed(values, torch.zeros(500, dtype=torch.int64), 1, shift=values[0])
     np.testing.assert_allclose(moments.scatter, expected, rtol=1e-10)
-
-
-def test_dimensions_are_those_of_the_singular_values(real_features):
-    for representations in (real_features.train, real_features.train[:, :100]):  # fewer images than neurons, and more
-        values = representations.double().numpy()
-        labels = torch.zeros(len(values), dtype=torch.int64)
-        moments = summed(representations, labels, 1)
-        singular = np.linalg.svd(values, compute_uv=False)
-        shares = singular / singular.sum()
-        np.testing.assert_allclose(effective_rank(moments), np.exp(-(shares * np.log(shares)).sum()), rtol=1e-5)
-        variances = np.linalg.svd(values - values.mean(0), compute_uv=False) ** 2
-        expected = variances.sum() ** 2 / (variances**2).sum()
-        np.testing.assert_allclose(participation_ratio(moments), expected, rtol=1e-9)
 
 
 def test_curvature_is_half_the_largest_eigenvalue_of_the_seen_second_moments():
