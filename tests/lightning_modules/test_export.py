@@ -50,7 +50,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     arguments = ["--config", "quickstart.yaml", "--name", "digits", "--trainer.max_epochs", "2"]
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--model.seeds", "2"]
-    arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.similarity", "false"]
+    arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.measures", "[]"]
     arguments += ["--model.selection", "[random, pca, random_projection]"]
     with pytest.MonkeyPatch.context() as patch:
         for verb in ("fit", "predict"):
