@@ -116,8 +116,9 @@ def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
 
 
 def test_two_processes_leave_the_files_of_one(start, tmp_path):
-    measures = ("--model.solver=ridge", "--model.selection=[random,pca,pca_least,fisher]", "--model.ensembles=true")
-    command = (*SHORT, *measures, "--model.neighbours=5", "--model.backbone.layer=[layer2,penultimate]", "--name=run")
+    measures = ("--model.solver=ridge", "--model.selection=[random,pca,pca_least,fisher]")
+    given = "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles]"
+    command = (*SHORT, *measures, given, "--model.backbone.layer=[layer2,penultimate]", "--name=run")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         for process in start(*command, cwd=tmp_path / str(processes), processes=processes):

@@ -154,7 +154,7 @@ def test_another_task_says_what_it_drops(cli):
 def test_quickstart_prints_the_curve_the_answer_and_its_files(quickstart):
     folder, done = quickstart
     assert re.search(r"^random +0\.1 +38 +\d+\.\d % ± +\d+\.\d +\d+\.\d %  █+$", done.stdout, re.MULTILINE)
-    summary = json.loads((folder / "summary.json").read_text())
+    (summary,) = json.loads((folder / "summary.json").read_text())["layers"]
     assert re.fullmatch(
         r"To keep 90 % of the accuracy: keep \d+ of 384 neurons \(random\), lose -?\d+\.\d ± \d+\.\d points "
         r"\(\d+\.\d instead of \d+\.\d %\), store [\d.]+ % of the bytes\.",
@@ -200,7 +200,8 @@ def test_quickstart_learns_and_redundancy_shows(quickstart):
 
 def test_quickstart_summary_agrees_with_its_results(quickstart):
     folder, _ = quickstart
-    summary = json.loads((folder / "summary.json").read_text())
+    run = json.loads((folder / "summary.json").read_text())
+    (summary,) = run["layers"]
     test = pd.read_csv(folder / "results.csv").query("split == 'test'")
     full = test[test["selection"] == "full"]["accuracy"].mean()
     assert summary["full_accuracy"] == pytest.approx(full, abs=1e-12)
@@ -212,8 +213,8 @@ def test_quickstart_summary_agrees_with_its_results(quickstart):
     redundancy = summary["diffused_redundancy"]["random"]
     assert redundancy["threshold"]["0.9"] == pytest.approx(1 - min(f for f, r in ratios.items() if r >= 0.9))
     assert redundancy["nearest"]["0.9"] == pytest.approx(1 - min(ratios, key=lambda f: (abs(ratios[f] - 0.9), f)))
-    assert set(summary["versions"]) >= {"torch", "lightning", "timm"}
-    assert summary["seconds"]["fit"] > summary["seconds"]["look"] > 0
+    assert set(run["versions"]) >= {"torch", "lightning", "timm"}
+    assert run["seconds"]["fit"] > run["seconds"]["look"] > 0
 
 
 def test_quickstart_logs_to_wandb_offline(quickstart):

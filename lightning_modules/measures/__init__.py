@@ -1,1 +1,24 @@
-"""What is counted or summed over a split; one file a measure."""
+"""What can be measured of a run's probes: each measure is a class of its own, with its columns, table and picture."""
+
+from lightning_modules.measures.accuracy import Accuracy
+from lightning_modules.measures.cka import CKA
+from lightning_modules.measures.ensembles import Ensembles
+from lightning_modules.measures.inequality import Inequality
+from lightning_modules.measures.layer_ranks import LayerRanks
+from lightning_modules.measures.measure import Batch, Column, Context, Measure, Picture, check
+from lightning_modules.measures.neighbours import Neighbours
+
+__all__ = [
+    "CKA",
+    "Accuracy",
+    "Batch",
+    "Column",
+    "Context",
+    "Ensembles",
+    "Inequality",
+    "LayerRanks",
+    "Measure",
+    "Neighbours",
+    "Picture",
+    "check",
+]

@@ -1,30 +1,29 @@
 """Runs together: the redundancy table like the paper's Table 1, joined results, the frontier and curves by task."""
 
-import contextlib
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pandas as pd
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.files import whole
-from lightning_modules.reporting import figures
-from lightning_modules.results import curves as measures
+from lightning_modules.files import atomic, writing
+from lightning_modules.reporting import compare_figures, figures
+from lightning_modules.results.redundancy import group_means
+from lightning_modules.results.results import Results
 from lightning_modules.subsets.selections import FULL
 
-NEEDED = ("task", "backbone", "selection", "fraction", "split", "accuracy")
-"""Columns of `results.csv` without which there is nothing to compare; older files lack others."""
 RECIPE = ("solver", "features")
 """Columns that must be the same in all runs."""
-SETTINGS = ("standardise", "keep")
-"""Settings of the model that must be."""
+SETTINGS = (("standardise",), ("solver", "init_args", "keep"))
+"""Settings of the model that must be, by where they stand in its configuration."""
 REFERENCES = package_files("lightning_modules.reporting") / "reference"
 """Curves that the paper's authors measured, read from their notebooks (nvedant07/invariances_in_reps)."""
 REFERENCE_COLUMNS = ("pretraining", "task", "fraction", "accuracy_mean", "accuracy_std")
+ADVICE = "name another folder with --output"
 TABLE, JOINED, GROUPS = "dr_table.csv", "results.csv", "groups.csv"
 
 
@@ -51,18 +50,19 @@ def compare(
         raise MisconfigurationException(f"--delta is {delta:g}; it must be above 0, at most 1.")
     read = {folder: _read(folder) for folder in _folders(runs)}
     _check_comparable(read)
-    joined = pd.concat({str(folder): run.results for folder, run in read.items()}, names=["run", None])
+    joined = pd.concat({str(folder): run.tables["results"] for folder, run in read.items()}, names=["run", None])
     cells, curves = _cells(read, delta, rule)
     behind = _reference(reference, list(cells["task"].unique())) if reference else None
     table = _table(cells)
     print(f"\nDiffused redundancy, DR({delta:g}), by the {rule} rule\n\n{_words(table)}\n")
-    with _writing(output):
+    headline = next(iter(read.values())).headline
+    with writing(output, ADVICE):
         output.mkdir(parents=True, exist_ok=True)
         for name, rows in ((TABLE, table), (JOINED, joined.reset_index("run"))):
-            with whole(output / name) as file:
+            with atomic(output / name) as file:
                 rows.to_csv(file, index=False)
-        written = figures.save(figures.frontier(cells, delta), output / "frontier")
-        written += figures.save(figures.tasks(curves, behind, delta), output / "curves")
+        written = figures.save(compare_figures.frontier(cells, headline, delta), output / "frontier")
+        written += figures.save(compare_figures.tasks(curves, headline, behind, delta), output / "curves")
     for file in (output / TABLE, output / JOINED, *written):
         print(f"  {file}")
 
@@ -79,26 +79,13 @@ def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule:
     Raises:
         MisconfigurationException: If it cannot be written.
     """
-    joined = pd.read_csv(output / JOINED, keep_default_na=False, na_values=[""])
-    joined["group"] = joined["run"].map({str(folder): group for folder, group in groups.items()})
-    table = measures.group_means(joined, delta, rule)
+    table = group_means(((group, Results.read(folder)) for folder, group in groups.items()), delta, rule)
     same = [name for name in ("layer", "selection") if table[name].nunique() == 1]
     print(f"\nMeans over tasks, redundancy is DR({delta:g}) by the {rule} rule\n")
     print(f"{_words(table.drop(columns=same))}\n")
-    with _writing(output), whole(output / GROUPS) as file:
+    with writing(output, ADVICE), atomic(output / GROUPS) as file:
         table.to_csv(file, index=False)
     print(f"  {output / GROUPS}")
-
-
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    """Say where a comparison cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise MisconfigurationException(
-            f"--output {output} cannot be written ({error.strerror or error}); name another folder."
-        ) from error
 
 
 def _folders(runs: list[str]) -> list[Path]:
@@ -124,55 +111,44 @@ def _folders(runs: list[str]) -> list[Path]:
     return list(found.values())
 
 
-class Run(NamedTuple):
-    """What is read of a run."""
-
-    results: pd.DataFrame
-    """As in its `results.csv`."""
-    completed: pd.DataFrame
-    """The same, as `measures.complete` returns it."""
-    settings: dict[str, Any]
-    """Those of `SETTINGS` that its `config.yaml` has."""
-
-
-def _read(folder: Path) -> Run:
-    """Return a run.
+def _read(folder: Path) -> Results:
+    """Return a finished run.
 
     Raises:
         MisconfigurationException: If its results are none, lack what is needed, or are not finished.
     """
-    file = folder / JOINED
-    try:
-        rows = pd.read_csv(file, keep_default_na=False, na_values=[""])  # a class or task may be called null
-    except (ValueError, OSError) as error:
-        raise MisconfigurationException(f"{file} cannot be read ({error}).") from error
-    missing = [column for column in NEEDED if column not in rows]
-    if missing or rows.empty:
-        raise MisconfigurationException(f"{file} has no {', '.join(missing) or 'rows'}; a fit writes such a file.")
-    try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):  # older runs, and files of others, have none
-        settings = {}
-    if not (rows["split"] == "test").any():
-        raise MisconfigurationException(f"{file} has no rows of the test split; finish the run.")
-    try:
-        completed = measures.complete(rows)
-    except MisconfigurationException as error:
-        raise MisconfigurationException(f"{file}: {error}") from error
-    return Run(rows, completed, {name: settings[name] for name in SETTINGS if name in settings})
+    results = Results.read(folder)
+    if not (results.rows["split"] == "test").any():
+        raise MisconfigurationException(f"{folder / JOINED} has no rows of the test split; finish the run.")
+    return results
 
 
-def _check_comparable(read: dict[Path, Run]) -> None:
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return those of `SETTINGS` that a run's config.yaml has, by their last key."""
+    found = {}
+    for keys in SETTINGS:
+        try:
+            value = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
+            for key in keys:
+                value = value[key]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):  # older runs, and files of others, have none
+            continue
+        found[keys[-1]] = value
+    return found
+
+
+def _check_comparable(read: dict[Path, Results]) -> None:
     """Refuse runs whose numbers mean different things; what a run does not say is no reason.
 
     Raises:
-        MisconfigurationException: If the recipe differs, a task has other test images, a backbone's layer another
-            width, or two runs measured the same.
+        MisconfigurationException: If metric or recipe differ, a task has other test images, a backbone's layer
+            another width, or two runs measured the same.
     """
     said: dict[tuple[str, ...], tuple[str, Path]] = {}
     for folder, run in read.items():
-        facts: list[tuple[tuple[str, ...], Any]] = [((name,), value) for name, value in run.settings.items()]
-        test = run.completed[run.completed["split"] == "test"]
+        facts: list[tuple[tuple[str, ...], Any]] = [((name,), value) for name, value in _settings(folder).items()]
+        facts.append((("metric",), run.headline.name))
+        test = run.rows[run.rows["split"] == "test"]
         for name in RECIPE:
             if name in test:
                 facts += [((name,), value) for value in test[name].dropna().unique()]
@@ -219,30 +195,30 @@ def _difference(key: tuple[str, ...], one: Path, before: str, other: Path, now: 
     )
 
 
-def _cells(read: dict[Path, Run], delta: float, rule: str) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:
+def _cells(
+    read: dict[Path, Results], delta: float, rule: str
+) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:
     """Return what was measured by task and representation: redundancies, and curves with a full row each.
 
     A representation is called by its backbone, and by layer and selection where there are several in all.
     """
-    tables, by_run = [], {}
+    tables = []
     for folder, run in read.items():
-        rows = run.completed
-        found = measures.redundancy(rows, "test", [delta])
+        found, means = run.redundancy("test", (delta,)), run.curve("test")
         found = found[found["rule"] == rule]
-        by_run[folder] = measures.curve(rows, "test")
-        full = by_run[folder].query("selection == @FULL", local_dict={"FULL": FULL}).set_index("layer")["mean"]
-        width = rows.groupby("layer")["width"].first() if "width" in rows else pd.Series(dtype=float)
-        names = rows[["backbone", "task"]].iloc[0].to_dict()
-        found = found.assign(run=folder, full_accuracy=found["layer"].map(full), width=found["layer"].map(width))
+        full = means[means["selection"] == FULL].set_index("layer")["mean"]
+        width = run.rows.groupby("layer")["width"].first() if "width" in run.rows else pd.Series(dtype=float)
+        names = run.rows[["backbone", "task"]].iloc[0].to_dict()
+        found = found.assign(run=folder, full=found["layer"].map(full), width=found["layer"].map(width))
         tables.append(found.assign(**names))
     cells = pd.concat(tables, ignore_index=True)
     several = [name for name in ("layer", "selection") if cells[name].nunique() > 1]
     cells["series"] = cells[["backbone", *several]].astype(str).agg(", ".join, axis=1)
     curves = {}
     for cell in cells.to_dict("records"):
-        curve = by_run[cell["run"]]
-        of_cell = (curve["layer"] == cell["layer"]) & curve["selection"].isin([cell["selection"], FULL])
-        curves[cell["task"], cell["series"]] = curve[of_cell]
+        means = read[cell["run"]].curve("test")
+        of_cell = (means["layer"] == cell["layer"]) & means["selection"].isin([cell["selection"], FULL])
+        curves[cell["task"], cell["series"]] = means[of_cell]
     return cells, curves
 
 

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pandas as pd
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from lightning_modules.reporting.page import CAPTIONS
-from lightning_modules.reporting.report import DELTAS
-from lightning_modules.results import curves as measures
+from lightning_modules.results.results import Results
 from lightning_modules.subsets.selections import FULL
 
 FRACTION = "curve/fraction"
@@ -79,74 +76,69 @@ def log_configuration(loggers: Sequence[Logger], settings: dict[str, Any]) -> No
             rank_zero_info(f"W&B: {logger.experiment.url}")
 
 
-def log_report(loggers: Sequence[Logger], folder: Path, tables: dict[str, pd.DataFrame]) -> None:
+def log_report(loggers: Sequence[Logger], folder: Path, results: Results) -> None:
     """Show the end of a run on W&B: everything measured over the fraction, tables, pictures, the report, the answer.
 
     Args:
         loggers: The Trainer's.
         folder: The run's folder, with the report in it.
-        tables: As `report` took them.
+        results: The run's.
     """
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
             continue
         import wandb
 
-        run = logger.experiment
-        points = _points(tables)
+        run, summary = logger.experiment, json.loads((folder / "summary.json").read_text())
+        points = _points(results)
         run.define_metric(FRACTION, hidden=True)
         for name in sorted({name for point in points.values() for name in point}):
             run.define_metric(name, step_metric=FRACTION)
         for fraction, point in sorted(points.items()):
             run.log({FRACTION: fraction, **point})
-        shown = tables | {
-            "classes": measures.class_losses(tables["classes"], "test"),
-            "redundancy": measures.redundancy(tables["results"], "test", DELTAS),
-        }
-        shown["probes"] = shown.pop("results")
-        logged: dict[str, Any] = {name: wandb.Table(dataframe=rows) for name, rows in shown.items()}
-        pictures = {name: folder / f"{name}.png" for name in CAPTIONS}
-        logged |= {f"pictures/{name}": wandb.Image(str(file)) for name, file in pictures.items() if file.exists()}
+        tables = {"probes" if name == "results" else name: rows for name, rows in results.tables.items()}
+        tables |= {"redundancy": results.redundancy("test")}
+        if "classes" in tables:  # by probe, there may be too many
+            tables["classes"] = results.class_losses("test")
+        logged: dict[str, Any] = {name: wandb.Table(dataframe=rows) for name, rows in tables.items()}
+        drawn = [folder / name for name in summary["files"] if name.endswith(".png")]
+        logged |= {f"pictures/{file.stem}": wandb.Image(str(file)) for file in drawn}
         run.log(logged | {"report": wandb.Html(str(folder / "report.html"), inject=False)})
-        summary = json.loads((folder / "summary.json").read_text())
-        run.summary.update({key: summary[key] for key in ("answer", "full_accuracy", "diffused_redundancy")})
+        for layer in summary["layers"]:
+            prefix = f"{layer['layer']}/" if len(summary["layers"]) > 1 else ""
+            keys = ("answer", f"full_{results.headline.name}", "diffused_redundancy")
+            run.summary.update({f"{prefix}{key}": layer[key] for key in keys})
 
 
-def _points(tables: dict[str, pd.DataFrame]) -> dict[float, dict[str, float]]:
+def _points(results: Results) -> dict[float, dict[str, float]]:
     """Return what to plot at each fraction: `curve/<split>/<measure>/<selection>`, with layers before the selection.
 
     Every selection's curve ends in the full layer.
     """
-    several = tables["results"]["layer"].nunique() > 1
+    several = len(results.layers) > 1
     points: dict[float, dict[str, float]] = {}
 
-    def plot(split: str, measure: str, row: dict[str, Any], fraction: float, value: float) -> None:
-        series = f"{row['layer']}/{row['selection']}" if several else row["selection"]
+    def plot(split: str, measure: str, layer: str, selection: str, fraction: float, value: float) -> None:
+        series = f"{layer}/{selection}" if several else selection
         if math.isfinite(value):
             points.setdefault(fraction, {}).setdefault(f"curve/{split}/{measure}/{series}", value)
 
+    metric = results.headline.name
     for split in ("val", "test"):
-        curve = measures.curve(tables["results"], split).rename(columns={"mean": "accuracy", "std": "accuracy_std"})
+        curve = results.curve(split).rename(columns={"mean": metric, "std": f"{metric}_std"})
         values = [name for name in curve if name not in ("layer", "selection", "fraction", "neurons", "seeds")]
         full = {row["layer"]: row for row in curve[curve["selection"] == FULL].to_dict("records")}
         rows = curve[curve["selection"] != FULL].to_dict("records")
         for row in sorted(rows, key=lambda row: -row["fraction"]):
             for name in values:
-                plot(split, name, row, row["fraction"], row[name])
+                plot(split, name, row["layer"], row["selection"], row["fraction"], row[name])
                 if not name.endswith("_std"):
-                    plot(split, name, row, 1.0, full[row["layer"]][name])
-    for row in tables.get("ensembles", pd.DataFrame()).to_dict("records"):
-        plot(row["split"], f"ensemble of {row['members']}, {row['rule']}", row, row["fraction"], row["accuracy"])
-    neighbours = tables.get("neighbours", pd.DataFrame())
-    if len(neighbours):
-        kept = (
-            neighbours[neighbours["selection"] != FULL]
-            .groupby(["layer", "selection", "fraction", "split"])["kept"]
-            .mean()
-            .reset_index()
-        )
-        for row in kept.to_dict("records"):
-            plot(row["split"], "neighbours kept", row, row["fraction"], row["kept"])
+                    plot(split, name, row["layer"], row["selection"], 1.0, full[row["layer"]][name])
+    for measure in results.measures:
+        if measure.table in results.tables:
+            for name, line in measure.lines(results.tables[measure.table]).items():
+                for (layer, selection, fraction, split), value in line.items():
+                    plot(split, name, layer, selection, fraction, value)
     return points
 
 

@@ -1,1 +1,5 @@
-"""What the tables of a run say: curves, redundancy, class losses and the plain answer."""
+"""What a run found: tables of what was measured, and curve, redundancy and answer that follow from them."""
+
+from lightning_modules.results.results import Headline, Results
+
+__all__ = ["Headline", "Results"]

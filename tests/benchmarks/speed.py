@@ -31,7 +31,6 @@ import train
 from lightning_modules.backbones.memory import keep_freed_memory
 from lightning_modules.features.cache import BATCH
 from lightning_modules.features.moments import Moments
-from lightning_modules.measures.accuracy import losses
 from lightning_modules.probes.bank import ProbeBank, parameters_of
 from lightning_modules.probes.ridge import ridge_probes
 from lightning_modules.redundancy_probe import PAPER_FRACTIONS
@@ -297,7 +296,9 @@ class Step:
 
     def step(self):
         self.optimizer.zero_grad()
-        (losses(self.bank(self.coordinates(self.inputs)), self.labels).sum() / len(self.labels)).backward()
+        logits = self.bank(self.coordinates(self.inputs))
+        summed = F.cross_entropy(logits, self.labels.expand(len(logits), -1), reduction="sum")
+        (summed / len(self.labels)).backward()
         self.optimizer.step()
 
     def seconds(self, steps):

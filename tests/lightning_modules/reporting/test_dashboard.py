@@ -120,9 +120,9 @@ def test_tables_pictures_the_report_and_the_answer_are_logged(quickstart, logged
         assert picture.read_bytes() == (quickstart[0] / f"{name}.png").read_bytes()
     page = logged.folder / "files" / logged.last("report/path")
     assert page.read_text() == (quickstart[0] / "report.html").read_text()
-    summary = json.loads((quickstart[0] / "summary.json").read_text())
-    assert logged.summary["answer"] == summary["answer"]
-    assert logged.summary["full_accuracy"] == summary["full_accuracy"]
+    (layer,) = json.loads((quickstart[0] / "summary.json").read_text())["layers"]
+    assert logged.summary["answer"] == layer["answer"]
+    assert logged.summary["full_accuracy"] == layer["full_accuracy"]
 
 
 def test_two_runs_in_one_process_do_not_collide(cli, tmp_path):
@@ -229,10 +229,13 @@ def test_a_resumed_run_continues_what_it_logged_online(tmp_path, resumed, versio
 def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, tmp_path):
     status, _, err = cli(
         *(*SHORT, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=ridge"),
-        *("--model.ensembles=true", "--model.neighbours=5"),
+        "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles]",
     )
     assert status == 0, err
     logged = Logged(tmp_path / "runs" / "all")
+    summary = json.loads((tmp_path / "runs" / "all" / "summary.json").read_text())
+    for layer in summary["layers"]:
+        assert logged.summary[f"{layer['layer']}/answer"] == layer["answer"]
     results = pd.read_csv(tmp_path / "runs" / "all" / "results.csv").query("split == 'test'")
     for layer in ("layer3.0", "penultimate"):
         rows = results[(results["layer"] == layer) & (results["selection"] == "random")].groupby("fraction")
@@ -250,3 +253,50 @@ def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, tmp_path
         written = pd.read_csv(tmp_path / "runs" / "all" / f"{name}.csv")
         pd.testing.assert_frame_equal(logged.table(name), written, check_dtype=False)
     assert sum(name.startswith("pictures/") and name.endswith("/path") for row in logged.history for name in row) == 6
+
+
+MY_MEASURES = """
+import torch
+
+from lightning_modules.measures import Column, Measure
+
+
+class Confidence(Measure):
+    columns = (Column("confidence", "mean confidence", "%", digits=1, logged=True, drawn=True),)
+
+    def setup(self, context):
+        super().setup(context)
+        self.add_state("total", torch.zeros(len(context.probes), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, batch):
+        self.total += self.context.solver.probabilities(batch.logits).amax(1).sum(1)
+        self.images += len(batch.labels)
+
+    def compute(self):
+        return {"confidence": self.total / self.images}
+"""
+
+
+def test_a_measure_of_ones_own_is_in_the_results_the_report_and_on_wandb(cli, tmp_path, monkeypatch):
+    (tmp_path / "my_measures.py").write_text(MY_MEASURES)
+    monkeypatch.syspath_prepend(tmp_path)
+    status, _, err = cli(*SHORT, "--name=own", "--model.measures=[my_measures.Confidence]")
+    assert status == 0, err
+    folder = tmp_path / "runs" / "own"
+    results = pd.read_csv(folder / "results.csv")
+    assert results["confidence"].between(0.2, 1).all()
+    assert "cka" not in results
+    means = results.groupby(["split", "selection", "fraction"])["confidence"].mean()
+    page, curve = (folder / "report.html").read_text(), (folder / "curve.svg").read_text()
+    assert "<th>mean confidence (%)</th>" in page
+    assert f"<td>{100 * means['test', 'random', 0.1]:.1f} ± " in page
+    assert "<!-- mean confidence (%) -->" in curve
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["layers"][0]["curve"][0]["confidence"] == pytest.approx(means["test", "random", 0.1])
+    logged = Logged(folder)
+    for (split, selection, fraction), mean in means.items():
+        assert logged.last(f"{split}/confidence/{selection}/{fraction:g}") == pytest.approx(mean, abs=1e-6)
+    points = [row for row in logged.history if "curve/test/confidence/random" in row]
+    assert [row["curve/fraction"] for row in points] == [0.1, 0.5, 1.0]
+    assert points[0]["curve/test/confidence/random"] == pytest.approx(means["test", "random", 0.1])

@@ -1,5 +1,6 @@
 """Runs together, through the command line."""
 
+import json
 import shutil
 
 import numpy as np
@@ -125,14 +126,35 @@ def test_what_is_not_comparable_is_refused_in_one_line(cli, tmp_path, change, sa
     assert not (tmp_path / "compare").exists()
 
 
-def test_settings_of_the_configuration_must_agree_too(cli, tmp_path):
-    for name, standardise in (("a", True), ("b", False)):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([{"standardise": True}, {"standardise": False}], "standardise is True in a, but False in b"),
+        ([{"solver": {"init_args": {"keep": keep}}} for keep in ("best", "last")], "keep is best in a, but last in b"),
+    ],
+)
+def test_settings_of_the_configuration_must_agree_too(cli, tmp_path, settings, said):
+    for name, of_model in zip("ab", settings, strict=True):
         write(tmp_path / name, backbone=name)
-        settings = {"model": {"init_args": {"standardise": standardise}}}
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": of_model}}))
     status, _, err = cli("compare", "a", "b")
     assert status == 2
-    assert "standardise is True in a, but False in b" in err
+    assert said in err
+
+
+def test_the_metric_is_what_the_runs_say_and_must_agree(cli, tmp_path):
+    target = {"metric": "map", "label": "mean average precision", "unit": "", "chance": 0.1}
+    for name in ("a", "b"):
+        table = write(tmp_path / name, task=name)
+        table.rename(columns={"accuracy": "map"}).to_csv(tmp_path / name / "results.csv", index=False)
+        (tmp_path / name / "summary.json").write_text(json.dumps({"target": target}))
+    status, _, err = cli("compare", "a", "b")
+    assert status == 0, err
+    assert "<!-- test mean average precision -->" in (tmp_path / "compare" / "curves.svg").read_text()
+    write(tmp_path / "c", task="c")
+    status, _, err = cli("compare", "a", "c")
+    assert status == 2
+    assert "Not comparable: the metric is map in a, but accuracy in c" in err
 
 
 @pytest.mark.parametrize(
@@ -144,7 +166,7 @@ def test_settings_of_the_configuration_must_agree_too(cli, tmp_path):
         (["a", "--reference=nothing"], "--reference is 'nothing'; it must be a CSV file or one of resnet50_dropout, "),
         (["a", "--reference=resnet50_dropout"], "and none of pets"),
         (["a", "--reference=a/results.csv"], "has no column pretraining"),
-        (["a", "--output=a/results.csv"], "--output a/results.csv cannot be written"),
+        (["a", "--output=a/results.csv"], "name another folder with --output"),
         (["validated"], "no rows of the test split"),
         (["part"], "neither a full row nor fraction 1"),
         (["broken"], "has no task, backbone"),

@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import NearestNeighbors
+from evaluation import evaluate
 
 from lightning_modules.features.moments import Moments
-from lightning_modules.measures.cka import DebiasedCKA, linear_cka, neighbours_kept
+from lightning_modules.measures import CKA
+from lightning_modules.measures.cka import DebiasedCKA, linear_cka
 from lightning_modules.subsets.bases import Ordering, orthogonal_projection, principal_components
+from lightning_modules.subsets.plan import plan
 
 
 def orderings(width, moments):
@@ -48,7 +50,7 @@ def test_cka_is_that_of_the_kernels_on_real_features(real_features, images, widt
     train = Moments(width, 12)
     train.update(representations, labels)
     groups = orderings(width, train)
-    processes = [DebiasedCKA(width, 12, groups, shift=real_features.test[:, :width].mean(0)) for _ in range(2)]
+    processes = [DebiasedCKA(width, 12, groups) for _ in range(2)]
     for rows, of_rows, process in zip(
         representations.chunk(4), labels.chunk(4), [processes[place] for place in (0, 1, 0, 0)], strict=True
     ):
@@ -77,7 +79,7 @@ def test_neurons_that_never_change_and_too_few_images_have_no_cka():
     representations = torch.rand(30, 5, generator=torch.Generator().manual_seed(0))
     representations[:, 1:3] = torch.tensor([0.3, 7.7])
     group = Ordering(torch.tensor([1, 2, 0, 3, 4]), [1, 2, 3])
-    sums = DebiasedCKA(5, 1, [group], shift=representations.mean(0))
+    sums = DebiasedCKA(5, 1, [group])
     sums.update(representations[:3], torch.zeros(3, dtype=torch.int64))
     assert sums.compute()[0].isnan().all()
     sums.update(representations[3:], torch.zeros(27, dtype=torch.int64))
@@ -85,33 +87,17 @@ def test_neurons_that_never_change_and_too_few_images_have_no_cka():
     assert linear_cka(sums, [group])[0].isnan().tolist() == [True, True, False]
 
 
-def nearest(queries, gallery, neighbours):
-    return NearestNeighbors(n_neighbors=neighbours, metric="cosine").fit(gallery).kneighbors(queries)[1]
-
-
-def test_neighbours_are_scikit_learns_on_real_features(real_features, monkeypatch):
-    monkeypatch.setattr("lightning_modules.measures.cka.QUERIES", 50)  # several chunks, the last smaller
-    queries, gallery = real_features.test, real_features.train
-    # One and two coordinates of ReLUs leave ties, whose order scikit-learn does not say.
-    groups = [
-        Ordering(torch.randperm(1280, generator=torch.Generator().manual_seed(2)), [30, 400, 1280]),
-        Ordering(torch.arange(1280), [25], orthogonal_projection(1280, 0)),
-    ]
-    wanted = nearest(queries.double().numpy(), gallery.double().numpy(), 10)
-    for group, found in zip(groups, neighbours_kept(queries, gallery, groups), strict=True):
-        kept = [
-            sum(len(set(a) & set(b)) for a, b in zip(wanted, nearest(part, stored, 10), strict=True))
-            for part, stored in zip(subsets(queries, group), subsets(gallery, group), strict=True)
-        ]
-        assert found.tolist() == kept
-    assert kept[-1] < 1200
-
-
-def test_a_vector_is_no_neighbour_of_itself_and_ties_go_to_the_smaller_index():
-    gallery = torch.tensor([[1.0, 0], [2, 0], [0, 1], [0, 3], [3, 0.1], [0, 0]])
-    # Nearest of the whole layer: 0 -> 1, 1 -> 0, 2 -> 3, 3 -> 2, 4 -> 0, 5 (zero, cosine 0 with all) -> 0.
-    # Of the first neuron alone 0, 1 and 4 point the same way, 2, 3 and 5 are zero: 1, 0, 0, 0, 0, 0.
-    kept = neighbours_kept(
-        gallery, gallery, [Ordering(torch.arange(2), [1, 2])], neighbours=1, own=torch.arange(len(gallery))
-    )
-    assert kept[0].tolist() == [4, 6]
+def test_every_probe_has_the_cka_of_its_subset_with_its_own_layer(real_features):
+    widths, labels = {"one": 100, "two": 60}, real_features.test_labels
+    probes = plan(["random", "random_projection"], [0.1, 0.5], range(2), [0], widths)
+    inputs = real_features.test[:, :160]
+    measure = CKA()
+    found = evaluate(measure, probes, labels, inputs=inputs, widths=widths, classes=12)
+    parts = measure.context.coordinates.by_layer(inputs)
+    for place, probe in enumerate(probes):
+        values, subset = parts[probe.layer].double(), measure.context.coordinates.subset(place)
+        basis = measure.context.coordinates.basis(place)
+        seen = (values if basis is None else values @ basis[0].double())[:, subset]
+        for column, hsic in (("cka", biased), ("cka_debiased", unbiased)):
+            expected = cka(hsic, seen.numpy(), values.numpy())
+            np.testing.assert_allclose(found[column][place], expected, rtol=1e-5, err_msg=str(probe))

@@ -1,0 +1,122 @@
+"""Ensembles: what the probes of several subsets say together, beside one probe on as many neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from lightning_modules.measures.measure import Batch, Context, Measure, Picture
+from lightning_modules.subsets import plan
+from lightning_modules.subsets.selections import FULL
+
+if TYPE_CHECKING:
+    from lightning_modules.results.results import Results
+
+RULES = ("mean_probability", "majority_vote")
+
+
+class Ensembles(Measure):
+    """Accuracy of a fraction's subsets together, by averaged probabilities and by majority vote: table `ensembles`.
+
+    A tied vote goes to the higher average. Costs a further probe for each fraction and seed of a seeded selection: on
+    as many neurons as the subsets of all seeds hold together, to compare with.
+    """
+
+    table = "ensembles"
+    needs_comparison_probes = True
+    correct: Tensor
+    single: Tensor
+    images: Tensor
+
+    def setup(self, context: Context) -> None:
+        """Add the counts: right answers by ensemble and rule, of every single probe, and images."""
+        super().setup(context)
+        self.members = plan.ensembles(context.probes, context.fractions)
+        counts = torch.zeros(len(self.members), len(RULES), dtype=torch.int64, device=context.device)
+        self.add_state("correct", counts, dist_reduce_fx="sum")
+        self.add_state("single", counts.new_zeros(len(context.probes)), dist_reduce_fx="sum")
+        self.add_state("images", counts.new_zeros(()), dist_reduce_fx="sum")
+
+    def update(self, batch: Batch) -> None:
+        """Count a batch."""
+        self.images += len(batch.labels)
+        self.single += (batch.predicted == batch.labels).sum(1)
+        for place, members in enumerate(self.members):
+            mean = self.context.solver.probabilities(batch.logits[members]).mean(0)
+            votes = one_hot(batch.predicted[members], len(mean)).sum(0).t()  # (C, B)
+            leading = mean.masked_fill(votes < votes.amax(0), -torch.inf)
+            self.correct[place, 0] += (mean.argmax(0) == batch.labels).sum()
+            self.correct[place, 1] += (leading.argmax(0) == batch.labels).sum()
+
+    def compute(self) -> Mapping[str, pd.DataFrame]:
+        """Return the table; the single probe beside an ensemble is the full layer's where none has as many neurons."""
+        images, rows = int(self.images), []
+        single = pd.DataFrame(list(self.context.probes)).assign(accuracy=self.single.cpu().numpy() / images)
+        for members, correct in zip(self.members, self.correct.tolist(), strict=True):
+            probe = self.context.probes[members[0]]
+            seeds = [self.context.probes[member].seed for member in members]
+            width = self.context.coordinates.widths[probe.layer]
+            neurons = plan.held_together(probe.selection, probe.neurons, seeds, width)
+            of_layer = single[single["layer"] == probe.layer]
+            alike = of_layer[(of_layer["selection"] == probe.selection) & (of_layer["neurons"] == neurons)]
+            beside = of_layer[of_layer["selection"] == FULL] if alike.empty else alike
+            for rule, count in zip(RULES, correct, strict=True):
+                rows.append(
+                    {
+                        "layer": probe.layer,
+                        "selection": probe.selection,
+                        "fraction": probe.fraction,
+                        "members": len(members),
+                        "neurons": neurons,
+                        "rule": rule,
+                        "split": self.split,
+                        "images": images,
+                        "accuracy": count / images,
+                        "single_fraction": beside["fraction"].iloc[0],
+                        "single_neurons": beside["neurons"].iloc[0],
+                        "single_accuracy": beside["accuracy"].mean(),
+                    }
+                )
+        return {"ensembles": pd.DataFrame(rows)} if rows else {}
+
+    def lines(self, rows: pd.DataFrame) -> dict[str, pd.Series]:
+        """Return the accuracy by rule."""
+        keys = ["layer", "selection", "fraction", "split"]
+        return {
+            f"ensemble of {members}, {rule}": group.set_index(keys)["accuracy"]
+            for (members, rule), group in rows.groupby(["members", "rule"], sort=False)
+        }
+
+    def pictures(self, results: Results, split: str) -> dict[str, Picture]:
+        """Draw accuracy against the neurons used: ensembles by rule, beside single probes with as many."""
+        from lightning_modules.reporting import figures
+
+        rows = results.table(self.table, split)
+        if rows.empty:
+            return {}
+        groups = list(rows.groupby(["layer", "selection"], sort=False).groups)
+        figure, panels = figures.panels(len(groups), results.title)
+        names = [f"{m} probes, {r.replace('_', ' ')}" for m, r in zip(rows["members"], rows["rule"], strict=True)]
+        rows = rows.assign(series=names)
+        styles = figures.styles(["single", *names])
+        options: dict[str, Any] = {"linewidth": 1.3, "markersize": 4.5}
+        for axes, (layer, selection) in zip(panels, groups, strict=True):
+            group = rows[(rows["layer"] == layer) & (rows["selection"] == selection)]
+            single = group.drop_duplicates("single_neurons").sort_values("single_neurons")
+            accuracies = 100 * single["single_accuracy"]
+            axes.plot(single["single_neurons"], accuracies, label="one probe", **options | styles["single"])
+            for series, points in group.sort_values("neurons").groupby("series", sort=False):
+                axes.plot(points["neurons"], 100 * points["accuracy"], label=series, **options | styles[series])
+            figures.logarithmic(axes, [*group["neurons"], *group["single_neurons"]])
+            axes.set_xlabel("neurons together")
+            axes.set_ylabel(f"{split} accuracy (%)")
+            axes.set_ylim(bottom=0)
+            axes.set_title(f"{layer}, {selection}", fontsize=9, loc="left")
+        figures.legend(figure, panels[0])
+        caption = "Several subsets' probes together, beside one probe that sees as many neurons."
+        return {"ensembles": Picture(figure, caption)}

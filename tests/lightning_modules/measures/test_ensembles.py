@@ -1,0 +1,49 @@
+import numpy as np
+import torch
+from evaluation import evaluate, random_logits
+
+from lightning_modules.measures import Ensembles
+from lightning_modules.subsets.plan import plan
+from lightning_modules.subsets.selections import Layer
+from lightning_modules.subsets.selections import random as at_random
+
+FRACTIONS = [0.1, 0.4, 0.9]
+PROBES = plan(["random", "first"], FRACTIONS, range(3), [0], {"penultimate": 40}, ensembles=True)
+LABELS = torch.randint(5, (150,), generator=torch.Generator().manual_seed(1))
+
+
+def test_ensembles_are_counted_as_numpy_counts_them():
+    logits = random_logits(PROBES, 5, LABELS)
+    (table,) = evaluate(Ensembles(), PROBES, LABELS, logits=logits, fractions=FRACTIONS).values()
+    assert len(table) == 2 * len(FRACTIONS)  # none of `first`, which is not seeded
+    right = (logits.argmax(1) == LABELS).numpy()
+    for fraction in FRACTIONS:
+        rows = table[table["fraction"] == fraction].set_index("rule")
+        members = [i for i, p in enumerate(PROBES) if (p.selection, p.fraction) == ("random", fraction)]
+        of_members = logits[members].double().numpy()
+        mean = (np.exp(of_members) / np.exp(of_members).sum(1, keepdims=True)).mean(0)
+        votes = np.eye(5)[of_members.argmax(1)].sum(0).T
+        voted = np.where(votes == votes.max(0), mean, -1).argmax(0)
+        assert rows.loc["mean_probability", "accuracy"] == (mean.argmax(0) == LABELS.numpy()).mean()
+        assert rows.loc["majority_vote", "accuracy"] == (voted == LABELS.numpy()).mean()
+        together = len(set(torch.cat([at_random(Layer(40), seed)[: int(40 * fraction)] for seed in range(3)]).tolist()))
+        alike = [i for i, p in enumerate(PROBES) if (p.selection, p.neurons) == ("random", together)] or [0]
+        row = rows.loc["mean_probability"]
+        assert (row["members"], row["neurons"], row["single_neurons"]) == (3, together, PROBES[alike[0]].neurons)
+        assert row["single_accuracy"] == np.mean(right[alike].mean(1))
+    assert table["single_neurons"].iloc[-1] == 40  # the subsets of nine tenths hold all neurons together
+
+
+def test_estimates_that_are_probabilities_already_are_averaged_as_they_are():
+    from types import SimpleNamespace
+
+    logits = 9 * random_logits(PROBES, 5, LABELS)
+    linear = SimpleNamespace(probabilities=lambda logits: logits)
+    (table,) = evaluate(Ensembles(), PROBES, LABELS, logits=logits, fractions=FRACTIONS, solver=linear).values()
+    members = [i for i, p in enumerate(PROBES) if (p.selection, p.fraction) == ("random", 0.1)]
+    expected = (logits[members].double().mean(0).argmax(0) == LABELS).double().mean()
+    assert table.iloc[0]["accuracy"] == expected.item()
+
+
+def test_where_nothing_differs_by_the_seed_alone_there_are_none():
+    assert evaluate(Ensembles(), plan(["first"], [0.5], range(3), [0], {"penultimate": 10}), LABELS) == {}

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+from evaluation import evaluate, random_logits
+
+from lightning_modules.measures import Inequality
+from lightning_modules.measures.inequality import class_inequality
+from lightning_modules.subsets.plan import plan
+
+
+def test_a_class_without_images_does_not_count():
+    probes = plan(["random"], [0.5], range(2), [0], {"penultimate": 10})
+    labels = torch.randint(4, (150,), generator=torch.Generator().manual_seed(1))
+    logits = random_logits(probes, 5, labels)
+    found = evaluate(Inequality(), probes, labels, logits=logits)
+    for place, predicted in enumerate(logits.argmax(1)):
+        by_class = [(predicted[labels == label] == label).double().mean().item() for label in range(4)]
+        assert found["mean_class_accuracy"][place] == pytest.approx(np.mean(by_class))
+        assert found["largest_gap"][place] == pytest.approx(max(by_class) - min(by_class))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_class_inequality_is_that_of_its_definitions(seed):
+    random = np.random.default_rng(seed)
+    images = np.array([40, 0, 7, 120, 1])
+    correct = random.integers(0, images + 1, (4, 3, 5))
+    given = class_inequality(correct, images)
+    for place in np.ndindex(4, 3):
+        x = [correct[*place, c] / images[c] for c in (0, 2, 3, 4)]
+        pairs = sum(abs(a - b) for a in x for b in x)
+        assert given["gini"][place] == pytest.approx(pairs / (2 * 16 * np.mean(x)), rel=1e-12)
+        assert given["coefficient_of_variation"][place] == pytest.approx(np.std(x) / np.mean(x), rel=1e-12)
+        assert given["largest_gap"][place] == pytest.approx(max(x) - min(x))
+
+
+def test_where_no_class_or_one_class_is_right():
+    images = np.array([10, 10, 10, 10])
+    assert {name: float(value) for name, value in class_inequality(np.zeros(4), images).items()} == {
+        "gini": 0,
+        "coefficient_of_variation": 0,
+        "largest_gap": 0,
+    }
+    only = class_inequality(np.array([10, 0, 0, 0]), images)
+    assert float(only["gini"]) == pytest.approx(3 / 4)
+    assert float(only["largest_gap"]) == 1

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from evaluation import evaluate
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from sklearn.neighbors import NearestNeighbors
+
+from lightning_modules.measures import Neighbours
+from lightning_modules.measures.neighbours import neighbours_kept
+from lightning_modules.subsets.bases import Ordering, orthogonal_projection
+from lightning_modules.subsets.plan import plan
+
+
+def subsets(representations, ordering):
+    values = representations.double().numpy()
+    coordinates = values if ordering.basis is None else values @ ordering.basis.numpy()
+    return [coordinates[:, ordering.order[:size].numpy()] for size in ordering.sizes]
+
+
+def nearest(queries, gallery, neighbours):
+    return NearestNeighbors(n_neighbors=neighbours, metric="cosine").fit(gallery).kneighbors(queries)[1]
+
+
+def test_neighbours_are_scikit_learns_on_real_features(real_features, monkeypatch):
+    monkeypatch.setattr("lightning_modules.measures.neighbours.QUERIES", 50)  # several chunks, the last smaller
+    queries, gallery = real_features.test, real_features.train
+    # One and two coordinates of ReLUs leave ties, whose order scikit-learn does not say.
+    groups = [
+        Ordering(torch.randperm(1280, generator=torch.Generator().manual_seed(2)), [30, 400, 1280]),
+        Ordering(torch.arange(1280), [25], orthogonal_projection(1280, 0)),
+    ]
+    wanted = nearest(queries.double().numpy(), gallery.double().numpy(), 10)
+    for group, found in zip(groups, neighbours_kept(queries, gallery, groups), strict=True):
+        kept = [
+            sum(len(set(a) & set(b)) for a, b in zip(wanted, nearest(part, stored, 10), strict=True))
+            for part, stored in zip(subsets(queries, group), subsets(gallery, group), strict=True)
+        ]
+        assert found.tolist() == kept
+    assert kept[-1] < 1200
+
+
+def test_ties_go_to_the_smaller_index_and_a_zero_is_as_near_to_all():
+    gallery = torch.tensor([[1.0, 0], [2, 0], [0, 1], [0, 3], [3, 0.1], [0, 0]])
+    # Nearest of the full layer: 0 -> 0, 1 -> 0, 2 -> 2, 3 -> 2, 4 -> 4, 5 (zero, cosine 0 with all) -> 0.
+    # Of the first neuron alone 0, 1 and 4 point the same way, 2, 3 and 5 are zero: all -> 0.
+    kept = neighbours_kept(gallery, gallery, [Ordering(torch.arange(2), [1, 2])], neighbours=1)
+    assert kept[0].tolist() == [3, 6]
+
+
+def test_test_images_are_looked_for_among_training_images_that_are_kept(real_features):
+    widths, labels = {"one": 40, "two": 30}, real_features.test_labels
+    probes = plan(["random"], [0.5], range(2), [0], widths)
+    gallery, queries = real_features.train[:, 400:470], real_features.test[:, 400:470]
+    known = {"inputs": queries, "widths": widths, "classes": 12}
+
+    def features(split):
+        assert split == "train"
+        return gallery
+
+    measure = Neighbours(7)
+    (table,) = evaluate(measure, probes, labels, features=features, **known).values()
+    assert table[["split", "queries", "gallery", "neighbours"]].drop_duplicates().values.tolist() == [
+        ["test", len(queries), len(gallery), 7]
+    ]
+    parts = measure.context.coordinates.by_layer(queries), measure.context.coordinates.by_layer(gallery)
+    for row in table.itertuples():
+        place = next(i for i, p in enumerate(probes) if (p.layer, p.selection, p.seed) == (row[1], row[2], row.seed))
+        subset, (seen, stored) = measure.context.coordinates.subset(place), (part[row.layer] for part in parts)
+        (kept,) = neighbours_kept(seen, stored, [Ordering(subset, [len(subset)])], neighbours=7)
+        assert row.kept == kept.item() / 7 / len(queries)
+    assert evaluate(Neighbours(), probes, labels, **known) == {}  # the training images are not kept
+    assert evaluate(Neighbours(), probes, labels, features=features, split="val", **known) == {}
+
+
+def test_less_than_one_neighbour_is_refused():
+    with pytest.raises(MisconfigurationException, match="neighbours is 0; it must be 1 or more"):
+        Neighbours(0)

@@ -1,0 +1,117 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+from made_up import CURVE, full_run, tables
+
+from lightning_modules.measures import CKA, Accuracy, Ensembles, Inequality, Neighbours
+from lightning_modules.reporting import report
+from lightning_modules.results import Headline, Results
+
+MEASURES = [Accuracy(), CKA(), Inequality(), Neighbours(), Ensembles()]
+PICTURES = ("curve", "layers", "classes", "inequality", "neighbours", "ensembles")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text("name: <script>alert(1)</script>\n")
+    return folder, report(folder, Results(full_run(), MEASURES), ["mind the <gap> & more"], {"fit": 1.0})
+
+
+class Page(HTMLParser):
+    """The text, the tables' rows, and whatever a page refers to."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.text, self.rows, self.tags, self.sources, self.cell = "", [], set(), [], False
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        self.cell = tag in ("td", "th")
+        if self.cell:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        self.cell = False
+
+    def handle_data(self, data):
+        self.text += data
+        if self.cell:
+            self.rows[-1][-1] += data.strip()
+
+
+def test_the_page_needs_nothing_but_itself_and_escapes_what_it_shows(written):
+    folder, _ = written
+    content = (folder / "report.html").read_text()
+    page = Page(content)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert not re.search(r"url\(|@import|https?:", content)
+    pictures = [source.removeprefix("data:image/svg+xml;base64,") for source in page.sources]
+    assert [base64.b64decode(each) for each in pictures] == [(folder / f"{name}.svg").read_bytes() for name in PICTURES]
+    assert "name: <script>alert(1)</script>" in page.text
+    assert "mind the <gap> & more" in page.text
+    summary = json.loads((folder / "summary.json").read_text())
+    for layer in summary["layers"]:
+        assert f"Layer {layer['layer']}: {layer['answer']}" in page.text
+
+
+def test_the_pages_tables_have_the_runs_numbers(written):
+    rows = Page((written[0] / "report.html").read_text()).rows
+    (row,) = [row for row in rows if row[:4] == ["penultimate", "random", "0.1", "10"] and "±" in row[4]]
+    # 500, 560 and 590 of 1,000, of which 40 of class b are taken away; 900 - 40 for the full layer.
+    assert row[4:6] == ["51.0 ± 3.7", "59.3"]
+    assert row[6].startswith("-35.0 [-3")
+    assert row[7:9] == ["0.100 ± 0.000", "0.090 ± 0.000"]
+    (row,) = [row for row in rows if row[:3] == ["layer<3>", "random", "90 %"]]
+    assert re.fullmatch(r"0\.5 \[0\.5, 0\.8\], 50 neurons", row[3])
+    assert ["penultimate", "100", "1000", "12.5"] in rows
+
+
+def test_every_picture_is_there_in_both_formats_and_the_same_each_time(written, tmp_path):
+    folder, printed = written
+    report(tmp_path, Results(full_run(), MEASURES), [], {})
+    for name in PICTURES:
+        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        ElementTree.parse(folder / f"{name}.svg")
+        for ending in ("png", "svg"):
+            assert str(folder / f"{name}.{ending}") in printed
+            assert (tmp_path / f"{name}.{ending}").read_bytes() == (folder / f"{name}.{ending}").read_bytes()
+    for name in ("results", "classes", "layers", "ensembles", "neighbours"):
+        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), full_run()[name].reset_index(drop=True))
+    # A run that measures less leaves nothing of the one it replaces.
+    (tmp_path / "notes.csv").write_text("what else a user keeps there")
+    report(tmp_path, Results(tables(CURVE, CURVE), [Accuracy()]), [], {})
+    pictures = {f"{name}.{ending}" for name in ("curve", "classes") for ending in ("png", "svg")}
+    assert {file.name for file in tmp_path.iterdir()} == pictures | {
+        *("results.csv", "classes.csv", "summary.json", "report.html", "notes.csv"),
+    }
+
+
+def test_text_and_pictures_call_the_metric_what_the_target_calls_it(tmp_path):
+    found = {"results": tables(CURVE, CURVE)["results"].rename(columns={"accuracy": "map"})}
+    target = Headline("map", "mean average precision", "", 0.05)
+    printed = report(tmp_path, Results(found, target=target), [], {})
+    assert "net: test mean average precision on 1,000 images" in printed
+    assert re.search(r"^random +0\.2 +20 +0\.820 ± 0\.024 +91\.1 %", printed, re.MULTILINE)
+    assert (
+        "To keep 90 % of the mean average precision: keep 20 of 100 neurons (random), lose 0.080 ± 0.024 (" in printed
+    )
+    assert "(0.820 instead of 0.900), store 20 % of the bytes." in printed
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Mean average precision by fraction" in page.text
+    assert ["random", "0.2", "20", "0.820 ± 0.024", "91.1"] in page.rows
+    assert "<!-- test mean average precision -->" in (tmp_path / "curve.svg").read_text()
+    for place in (printed, page.text, *(file.read_text() for file in tmp_path.glob("*.svg"))):
+        assert "accuracy" not in place
+    assert json.loads((tmp_path / "summary.json").read_text())["layers"][0]["full_map"] == 0.9
+    assert Results.read(tmp_path).headline.heading == "mean average precision"

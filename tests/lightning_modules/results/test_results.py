@@ -1,0 +1,132 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+from made_up import CURVE, full_run, tables
+
+from datamodules.targets import Multiclass
+from lightning_modules.measures import CKA, Accuracy, Inequality
+from lightning_modules.results import Results
+from lightning_modules.results import results as module
+from lightning_modules.results.assemble import assemble, predictions
+from lightning_modules.subsets.plan import plan
+
+
+def answers(val, test):
+    return Results(tables(val, test)).answers("penultimate")
+
+
+def test_validation_chooses_and_test_only_tells():
+    val = {"random": {0.1: [0.70, 0.72], 0.2: [0.82, 0.84], 0.5: [0.88, 0.90]}}
+    test = {"random": {0.1: [0.89, 0.89], 0.2: [0.60, 0.64], 0.5: [0.88, 0.90]}}
+    answer = answers(val, test)[0.9]
+    assert (answer["selection"], answer["fraction"], answer["neurons"]) == ("random", 0.2, 20)
+    assert answer["points_lost_mean"] == pytest.approx(90 - 62)
+    assert answer["points_lost_std"] == pytest.approx(2)
+    assert answer["bytes_kept_percent"] == pytest.approx(20)
+    assert answer["text"] == (
+        "To keep 90 % of the accuracy: keep 20 of 100 neurons (random), lose 28.0 ± 2.0 points (62.0 instead of "
+        "90.0 %), store 20 % of the bytes."
+    )
+
+
+def test_where_nothing_is_enough_all_neurons_are_kept():
+    low = {"random": {0.1: [0.2], 0.5: [0.3]}}
+    assert "keep all 100 neurons" in answers(low, low)[0.9]["text"]
+    (layer,) = Results(tables(low, low)).summary()["layers"]
+    assert layer["diffused_redundancy"]["random"]["threshold"]["0.9"] == 0
+
+
+def test_the_cheapest_of_several_selections_is_the_answer():
+    measured = {"random": {0.1: [0.5, 0.5], 0.5: [0.89, 0.89]}, "first": {0.1: [0.88], 0.5: [0.9]}}
+    answer = answers(measured, measured)[0.9]
+    assert (answer["selection"], answer["neurons"], answer["points_lost_std"]) == ("first", 10, None)
+
+
+def test_the_summary_has_every_layer_alike_with_intervals_and_critical_mass():
+    summary = json.loads(json.dumps(Results(full_run(), [Accuracy(), CKA(), Inequality()]).summary()))
+    assert summary["target"] == {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None}
+    first, last = summary["layers"]
+    assert list(first) == list(last)
+    assert (first["layer"], last["layer"]) == ("layer<3>", "penultimate")
+    assert first["full_accuracy"] == pytest.approx(0.76)
+    assert last["full_accuracy"] == pytest.approx(0.86)
+    low, high = last["diffused_redundancy_interval"]["random"]["threshold"]["0.9"]
+    assert low <= last["diffused_redundancy"]["random"]["threshold"]["0.9"] <= high
+    assert last["diffused_redundancy_interval"]["first"]["threshold"]["0.9"] is None
+    assert last["critical_mass"]["random"]["threshold"]["0.9"] in (20, 50)
+    for point in last["curve"]:
+        assert point["layer"] == "penultimate"
+        assert point["cka"] == pytest.approx(point["fraction"])
+        assert point["difference_low"] < point["difference"] < point["difference_high"]
+
+
+def test_curve_bootstrap_and_class_losses_are_computed_once(monkeypatch):
+    calls = []
+
+    def counted(owner, name):
+        compute = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: calls.append((name, args[1])) or compute(*args))
+
+    counted(module.curves, "curve")
+    counted(module.curves, "class_losses")
+    counted(module, "redundancy")
+    results = Results(full_run(), [Accuracy(), CKA(), Inequality()])
+    for _ in range(2):
+        results.summary()
+        results.class_losses("test")
+    for measure in results.measures:
+        measure.pictures(results, "test")
+        measure.shown(results, "test")
+    assert sorted(calls) == [("class_losses", "test"), ("curve", "test"), ("curve", "val"), ("redundancy", "test")]
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    results = Results(tables(CURVE, CURVE))
+    results.rows.to_csv(tmp_path / "results.csv", index=False)
+    read = Results.read(tmp_path)
+    pd.testing.assert_frame_equal(read.redundancy("test"), results.redundancy("test"))
+    assert read.headline == results.headline
+
+
+def test_tables_are_assembled_in_the_order_of_the_contract():
+    probes = plan(["random"], [0.5], range(2), [0], {"one": 10, "two": 20})
+    values = torch.arange(6.0, dtype=torch.float64)
+    measured = {
+        split: [
+            {"images": values + 9, "accuracy": values / 10, "gained": values, "loss": values},
+            {"own": -values, "table": pd.DataFrame({"split": [split], "value": [1]})},
+        ]
+        for split in ("val", "test")
+    }
+    facts = {"task": "task", "backbone": "net", "solver": "sgd", "epoch": [5, 4, 3, 2, 1, 0]}
+    found = assemble(probes, {"one": 10, "two": 20}, measured, "accuracy", facts)
+    assert list(found["results"]) == [
+        *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split", "images"),
+        *("accuracy", "loss", "solver", "epoch", "gained", "own"),
+    ]
+    row = found["results"].iloc[6 + 4]
+    assert row.tolist() == ["task", "net", "two", "random", 0.5, 10, 20, 0, "test", 13, 0.4, 4, "sgd", 1, 4, -4]
+    assert found["table"]["split"].tolist() == ["val", "test"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_predictions_name_image_label_and_classes(several):
+    class Images:
+        labels = torch.tensor([1, 0, 1])
+
+        def __len__(self):
+            return 3
+
+        def name(self, index):
+            return f"image {index}"
+
+    widths = {"one": 10, "two": 10} if several else {"one": 10}
+    probes = plan(["random"], [0.5], [3], [0], widths)
+    predicted = torch.tensor([[0, 1, 1], [1, 1, 1]] * len(widths))
+    found = predictions(probes, Images(), Multiclass(["cat", "dog"]), predicted)
+    columns = ["full/1/0", "random/0.5/3"]
+    columns = [f"{layer}/{column}" for layer in widths for column in columns] if several else columns
+    assert list(found) == ["image", "label", *columns]
+    assert found.iloc[0, :4].tolist() == ["image 0", "dog", "cat", "dog"]

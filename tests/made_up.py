@@ -1,0 +1,59 @@
+"""Made-up tables of runs, as measures would leave them."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lightning_modules.measures.accuracy import paired_difference
+from lightning_modules.measures.inequality import class_inequality
+
+FULL = {"full": {1.0: [0.9]}}
+
+
+def tables(val, test):
+    """Results and class counts of a made-up run of 100 neurons, from accuracies by selection, fraction and seed."""
+    results, classes = [], []
+    for split, measured in (("val", val), ("test", test)):
+        for selection, by_fraction in (FULL | measured).items():
+            for fraction, accuracies in by_fraction.items():
+                for seed, accuracy in enumerate(accuracies):
+                    row = {"selection": selection, "fraction": fraction, "seed": seed, "split": split}
+                    results.append(
+                        {"task": "made-up", "backbone": "net", "layer": "penultimate"}
+                        | row
+                        | {"neurons": int(100 * fraction), "width": 100, "images": 1000, "accuracy": accuracy}
+                    )
+                    classes += [row | {"class": c, "images": 500, "correct": int(500 * accuracy)} for c in "ab"]
+    return {"results": pd.DataFrame(results), "classes": pd.DataFrame(classes)}
+
+
+CURVE = {
+    "random": {0.1: [0.50, 0.56, 0.59], 0.2: [0.82, 0.79, 0.85], 0.5: [0.88, 0.90, 0.86]},
+    "first": {0.1: [0.4], 0.2: [0.6], 0.5: [0.7]},
+}
+
+
+def full_run():
+    """All tables that a run can have, with two layers and two selections."""
+    results, classes = tables(CURVE, CURVE).values()
+    classes["correct"] -= 40 * (classes["class"] == "b")
+    counts = classes["correct"].to_numpy().reshape(-1, 2)
+    results = results.assign(**class_inequality(counts, np.array([500, 500])), accuracy=counts.sum(1) / 1000)
+    results = results.assign(cka=results["fraction"], cka_debiased=0.9 * results["fraction"], gained=20)
+    results["lost"] = results["gained"] + 860 - counts.sum(1)
+    pairs = paired_difference(*(torch.tensor(results[name]) for name in ("gained", "lost", "images")))
+    results = results.assign(**{name: values.numpy() for name, values in pairs.items()})
+    found = {
+        "results": pd.concat([results.assign(layer="layer<3>"), results], ignore_index=True),
+        "classes": pd.concat([classes.assign(layer="layer<3>"), classes.assign(layer="penultimate")]),
+    }
+    found["results"].loc[found["results"]["layer"] == "layer<3>", "accuracy"] -= 0.1
+    subset = {"layer": "penultimate", "selection": "random", "fraction": 0.1, "neurons": 10, "split": "test"}
+    found["layers"] = pd.DataFrame(
+        [{"layer": "penultimate", "width": 100, "split": "test", "images": 1000, "participation_ratio": 12.5}]
+    )
+    single = {"single_fraction": 0.2, "single_neurons": 20, "single_accuracy": 0.8, "images": 1000, "accuracy": 0.7}
+    rules = ("mean_probability", "majority_vote")
+    found["ensembles"] = pd.DataFrame([subset | single | {"members": 2, "rule": rule} for rule in rules])
+    found["neighbours"] = pd.DataFrame([subset | {"seed": seed, "neighbours": 10, "kept": 0.3} for seed in (0, 1)])
+    return found
