@@ -92,7 +92,7 @@ class Extractor:
         )
         rank_zero_info(
             f"Features of {split}, {provenance['view']}: {len(rows):,} x {rows.shape[1]:,} "
-            f"({4 * len(rows) * rows.shape[1] / 1e6:,.1f} MB) {state} in {cache.folder}; delete the folder to clear them."
+            f"({4 * len(rows) * rows.shape[1] / 1e6:,.1f} MB) {state} in {cache.folder}; delete it to clear them."
         )
         return rows
 

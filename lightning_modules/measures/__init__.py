@@ -5,7 +5,7 @@ from lightning_modules.measures.cka import CKA
 from lightning_modules.measures.ensembles import Ensembles
 from lightning_modules.measures.inequality import Inequality
 from lightning_modules.measures.layer_ranks import LayerRanks
-from lightning_modules.measures.measure import Batch, Column, Context, Measure, Picture, check
+from lightning_modules.measures.measure import Batch, Column, Context, Measure, Picture
 from lightning_modules.measures.neighbours import Neighbours
 
 __all__ = [
@@ -20,5 +20,4 @@ __all__ = [
     "Measure",
     "Neighbours",
     "Picture",
-    "check",
 ]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -170,19 +169,3 @@ class Measure(Metric):
             Values indexed by `layer`, `selection`, `fraction` and `split`.
         """
         return {}
-
-
-def check(measures: Sequence[Measure]) -> None:
-    """Refuse measures of which two would write the same column or table.
-
-    Raises:
-        MisconfigurationException: If two would.
-    """
-    owners: dict[str, Measure] = {}
-    for measure in measures:
-        tables = [f"{measure.table}.csv"] if measure.table else []
-        for name in [*(column.name for column in measure.columns), *tables]:
-            first = owners.setdefault(name, measure)
-            if first is not measure:
-                both = f"{type(first).__name__} and {type(measure).__name__}"
-                raise MisconfigurationException(f"model.measures: {both} would both write {name}; leave one out.")

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_modules.measures.cka import CKA
 from lightning_modules.measures.inequality import Inequality
-from lightning_modules.measures.measure import Batch, Context, Measure, check
+from lightning_modules.measures.measure import Batch, Context, Measure
 
 
 class Suite(nn.ModuleList):
@@ -26,7 +26,13 @@ class Suite(nn.ModuleList):
         if measures is None:
             measures = [CKA(), Inequality()]
         super().__init__([measures] if isinstance(measures, Measure) else measures)
-        check(list(self))
+        owners: dict[str, Measure] = {}
+        for measure in self:
+            tables = [f"{measure.table}.csv"] if measure.table else []
+            for name in [*(column.name for column in measure.columns), *tables]:
+                if owners.setdefault(name, measure) is not measure:
+                    both = f"{type(owners[name]).__name__} and {type(measure).__name__}"
+                    raise MisconfigurationException(f"model.measures: {both} would both write {name}; leave one out.")
         for measure in self:
             if measure.needs_clean_features and not clean:
                 raise MisconfigurationException(

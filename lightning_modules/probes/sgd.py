@@ -133,8 +133,8 @@ class SGD(Solver):
             )
         if falling.any():
             remarks.append(
-                f"Training was not finished for {describe(model.probes, falling.tolist())}: the loss still fell by more "
-                f"than 1 % over the last tenth of the epochs; raise trainer.max_epochs or model.solver.step_size."
+                f"Training was not finished for {describe(model.probes, falling.tolist())}: the loss still fell by "
+                f"more than 1 % over the last tenth of the epochs; raise trainer.max_epochs or model.solver.step_size."
             )
         return remarks
 

@@ -34,9 +34,9 @@ from lightning_modules.features.moments import Moments
 from lightning_modules.probes.bank import ProbeBank, parameters_of
 from lightning_modules.probes.ridge import ridge_probes
 from lightning_modules.redundancy_probe import PAPER_FRACTIONS
-from lightning_modules.subsets import plan as subsets
 from lightning_modules.subsets.bases import Ordering
 from lightning_modules.subsets.coordinates import Coordinates
+from lightning_modules.subsets.plan import Plan
 from tests.benchmarks.benchmark import (
     ROOT,
     Figure,
@@ -286,7 +286,7 @@ class Step:
     """Training steps of a bank on random representations, without a loop around them."""
 
     def __init__(self, width, seeds, fractions=PAPER_FRACTIONS, device="cpu", classes=10, batch=256):
-        plan = subsets.plan(["random"], list(fractions), list(range(seeds)), [0], {"layer": width})
+        plan = Plan("random", list(fractions), seeds).probes({"layer": width})
         generator = torch.Generator().manual_seed(0)
         self.inputs = torch.randn(batch, width, generator=generator).to(device)
         self.labels = torch.randint(classes, (batch,), generator=generator).to(device)
@@ -433,7 +433,7 @@ def ridge(bench: Bench) -> list[Figure]:
 
 def plan_orderings(width, device):
     """Return the paper's subsets as statistics know them."""
-    plan = subsets.plan(["random"], list(PAPER_FRACTIONS), list(range(1, 6)), [0], {"layer": width})
+    plan = Plan("random", list(PAPER_FRACTIONS), list(range(1, 6))).probes({"layer": width})
     coordinates = Coordinates(plan, {"layer": width}).to(device)
     return [coordinates.ordering(nest) for nest in coordinates.nests]
 
@@ -577,7 +577,7 @@ def cost(images: int, training: int, classes: int, looked: float, arithmetic: fl
         arithmetic: Operations a second of float32 products.
         overhead: Seconds of a step that is too small to fill the GPU.
     """
-    plan = subsets.plan(["random"], list(PAPER_FRACTIONS), list(range(1, 6)), [0], {"layer": 2048})
+    plan = Plan("random", list(PAPER_FRACTIONS), list(range(1, 6))).probes({"layer": 2048})
     weights = parameters_of(plan, classes)
     steps = 100 * -(-training // 256)
     step = max(overhead, 4 * weights * 256 / arithmetic)  # a product and a sum per weight, forward and backward

@@ -4,9 +4,9 @@ from evaluation import evaluate, random_logits
 
 from lightning_modules.measures import Accuracy
 from lightning_modules.measures.accuracy import paired_difference
-from lightning_modules.subsets.plan import plan
+from lightning_modules.subsets.plan import Plan
 
-PROBES = plan(["random", "first"], [0.2, 0.5], range(2), range(2), {"one": 10, "two": 20})
+PROBES = Plan(["random", "first"], [0.2, 0.5], 2, 2).probes({"one": 10, "two": 20})
 LABELS = torch.randint(4, (150,), generator=torch.Generator().manual_seed(1))  # the fifth class has no images
 
 

@@ -7,7 +7,7 @@ from lightning_modules.features.moments import Moments
 from lightning_modules.measures import CKA
 from lightning_modules.measures.cka import DebiasedCKA, linear_cka
 from lightning_modules.subsets.bases import Ordering, orthogonal_projection, principal_components
-from lightning_modules.subsets.plan import plan
+from lightning_modules.subsets.plan import Plan
 
 
 def orderings(width, moments):
@@ -89,7 +89,7 @@ def test_neurons_that_never_change_and_too_few_images_have_no_cka():
 
 def test_every_probe_has_the_cka_of_its_subset_with_its_own_layer(real_features):
     widths, labels = {"one": 100, "two": 60}, real_features.test_labels
-    probes = plan(["random", "random_projection"], [0.1, 0.5], range(2), [0], widths)
+    probes = Plan(["random", "random_projection"], [0.1, 0.5], 2).probes(widths)
     inputs = real_features.test[:, :160]
     measure = CKA()
     found = evaluate(measure, probes, labels, inputs=inputs, widths=widths, classes=12)

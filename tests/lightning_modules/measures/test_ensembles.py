@@ -3,12 +3,12 @@ import torch
 from evaluation import evaluate, random_logits
 
 from lightning_modules.measures import Ensembles
-from lightning_modules.subsets.plan import plan
+from lightning_modules.subsets.plan import Plan
 from lightning_modules.subsets.selections import Layer
 from lightning_modules.subsets.selections import random as at_random
 
 FRACTIONS = [0.1, 0.4, 0.9]
-PROBES = plan(["random", "first"], FRACTIONS, range(3), [0], {"penultimate": 40}, ensembles=True)
+PROBES = Plan(["random", "first"], FRACTIONS, 3).probes({"penultimate": 40}, together=True)
 LABELS = torch.randint(5, (150,), generator=torch.Generator().manual_seed(1))
 
 
@@ -46,4 +46,4 @@ def test_estimates_that_are_probabilities_already_are_averaged_as_they_are():
 
 
 def test_where_nothing_differs_by_the_seed_alone_there_are_none():
-    assert evaluate(Ensembles(), plan(["first"], [0.5], range(3), [0], {"penultimate": 10}), LABELS) == {}
+    assert evaluate(Ensembles(), Plan("first", 0.5, 3).probes({"penultimate": 10}), LABELS) == {}

@@ -5,11 +5,11 @@ from evaluation import evaluate, random_logits
 
 from lightning_modules.measures import Inequality
 from lightning_modules.measures.inequality import class_inequality
-from lightning_modules.subsets.plan import plan
+from lightning_modules.subsets.plan import Plan
 
 
 def test_a_class_without_images_does_not_count():
-    probes = plan(["random"], [0.5], range(2), [0], {"penultimate": 10})
+    probes = Plan("random", 0.5, 2).probes({"penultimate": 10})
     labels = torch.randint(4, (150,), generator=torch.Generator().manual_seed(1))
     logits = random_logits(probes, 5, labels)
     found = evaluate(Inequality(), probes, labels, logits=logits)

@@ -4,14 +4,14 @@ import torch
 from evaluation import evaluate
 
 from lightning_modules.measures import CKA, LayerRanks
-from lightning_modules.subsets.plan import plan
+from lightning_modules.subsets.plan import Plan
 
 
 @pytest.mark.parametrize("measure", [LayerRanks, CKA])
 def test_ranks_are_those_of_the_singular_values(real_features, measure):
     widths = {"wide": 1280, "narrow": 100}  # more neurons than images, and fewer
     inputs = torch.cat([real_features.train, real_features.train[:, :100]], 1)
-    probes = plan(["random"], [0.1], [0], [0], widths)
+    probes = Plan("random", 0.1, 1).probes(widths)
     labels = real_features.train_labels
     table = evaluate(measure(), probes, labels, inputs=inputs, widths=widths, classes=12, split="val")["layers"]
     assert list(table) == ["layer", "width", "split", "images", "participation_ratio", "effective_rank"]

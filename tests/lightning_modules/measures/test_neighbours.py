@@ -7,7 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 from lightning_modules.measures import Neighbours
 from lightning_modules.measures.neighbours import neighbours_kept
 from lightning_modules.subsets.bases import Ordering, orthogonal_projection
-from lightning_modules.subsets.plan import plan
+from lightning_modules.subsets.plan import Plan
 
 
 def subsets(representations, ordering):
@@ -48,7 +48,7 @@ def test_ties_go_to_the_smaller_index_and_a_zero_is_as_near_to_all():
 
 def test_test_images_are_looked_for_among_training_images_that_are_kept(real_features):
     widths, labels = {"one": 40, "two": 30}, real_features.test_labels
-    probes = plan(["random"], [0.5], range(2), [0], widths)
+    probes = Plan("random", 0.5, 2).probes(widths)
     gallery, queries = real_features.train[:, 400:470], real_features.test[:, 400:470]
     known = {"inputs": queries, "widths": widths, "classes": 12}
 

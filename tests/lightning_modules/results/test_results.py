@@ -3,14 +3,15 @@ import json
 import pandas as pd
 import pytest
 import torch
+from datamodules.targets import Multiclass
 from made_up import CURVE, full_run, tables
 
-from datamodules.targets import Multiclass
 from lightning_modules.measures import CKA, Accuracy, Inequality
 from lightning_modules.results import Results
 from lightning_modules.results import results as module
-from lightning_modules.results.assemble import assemble, predictions
-from lightning_modules.subsets.plan import plan
+from lightning_modules.results.assemble import assemble
+from lightning_modules.results.predictions import Predictions
+from lightning_modules.subsets.plan import Plan
 
 
 def answers(val, test):
@@ -91,7 +92,7 @@ def test_what_was_written_is_read_back(tmp_path):
 
 
 def test_tables_are_assembled_in_the_order_of_the_contract():
-    probes = plan(["random"], [0.5], range(2), [0], {"one": 10, "two": 20})
+    probes = Plan("random", 0.5, 2).probes({"one": 10, "two": 20})
     values = torch.arange(6.0, dtype=torch.float64)
     measured = {
         split: [
@@ -123,9 +124,12 @@ def test_predictions_name_image_label_and_classes(several):
             return f"image {index}"
 
     widths = {"one": 10, "two": 10} if several else {"one": 10}
-    probes = plan(["random"], [0.5], [3], [0], widths)
-    predicted = torch.tensor([[0, 1, 1], [1, 1, 1]] * len(widths))
-    found = predictions(probes, Images(), Multiclass(["cat", "dog"]), predicted)
+    collected = Predictions(Plan("random", 0.5, [3]).probes(widths), Images(), Multiclass(["cat", "dog"]), "cpu")
+    decisions = torch.tensor([[0, 1, 1], [1, 1, 1]] * len(widths))
+    logits = torch.nn.functional.one_hot(decisions, 2).transpose(1, 2).float()
+    for indices in (torch.tensor([2]), torch.tensor([0, 1])):
+        collected.update(logits[:, :, indices], indices)
+    found = collected.table()
     columns = ["full/1/0", "random/0.5/3"]
     columns = [f"{layer}/{column}" for layer in widths for column in columns] if several else columns
     assert list(found) == ["image", "label", *columns]
