@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, so that a name never stands for half of its content."""
+"""Files that are written atomically, so that a name never stands for half of its content."""
 
 import contextlib
 import os
@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 UNFINISHED = "unfinished"
 """How names start that are not written to their end."""
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; it becomes `path` when all went well, and else disappears."""
     unfinished = path.with_name(f"{UNFINISHED}-{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
@@ -22,9 +24,34 @@ def whole(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes left half-written in `folder` an hour ago or earlier."""
     for unfinished in folder.glob(f"{UNFINISHED}-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+        with contextlib.suppress(FileNotFoundError):  # another process removes them too
             if time.time() - unfinished.stat().st_mtime > 3600:
                 unfinished.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Say in one line what cannot be written, and what to do about it.
+
+    Args:
+        path: The file or folder that is written meanwhile.
+        advice: What to do where that fails, for example "name another folder with --output".
+
+    Raises:
+        MisconfigurationException: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MisconfigurationException(
+            f"{path} cannot be written ({error.strerror or one_line(error)}); {advice}."
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of what an error says, without its full stop, or the error's kind if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
