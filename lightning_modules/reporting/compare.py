@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules import measures
-from lightning_modules.files import whole
+from lightning_modules.files import atomic
 from lightning_modules.reporting import figures
 from lightning_modules.subsets import FULL
 
@@ -23,7 +23,7 @@ RECIPE = ("solver", "features")
 SETTINGS = ("standardise", "keep")
 """Settings of the model that must be."""
 REFERENCES = package_files("lightning_modules.reporting") / "reference"
-"""Curves that the paper's authors measured, read from their notebooks (nvedant07/invariances_in_reps)."""
+"""Curves and redundancies that the paper's authors measured, from their notebooks (nvedant07/invariances_in_reps)."""
 REFERENCE_COLUMNS = ("pretraining", "task", "fraction", "accuracy_mean", "accuracy_std")
 TABLE, JOINED, GROUPS = "dr_table.csv", "results.csv", "groups.csv"
 
@@ -42,7 +42,8 @@ def compare(
         output: Folder to write to: dr_table.csv, results.csv, frontier.png and curves.png (and .svg).
         delta: Share of the full layer's accuracy that is to be kept.
         rule: How the fraction that is enough is found; nearest is that of the paper's table.
-        reference: Curves to draw behind: resnet50_imagenet1k, resnet50_harder_tasks, resnet50_dropout, or a CSV file.
+        reference: What others measured: curves to draw behind (resnet50_imagenet1k, resnet50_harder_tasks,
+            resnet50_dropout), redundancies to print beside ours (dr_table, the paper's), or a CSV file of either form.
 
     Raises:
         MisconfigurationException: If there is nothing to compare, or what is there is not comparable.
@@ -53,22 +54,25 @@ def compare(
     _check_comparable(read)
     joined = pd.concat({str(folder): run.results for folder, run in read.items()}, names=["run", None])
     cells, curves = _cells(read, delta, rule)
-    behind = _reference(reference, list(cells["task"].unique())) if reference else None
+    theirs = _reference(reference, list(cells["task"].unique())) if reference else None
+    curves_behind = theirs if theirs is not None and "fraction" in theirs else None
     table = _table(cells)
+    if theirs is not None and curves_behind is None:
+        table = _beside(table, theirs)
     print(f"\nDiffused redundancy, DR({delta:g}), by the {rule} rule\n\n{_words(table)}\n")
     with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
         for name, rows in ((TABLE, table), (JOINED, joined.reset_index("run"))):
-            with whole(output / name) as file:
+            with atomic(output / name) as file:
                 rows.to_csv(file, index=False)
         written = figures.save(figures.frontier(cells, delta), output / "frontier")
-        written += figures.save(figures.tasks(curves, behind, delta), output / "curves")
+        written += figures.save(figures.tasks(curves, curves_behind, delta), output / "curves")
     for file in (output / TABLE, output / JOINED, *written):
         print(f"  {file}")
 
 
 def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule: str) -> None:
-    """Add to a comparison of one backbone's runs the means over groups of tasks: print them, and write groups.csv.
+    """Add to a comparison the means over groups of tasks, of each backbone: print them, and write groups.csv.
 
     Args:
         groups: Group of the task of each run, by the run's folder.
@@ -81,11 +85,12 @@ def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule:
     """
     joined = pd.read_csv(output / JOINED, keep_default_na=False, na_values=[""])
     joined["group"] = joined["run"].map({str(folder): group for folder, group in groups.items()})
-    table = measures.group_means(joined, delta, rule)
-    same = [name for name in ("layer", "selection") if table[name].nunique() == 1]
+    means = {name: measures.group_means(rows, delta, rule) for name, rows in joined.groupby("backbone", sort=False)}
+    table = pd.concat(means, names=["backbone", None]).reset_index("backbone")
+    same = [name for name in ("backbone", "layer", "selection") if table[name].nunique() == 1]
     print(f"\nMeans over tasks, redundancy is DR({delta:g}) by the {rule} rule\n")
     print(f"{_words(table.drop(columns=same))}\n")
-    with _writing(output), whole(output / GROUPS) as file:
+    with _writing(output), atomic(output / GROUPS) as file:
         table.to_csv(file, index=False)
     print(f"  {output / GROUPS}")
 
@@ -258,6 +263,20 @@ def _table(cells: pd.DataFrame) -> pd.DataFrame:
     return table[list(rows["task"].unique())].reset_index().rename_axis(columns=None)
 
 
+def _beside(table: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with a column `<task>_reference` after each task that the reference has.
+
+    The reference's backbones may leave out the tag of the weights: `resnet50` is also `resnet50.a1_in1k`.
+    """
+    by_name = theirs.set_index("backbone")
+    rows = [name if name in by_name.index else name.partition(".")[0] for name in table["backbone"].astype(str)]
+    table = table.copy()
+    for task in [column for column in table if column in by_name and column != "width"]:
+        values = by_name[task].reindex(rows).to_numpy()
+        table.insert(table.columns.get_loc(task) + 1, f"{task}_reference", values)
+    return table
+
+
 def _words(table: pd.DataFrame) -> str:
     """Return the table as text."""
     words = table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)).replace("nan", "-")
@@ -271,10 +290,11 @@ def _words(table: pd.DataFrame) -> str:
 
 
 def _reference(name: str, tasks: list[str]) -> pd.DataFrame:
-    """Return the curves of a reference, by the name of a shipped one or of a file.
+    """Return the curves or redundancies of a reference, by the name of a shipped one or of a file.
 
     Args:
-        name: A file with the columns `pretraining,task,fraction,accuracy_mean,accuracy_std`, or a shipped one's stem.
+        name: A file with the columns `pretraining,task,fraction,accuracy_mean,accuracy_std`, or with `backbone` and one
+            of each task; or a shipped one's stem.
         tasks: Of the runs.
 
     Raises:
@@ -288,14 +308,14 @@ def _reference(name: str, tasks: list[str]) -> pd.DataFrame:
         )
     with shipped.get(name, file).open() as stream:
         try:
-            curves = pd.read_csv(stream)
+            found = pd.read_csv(stream)
         except ValueError as error:
             raise MisconfigurationException(f"--reference {name} is no CSV file ({error}).") from error
-    missing = [column for column in REFERENCE_COLUMNS if column not in curves]
+    is_table = "backbone" in found and "fraction" not in found
+    missing = [] if is_table else [column for column in REFERENCE_COLUMNS if column not in found]
     if missing:
         raise MisconfigurationException(f"--reference {name} has no column {', '.join(missing)}.")
-    if not set(curves["task"]) & set(tasks):
-        raise MisconfigurationException(
-            f"--reference {name} has curves of {', '.join(curves['task'].unique())}, and none of {', '.join(tasks)}."
-        )
-    return curves
+    has = list(found.columns) if is_table else list(found["task"].unique())
+    if not set(has) & set(tasks):
+        raise MisconfigurationException(f"--reference {name} has {', '.join(has)}, and none of {', '.join(tasks)}.")
+    return found
