@@ -1,58 +1,65 @@
-"""What every task shares: named splits, a seeded validation split, and loaders that count each image exactly once."""
+"""What every task shares: three splits, a target, and loaders that count each image exactly once."""
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import ClassVar, Literal, TypeVar, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.images import ArrayImages, Images, Labelled
-from datamodules.loading import Batch, ImageBatches, RepresentationBatches, Request, RequestSampler, Rows
-from datamodules.splits import stratified_split
+from datamodules.loading import Batch, FeatureBatches, ImageBatches, Request, RequestSampler, Rows
+from datamodules.splits import Part, stratified_split
+from datamodules.targets import Multiclass, Target
 from datamodules.transforms import AUGMENTATIONS, Preprocessing, evaluation, squashed
 
 SPLITS = ("train", "val", "test")
 LabelledT = TypeVar("LabelledT", bound=Labelled)
 PROTOCOLS = ("full", "vtab1k")
 VTAB1K = {"train": 800, "val": 200}
-"""Images that VTAB-1k takes of each split; test stays whole (Zhai et al., 2019)."""
+"""Images that VTAB-1k takes of a split; all of test are kept (Zhai et al., 2019)."""
 
 
 class Task(LightningDataModule, ABC):
-    """A downstream data set with its splits and classes.
+    """A downstream data set with the splits `train`, `val` and `test` and a target.
 
-    A concrete task sets `name` and `classes` and says in `load` which images belong to which split. Validation and
-    test images are only ever seen through the backbone's own evaluation view.
+    A concrete task sets `name` and returns in `load` the splits of its source. Class names are an attribute of the
+    class where they are fixed; otherwise `load` reads them and sets `target`. Constructors read no data. Validation
+    and test images are only ever seen in the backbone's own evaluation view.
 
     Args:
-        root: Folder that holds the data, or that it is downloaded to.
+        root: Folder that holds the data, or that they are downloaded to.
         batch_size: Images per batch, over all processes.
         augmentation: How training images are varied where a run asks for more than the clean view (`model.features`):
             `paper` or `none`; null is the task's own default, `none` for specialized and structured tasks.
         num_workers: Processes that load images, for each training process; null takes one per free core, at most 8,
-            and none beside a backbone on the CPU, where threads make the images in its pauses.
+            and none beside a backbone on the CPU, where threads load images while the backbone waits.
         seed: Decides the splits that are cut here, the order of training images, and the augmentation.
-        protocol: `full`, or `vtab1k`: a seeded stratified 800 images of train and 200 of val, and the whole test split.
+        protocol: `full`, or `vtab1k`: a seeded stratified 800 images of train and 200 of val, and all of test.
 
     Raises:
         MisconfigurationException: If an argument cannot be; the message names it.
     """
 
     name: str
-    """What the task is called."""
-    classes: Sequence[str]
-    """Class names; the place is the class index."""
-    width: int | None = None
-    """D, where the task holds representations and no images."""
+    """What the task is called; known from the constructor on."""
     group: Literal["natural", "specialized", "structured"] | None = None
     """VTAB's group; None for a task that is not one of VTAB's."""
+    classes: ClassVar[Sequence[str]] = ()
+    """Class names in the order of their indices, where they are fixed."""
+    cut: ClassVar[Mapping[str, Part]] = {"val": 0.2, "test": 0.2}
+    """How much of train becomes a split that `load` does not return; see `splits.Part`."""
+    vectors: ClassVar[bool] = False
+    """Whether the task holds vectors, which no backbone takes, and no images."""
+    target: Target
+    """What is to be predicted; known after `setup`."""
+    width: int | None = None
+    """D of the vectors, after `setup`; None for images."""
     preprocessing: Preprocessing
-    """What the backbone wants of an image (timm's data configuration); whoever joins the two sets it."""
+    """What the backbone wants of an image (timm's data configuration); set by whoever joins task and backbone."""
 
     def __init__(
         self,
@@ -72,7 +79,7 @@ class Task(LightningDataModule, ABC):
             raise MisconfigurationException(
                 f"data.augmentation is {augmentation!r}; it must be one of {', '.join(sorted(AUGMENTATIONS))}."
             )
-        if self.whole_image and augmentation != "none":
+        if self.group == "structured" and augmentation != "none":
             raise MisconfigurationException(
                 f"data.augmentation is {augmentation!r}; {self.name} asks where things are, so it must be none."
             )
@@ -87,100 +94,73 @@ class Task(LightningDataModule, ABC):
         self.augmentation = augmentation
         self.num_workers = num_workers
         self.seed = seed
-        self.images: Mapping[str, Labelled] = {}
         self.protocol = protocol
-        self._representations: dict[str, Sequence[Rows]] = {}
+        self.images: Mapping[str, Labelled] = {}
+        self._features: dict[str, Sequence[Rows]] = {}
+        self.extract: Callable[[str], Sequence[Rows]] | None = None
+        """Makes the features of a split when they are first asked for; whoever has the backbone sets it."""
+        if self.classes:
+            self.target = Multiclass(self.classes)
 
     @abstractmethod
     def load(self) -> Mapping[str, Labelled]:
-        """Return the images (or vectors) of `train`, `val` and `test`."""
+        """Read train and what else there is of val and test; set `target` where class names are read, too."""
 
     @property
     def label(self) -> str:
-        """How results call the task: with its protocol, since another one makes other numbers."""
+        """What results call the task: its name, with the protocol where it is not `full`."""
         return self.name if self.protocol == "full" else f"{self.name}_{self.protocol}"
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
-
-    @property
-    def whole_image(self) -> bool:
-        """Whether labels say where things are: such images are squashed to the input size whole, never cropped."""
-        return self.group == "structured"
-
     def setup(self, stage: str | None = None) -> None:
-        """Load the splits once and check them.
+        """Load the splits, the first time, and check them.
 
         Raises:
-            MisconfigurationException: If there are fewer than two classes, or a label is none of them.
+            MisconfigurationException: If the data cannot be read, a split has fewer images than there are processes,
+                or a label cannot be.
         """
-        if self.images:
-            return
-        if self.num_classes < 2:
-            raise MisconfigurationException(
-                f"{self.name} has {self.num_classes} classes ({', '.join(self.classes) or 'none'}); a task needs at "
-                f"least two."
-            )
-        images = self.load()
-        if self.protocol == "vtab1k":
-            images = {**images, **{split: self._sample(images[split], split, size) for split, size in VTAB1K.items()}}
+        if not self.images:
+            images = self._cut_missing(self.load())
+            if self.protocol == "vtab1k":
+                images |= {split: self._sample(images[split], split, size) for split, size in VTAB1K.items()}
+            for split in SPLITS:
+                self.target.check(images[split], split, self.name)
+            self.images = images
         processes = self.trainer.world_size if self.trainer else 1
-        for split in SPLITS:
-            if len(images[split]) < processes:
+        for split, loaded in self.images.items():
+            if len(loaded) < processes:
                 raise MisconfigurationException(
-                    f"The {split} split of {self.name} has {len(images[split])} images, fewer than the {processes} "
-                    f"processes; use at most {len(images[split])} devices."
+                    f"The {split} split of {self.name} has {len(loaded)} images, fewer than the {processes} "
+                    f"processes; use at most {len(loaded)} devices."
                 )
-            self._check_labels(split, images[split])
-        self.images = images
 
-    def _check_labels(self, split: str, images: Labelled) -> None:
-        """Refuse labels that are no classes, and a train split without contrast; name classes that it lacks."""
-        wrong = ((images.labels < 0) | (images.labels >= self.num_classes)).nonzero()
-        if len(wrong):
-            index = int(wrong[0])
-            raise MisconfigurationException(
-                f"The label of {images.name(index)} in {split} of {self.name} is {int(images.labels[index])}; it must "
-                f"be a class index from 0 to {self.num_classes - 1}."
-            )
-        absent = [self.classes[i] for i in (images.labels.bincount(minlength=self.num_classes) == 0).nonzero()[:, 0]]
-        if split != "train" or not absent:
-            return
-        if len(absent) == self.num_classes - 1:
-            raise MisconfigurationException(
-                f"All of train of {self.name} is of class {self.classes[int(images.labels[0])]!r}; a probe needs at "
-                f"least two classes."
-            )
-        more = ", ..." if len(absent) > 5 else ""
-        rank_zero_info(
-            f"{len(absent)} of {self.num_classes} classes of {self.name} are not in train, so that no probe can learn "
-            f"them: {', '.join(absent[:5])}{more}."
-        )
+    def describe(self) -> str:
+        """Return the sizes of the splits and the target in one line, after `setup`."""
+        sizes = ", ".join(f"{len(self.images[split]):,} {split}" for split in SPLITS)
+        kind = f"vectors of {self.width:,} values" if self.vectors else "images"
+        return f"{self.label}: {sizes} {kind}, {self.target.describe()}"
 
-    def complete(self, images: Mapping[str, LabelledT]) -> dict[str, LabelledT]:
-        """Cut the splits that are missing from train, a seeded stratified fifth each.
+    def _cut_missing(self, images: Mapping[str, LabelledT]) -> dict[str, LabelledT]:
+        """Return all splits; those that are missing are seeded stratified parts of train, as large as `cut` says.
 
         Raises:
-            MisconfigurationException: If a class of train is too small to reach all of them.
+            MisconfigurationException: If a class is too small to give each of them its share.
         """
-        missing = {split: 0.2 for split in SPLITS if split not in images}
-        counts = images["train"].labels.bincount(minlength=self.num_classes)
-        if missing and counts.min() <= len(missing):
+        missing = {split: self.cut[split] for split in SPLITS if split not in images}
+        if not missing:
+            return dict(images)
+        train = images["train"]
+        labels, counts = train.labels.unique(return_counts=True)
+        if any(isinstance(part, float) for part in missing.values()) and counts.min() <= len(missing):
             raise MisconfigurationException(
-                f"Class {self.classes[int(counts.argmin())]!r} of {self.name} has {int(counts.min())} images in train; "
-                f"to cut {' and '.join(missing)} from it, it needs at least {len(missing) + 1}."
+                f"Class {self.target.name(labels[counts.argmin()]).item()!r} of {self.name} has {int(counts.min())} "
+                f"images in train; to cut {' and '.join(missing)} from it, it needs at least {len(missing) + 1}."
             )
-        return {**images, **self.split_off(images["train"], **missing)}
-
-    def split_off(self, images: LabelledT, **parts: float) -> dict[str, LabelledT]:
-        """Cut `images` into `train` and seeded stratified parts, shares, `val=0.2`, or numbers of images, `val=20`."""
-        pieces = stratified_split(images.labels, list(parts.values()), self.seed)
-        return {name: images.subset(piece) for name, piece in zip(("train", *parts), pieces, strict=True)}
+        pieces = stratified_split(train.labels, list(missing.values()), self.seed)
+        found = {**images, **dict(zip(("train", *missing), map(train.subset, pieces), strict=True))}
+        return {split: found[split] for split in SPLITS}
 
     def _sample(self, images: LabelledT, split: str, size: int) -> LabelledT:
-        """Return a seeded stratified sample."""
+        """Return a seeded stratified sample of a split."""
         if len(images) < size:
             raise MisconfigurationException(
                 f"The {split} split of {self.name} has {len(images)} images, fewer than the {size} of "
@@ -188,44 +168,46 @@ class Task(LightningDataModule, ABC):
             )
         return images.subset(stratified_split(images.labels, [size], self.seed)[1])
 
-    def represent(self, split: str, views: Sequence[Rows]) -> None:
-        """Let the loader of `split` yield these representations from now on, one matrix per view, and not images."""
-        self._representations[split] = views
+    # ------------------------------------------------------------------------------------------------- features
 
-    def representations(self, split: str) -> Sequence[Rows]:
-        """Return the representations that the loader of `split` yields, one matrix per view."""
-        return self._representations[split]
+    def serve(self, split: str, views: Sequence[Rows]) -> None:
+        """Let the loader of `split` yield these features from now on, one matrix per view, in place of images."""
+        self._features[split] = views
 
-    @property
-    def view(self) -> Preprocessing:
-        """What becomes of an image on its way to the backbone: its preprocessing, without its crop where labels ask."""
-        return squashed(self.preprocessing) if self.whole_image else self.preprocessing
+    def features(self, split: str) -> Sequence[Rows] | None:
+        """Return the features that the loader of `split` yields, one matrix of shape (n, D) per view.
 
-    def image_batches(self, split: str, augmented: bool = False) -> ImageBatches:
-        """Return what answers requests for images of `split`, in the clean or the augmented view."""
-        varied = augmented and self.augmentation != "none"
-        transform = (AUGMENTATIONS[self.augmentation] if varied else evaluation)(self.view)
-        return ImageBatches(cast(Images, self.images[split]), transform, self.view, self.seed, varied)
+        They are extracted when first asked for; None where nothing extracts them, so that loaders yield images.
+        """
+        if split not in self._features and self.extract is not None:
+            self._features[split] = self.extract(split)
+        return self._features.get(split)
 
-    @staticmethod
-    def request(indices: Sequence[int], epoch: int) -> Request:
-        """Return a request for exactly these images, augmented (if at all) as in that epoch."""
-        return Request(list(indices), len(indices), epoch)
+    def extraction_loader(self, split: str, batches: Sequence[Sequence[int]], view: int | None) -> "DataLoader[Batch]":
+        """Return a loader of exactly these batches of images, in this order, whatever the process.
 
-    def loader(
-        self, batches: ImageBatches | RepresentationBatches, requests: RequestSampler | Sequence[Request]
-    ) -> "DataLoader[Batch]":
-        """Return a loader of exactly these requests, in this order."""
-        return DataLoader(
-            batches,
-            batch_size=None,  # a request is a whole batch
-            sampler=requests,
-            num_workers=self._workers(batches) if isinstance(batches, ImageBatches) else 0,
-            pin_memory=bool(self.trainer and self.trainer.strategy.root_device.type == "cuda"),
-        )
+        Args:
+            split: The split.
+            batches: Indices of the images of each batch.
+            view: The epoch whose augmentation is applied; None for the clean view.
+        """
+        requests = [Request(list(batch), len(batch), view or 0) for batch in batches]
+        return self._loader(self._image_batches(split, augmented=view is not None), requests)
+
+    def clean_loader(self, split: str) -> "DataLoader[Batch]":
+        """Return the images of a split in order, in the clean view, also where its loader yields features."""
+        return self._loader(self._image_batches(split, augmented=False), self._requests(split))
+
+    def view_provenance(self, view: int | None) -> str:
+        """Return what a view of an image depends on, beside its preprocessing: what features are checked against."""
+        if view is None:
+            return "clean view, squashed whole" if self.group == "structured" else "clean view"
+        return f"{self.augmentation} view {view} of seed {self.seed}"
+
+    # -------------------------------------------------------------------------------------------------- loaders
 
     def train_dataloader(self) -> "DataLoader[Batch]":
-        """Return shuffled batches of the train split; images are augmented, representations already were."""
+        """Return shuffled batches of train: augmented images, or features."""
         return self._split_loader("train", shuffle_seed=self.seed)
 
     def val_dataloader(self) -> "DataLoader[Batch]":
@@ -240,27 +222,41 @@ class Task(LightningDataModule, ABC):
         """Return the test split in order."""
         return self._split_loader("test")
 
-    def clean_loader(self, split: str) -> "DataLoader[Batch]":
-        """Return the images of a split in order, in the clean view, also where its loader yields representations."""
-        return self.loader(self.image_batches(split), self._requests(split))
+    def _split_loader(self, split: str, shuffle_seed: int | None = None) -> "DataLoader[Batch]":
+        requests = self._requests(split, shuffle_seed)
+        views = self.features(split)
+        if views is not None:
+            return self._loader(FeatureBatches(views, self.images[split].labels), requests)
+        return self._loader(self._image_batches(split, augmented=split == "train"), requests)
 
     def _requests(self, split: str, shuffle_seed: int | None = None) -> RequestSampler:
         process, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return RequestSampler(len(self.images[split]), self.batch_size, process, processes, shuffle_seed)
 
-    def _split_loader(self, split: str, shuffle_seed: int | None = None) -> "DataLoader[Batch]":
-        images = self.images[split]
-        requests = self._requests(split, shuffle_seed)
-        if split in self._representations:
-            return self.loader(RepresentationBatches(self._representations[split], images.labels), requests)
-        return self.loader(self.image_batches(split, augmented=split == "train"), requests)
+    def _image_batches(self, split: str, augmented: bool) -> ImageBatches:
+        # Labels of structured tasks say where things are: such images are resized without a crop.
+        preprocessing = squashed(self.preprocessing) if self.group == "structured" else self.preprocessing
+        random = augmented and self.augmentation != "none"
+        transform = (AUGMENTATIONS[self.augmentation] if random else evaluation)(preprocessing)
+        return ImageBatches(cast(Images, self.images[split]), transform, preprocessing, self.seed, random)
+
+    def _loader(
+        self, batches: ImageBatches | FeatureBatches, requests: RequestSampler | Sequence[Request]
+    ) -> "DataLoader[Batch]":
+        return DataLoader(
+            batches,
+            batch_size=None,  # a request is a whole batch
+            sampler=requests,
+            num_workers=self._workers(batches) if isinstance(batches, ImageBatches) else 0,
+            pin_memory=bool(self.trainer and self.trainer.strategy.root_device.type == "cuda"),
+        )
 
     def _workers(self, batches: ImageBatches) -> int:
         if self.num_workers is not None:
             return self.num_workers
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
-        if on_cpu and not batches.varied:
-            return 0  # the backbone wants every core; a worker beside it holds up all its threads
+        if on_cpu and not batches.random:
+            return 0  # the backbone uses every core; a worker beside it would hold up all its threads
         images = batches.images
         if isinstance(images, ArrayImages) and images.pixels[0].nbytes * len(images) < 2**20:
             return 0  # transforming a handful of tiny images costs less than starting a process

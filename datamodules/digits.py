@@ -1,9 +1,12 @@
-"""Handwritten digits that ship inside scikit-learn: real images without a download, the embedded default."""
+"""Handwritten digits that ship inside scikit-learn: real images without a download, for the quickstart."""
+
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.base import Task
 from datamodules.images import ArrayImages, Images, as_labels
+from datamodules.targets import Multiclass
 
 
 class Digits(Task):
@@ -12,11 +15,9 @@ class Digits(Task):
     Validation and test are a seeded stratified fifth each.
 
     Args:
-        digits: Which digits are the classes, for example `[5, 6, 7, 8, 9]`.
-        batch_size: See `Task`.
+        digits: Which digits are the classes, for example `[5, 6, 7, 8, 9]`; null takes all ten.
         augmentation: See `Task`.
-        num_workers: See `Task`.
-        seed: See `Task`.
+        **kwargs: See `Task`.
 
     Raises:
         MisconfigurationException: If there are fewer than two different digits, or one that is none.
@@ -24,29 +25,21 @@ class Digits(Task):
 
     name = "digits"
 
-    def __init__(
-        self,
-        digits: list[int] | None = None,
-        batch_size: int = 256,
-        augmentation: str = "none",
-        num_workers: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__("", batch_size, augmentation, num_workers, seed)
+    def __init__(self, digits: list[int] | None = None, augmentation: str = "none", **kwargs: Any) -> None:
+        super().__init__("", augmentation=augmentation, **kwargs)
         self.digits = list(range(10)) if digits is None else digits
         if len(set(self.digits)) != len(self.digits) or len(self.digits) < 2 or not set(self.digits) <= set(range(10)):
             raise MisconfigurationException(
                 f"data.digits is {self.digits}; it must list at least two different digits from 0 to 9."
             )
-        self.classes = [str(digit) for digit in self.digits]
+        self.target = Multiclass([str(digit) for digit in self.digits])
 
     def load(self) -> dict[str, Images]:
-        """Return the chosen digits, cut into splits."""
-        from sklearn.datasets import load_digits  # here, as no other task needs what takes a second to import
+        """Return the chosen digits."""
+        from sklearn.datasets import load_digits  # here, as it takes a second to import and no other task needs it
 
         pixels, values = load_digits(return_X_y=True)
         pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
-        place = {digit: label for label, digit in enumerate(self.digits)}
-        kept = [i for i, value in enumerate(values) if value in place]
-        images = ArrayImages(pixels[kept], as_labels([place[value] for value in values[kept]]))
-        return self.split_off(images, val=0.2, test=0.2)
+        indices = {digit: label for label, digit in enumerate(self.digits)}
+        kept = [i for i, value in enumerate(values) if value in indices]
+        return {"train": ArrayImages(pixels[kept], as_labels([indices[value] for value in values[kept]]))}

@@ -1,4 +1,4 @@
-"""Data sets as they are published: files that are downloaded once, checked, and unpacked whole or not at all."""
+"""Tasks whose data are downloaded as published: each file once, checked by its MD5 sum, and unpacked."""
 
 import shutil
 import tarfile
@@ -19,31 +19,32 @@ from torchvision.datasets.utils import check_integrity, download_url
 
 from datamodules.base import Task
 from datamodules.images import FileImages, Images, as_labels, one_line
+from datamodules.targets import Multiclass
 
 
 class Download(NamedTuple):
-    """One published file, and what is made of it."""
+    """One published file, and what is unpacked from it."""
 
     url: str
     md5: str | None
     """None where none is published."""
     file: Path
-    """Where it is put."""
+    """Where it is downloaded to."""
     unpacks: str | None = None
-    """The folder in the archive, unpacked beside it, `.` if files lie at its top; None for a file read as it is."""
+    """The folder in the archive, unpacked beside it (`.` if files lie at its top); None for a file read as it is."""
     within: str | None = None
-    """The archive in the archive that holds that folder, if it lies so deep."""
+    """An archive in the archive that holds that folder, if there is one."""
     contents: Sequence[Sequence[str]] = ()
-    """Names and MD5 sums of files in that folder, as far as they are known."""
+    """Names and MD5 sums of files in that folder, as far as they are published."""
 
     def missing(self) -> Path | None:
-        """Return what is not there, or not as it was published; None where nothing is amiss."""
+        """Return a file or folder that is missing or not as published; None where all are there."""
         if self.unpacks is None:
-            return None if _is_whole(self.file, self.md5) else self.file
+            return None if _is_intact(self.file, self.md5) else self.file
         folder = self.file.parent / self.unpacks
-        if not folder.is_dir():
+        if self.unpacks != "." and not folder.is_dir():
             return folder
-        return next((folder / name for name, md5 in self.contents if not _is_whole(folder / name, md5)), None)
+        return next((folder / name for name, md5 in self.contents if not _is_intact(folder / name, md5)), None)
 
     def fetch(self) -> None:
         """Download the file where it is not there yet, check it and unpack it."""
@@ -55,8 +56,10 @@ class Download(NamedTuple):
 class DownloadedTask(Task):
     """A task whose images are downloaded to `root` on first use.
 
-    A concrete one says in `downloads` what is published where, and in `read` which images belong to which split.
+    A concrete one lists in `downloads` the published files, and reads them in `read`.
     """
+
+    target: Multiclass
 
     @abstractmethod
     def downloads(self) -> Sequence[Download]:
@@ -64,10 +67,10 @@ class DownloadedTask(Task):
 
     @abstractmethod
     def read(self) -> dict[str, Images]:
-        """Return the images of each split; every download is there."""
+        """Read train and what else is published of val and test; all files are there."""
 
     def prepare_data(self) -> None:
-        """Download what is not there yet; others may be doing the same in the same folder.
+        """Download what is not there yet; a lock makes other processes wait that use the same folder.
 
         Raises:
             MisconfigurationException: If that fails; the message says which files belong where.
@@ -89,7 +92,7 @@ class DownloadedTask(Task):
             ) from error
 
     def load(self) -> dict[str, Images]:
-        """Return the images of each split.
+        """Return the published splits.
 
         Raises:
             MisconfigurationException: If a file is missing, altered or corrupt; the message names it.
@@ -99,7 +102,7 @@ class DownloadedTask(Task):
         return self.read()
 
     def class_indices(self, values: Sequence[int] | np.ndarray, file: Path, first: int = 0) -> Tensor:
-        """Return labels as they stand in `file`, where those of the first class are `first`, as class indices.
+        """Return class indices, shape (n,), of the numbers in `file`, where the first class has the number `first`.
 
         Raises:
             MisconfigurationException: If there are none, or one that belongs to no class; the message names the file.
@@ -107,26 +110,27 @@ class DownloadedTask(Task):
         labels = as_labels(values) - first
         if not len(labels):
             raise MisconfigurationException(f"{file} holds no labels.")
-        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        outside = labels[(labels < 0) | (labels >= self.target.outputs)]
         if len(outside):
             raise MisconfigurationException(
                 f"{file} holds the label {outside[0] + first}; the classes of {self.name} are {first} to "
-                f"{self.num_classes - 1 + first}."
+                f"{self.target.outputs - 1 + first}."
             )
         return labels
 
-    def class_places(self, names: Sequence[str], file: Path, classes: Sequence[str] | None = None) -> Tensor:
-        """Return the class indices of class names as they stand in `file`, where classes are called so.
+    def named_class_indices(self, names: Sequence[str], file: Path, classes: Sequence[str] | None = None) -> Tensor:
+        """Return class indices, shape (n,), of the class names in `file`, which may name `classes` otherwise.
 
         Raises:
             MisconfigurationException: If there are none, or one that is no class; the message names the file.
         """
-        places = {name: place for place, name in enumerate(classes or self.classes)}
-        unknown = next((name for name in names if name not in places), None)
-        if unknown is not None or not names:
-            said = f"names the class {unknown!r}, which {self.name} has not" if names else "holds no images"
-            raise MisconfigurationException(f"{file} {said}.")
-        return as_labels([places[name] for name in names])
+        indices = {name: index for index, name in enumerate(classes or self.target.classes)}
+        if not names:
+            raise MisconfigurationException(f"{file} holds no images.")
+        unknown = next((name for name in names if name not in indices), None)
+        if unknown is not None:
+            raise MisconfigurationException(f"{file} names the class {unknown!r}, which {self.name} has not.")
+        return as_labels([indices[name] for name in names])
 
     def class_folders(self, folder: Path, classes: Sequence[str] | None = None) -> FileImages:
         """Return the images of a folder of classes, `<class>/<image>`, in the order of their names.
@@ -135,11 +139,11 @@ class DownloadedTask(Task):
             MisconfigurationException: If a folder is no class; the message names it.
         """
         found = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMG_EXTENSIONS)
-        labels = self.class_places([path.parent.name for path in found], folder, classes)
+        labels = self.named_class_indices([path.parent.name for path in found], folder, classes)
         return FileImages(folder, [str(path.relative_to(folder)) for path in found], labels)
 
     def class_names(self, file: Path, number: int) -> list[str]:
-        """Return the class names of a list, one a line.
+        """Return the class names in a file, one per line.
 
         Raises:
             MisconfigurationException: If there are more or fewer; the message names the file.
@@ -151,7 +155,7 @@ class DownloadedTask(Task):
 
     @staticmethod
     def image_files(folder: Path, names: Sequence[str], labels: Tensor) -> FileImages:
-        """Return images of a folder.
+        """Return the named images of a folder.
 
         Raises:
             MisconfigurationException: If one is not there; the message names it.
@@ -184,14 +188,14 @@ def read_lines(file: Path) -> list[str]:
     try:
         return file.read_text().splitlines()
     except (OSError, ValueError) as error:
-        raise MisconfigurationException(f"{file} cannot be read ({error}).") from error
+        raise MisconfigurationException(f"{file} cannot be read ({one_line(error)}).") from error
 
 
 def unpack(archive: Path, folder: str, within: str | None = None) -> None:
     """Unpack one folder of a tar or zip archive beside it.
 
-    The folder appears whole or not at all; in one that is there already, files are replaced. Only regular files are
-    taken, no links and no devices.
+    It is unpacked under another name and then renamed, so that a folder of that name is complete; in one that is there
+    already, files are replaced. Only regular files are unpacked, no links and no devices.
 
     Args:
         archive: The file.
@@ -224,7 +228,7 @@ def unpack(archive: Path, folder: str, within: str | None = None) -> None:
 
 
 def _extract(archive: Path, folder: Path) -> None:
-    """Unpack the regular files of an archive into a folder, or raise where one belongs outside."""
+    """Unpack the regular files of an archive into a folder; raise if one would be written outside."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as members:
             outside = next((name for name in members.namelist() if ".." in Path(name).parts or name[:1] == "/"), None)
@@ -236,7 +240,7 @@ def _extract(archive: Path, folder: Path) -> None:
         members.extractall(folder, (member for member in members if member.isfile()), filter="data")
 
 
-def _is_whole(path: Path, md5: str | None) -> bool:
+def _is_intact(path: Path, md5: str | None) -> bool:
     try:
         return check_integrity(path, md5)
     except OSError:

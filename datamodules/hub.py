@@ -1,15 +1,15 @@
-"""Images that the `datasets` library reads: VTAB's tasks as tar files of the Hub, and any data set of one's own.
+"""Images of the Hugging Face Hub or in its formats: VTAB's tasks as tar files, and any data set of one's own.
 
-An Arrow copy below `root` gives random access, so evaluation stays exact for any number of processes. Images are
-decoded when they are asked for; nothing that a data set brings along is ever run.
+An Arrow copy below `root` gives random access, so that evaluation is exact for any number of processes. Images are
+decoded when they are needed; no code of a data set is run.
 """
 
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
@@ -17,24 +17,26 @@ from torch import Tensor
 
 from datamodules.base import Task
 from datamodules.images import Images, as_labels, one_line, readable, to_rgb
+from datamodules.splits import Percent
+from datamodules.targets import Multiclass
 
 if TYPE_CHECKING:  # importing it takes more than a second
     from datasets import Dataset, DatasetDict
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "json", "txt")
-"""Where labels are looked for, in this order, unless `label_column` says."""
+"""Columns of labels, in order of preference, where `label_column` is null."""
 LABEL_KEYS = ("label", "cls", "class")
-"""Where they are looked for in a column of JSON."""
+"""Keys of labels in a column of JSON, in order of preference."""
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-"""What splits are called, in folders, in names of files and on the Hub."""
+"""Names of each split in folders, file names and on the Hub."""
 
 
 class HubImages:
-    """Images in a column of a table, coded as they were published (PNG, JPEG, WebP, ...).
+    """Images in a column of a table, still encoded (PNG, JPEG, WebP, ...); decoded on access.
 
     Args:
         rows: The table; the column holds the bytes of each image, or the path of its file.
@@ -62,11 +64,11 @@ class HubImages:
         return HubImages(self.rows.select(indices.tolist()), self.column, self.labels[indices])
 
     def name(self, index: int) -> str:
-        """Return the name of the image's file, or the image's place."""
+        """Return the name of the image's file, or the image's index."""
         return self._name(self.rows[index][self.column], index)
 
     def digest(self) -> str:
-        """Return a hash of every label and image as it is coded; of images that lie in files, as `FileImages` does."""
+        """Return a hash of every label and encoded image; of images in files, as `FileImages` does."""
         seen = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
         for batch in self.rows.iter(256):
             for cell in batch[self.column]:
@@ -91,57 +93,63 @@ class HubTask(Task):
     may lie in `root`, or in the repository's folder below it; otherwise they are downloaded.
     """
 
+    cut: ClassVar = {"val": Percent(10)}
     repository: str
     """The repository's name on the Hub."""
+    published: ClassVar[Sequence[str]] = ("train", "test")
+    """The splits that are taken from it."""
 
     def prepare_data(self) -> None:
         """Download what is not there yet, and make the copy with random access."""
-        self.parts()
+        self._tables()
 
-    def load(self) -> dict[str, Images]:
-        """Return the splits, with validation cut from train."""
-        parts = self.parts()
-        return {**self.split_off(parts["train"], val=len(parts["train"]) // 10), "test": parts["test"]}
+    def load(self) -> Mapping[str, Images]:
+        """Return the published train and test images."""
+        return self.parts()
 
     def relabel(self, labels: Tensor) -> Tensor:
-        """Return the task's class indices of the labels as they are published."""
+        """Return the class indices that published labels stand for; -1 for a label of no class."""
         return labels
 
-    def parts(self, splits: Sequence[str] = ("train", "test")) -> dict[str, HubImages]:
+    def parts(self) -> dict[str, HubImages]:
         """Return the images of the repository's splits.
 
         Raises:
-            MisconfigurationException: If they cannot be had; the message says which files belong where.
+            MisconfigurationException: If they cannot be had (the message says which files belong where) or a label is
+                of no class.
         """
-        folder = self.root / self.repository.partition("/")[2]
-        local = next((at for at in (folder, self.root) if any(at.glob(f"{splits[-1]}/*.tar"))), None)
-        source = str(local) if local else self.repository
-        files = {split: f"{split}/*.tar" for split in splits}
-        try:
-            tables = read(source, self.root, files)
-            parts = {split: _images(tables[split], None, None, source) for split in splits}
-        except OSError as error:
-            wanted = " and ".join(files.values())
-            raise MisconfigurationException(
-                f"{self.name} could not be had ({one_line(error)}); put {wanted} from "
-                f"https://huggingface.co/datasets/{self.repository} into {folder}, or name the folder that holds "
-                f"{splits[-1]}/ with --data.root."
-            ) from error
-        found = {}
-        for split, (rows, column, values, _) in parts.items():
+        source, tables = self._tables()
+        images = {}
+        for split in self.published:
+            rows, column, values, _ = _columns(tables[split], None, None, source)
             if not all(isinstance(value, int) for value in values):
                 raise MisconfigurationException(
                     f"{source} holds the label {values[0]!r} in {split}; it must be a number."
                 )
             labels = self.relabel(as_labels(values))
-            outside = labels[(labels < 0) | (labels >= self.num_classes)]
+            outside = labels[(labels < 0) | (labels >= self.target.outputs)]
             if len(outside):
                 raise MisconfigurationException(
                     f"{source} holds the label {int(outside[0])} in {split}; the classes of {self.name} are 0 to "
-                    f"{self.num_classes - 1}."
+                    f"{self.target.outputs - 1}."
                 )
-            found[split] = HubImages(rows, column, labels)
-        return found
+            images[split] = HubImages(rows, column, labels)
+        return images
+
+    def _tables(self) -> "tuple[str, DatasetDict]":
+        """Return the folder or repository that holds the tar files, and their tables."""
+        folder, last = self.root / self.repository.partition("/")[2], self.published[-1]
+        local = next((each for each in (folder, self.root) if any(each.glob(f"{last}/*.tar"))), None)
+        source = str(local) if local else self.repository
+        files = {split: f"{split}/*.tar" for split in self.published}
+        try:
+            return source, read(source, self.root, files)
+        except OSError as error:
+            raise MisconfigurationException(
+                f"{self.name} could not be had ({one_line(error)}); put {' and '.join(files.values())} from "
+                f"https://huggingface.co/datasets/{self.repository} into {folder}, or name the folder that holds "
+                f"{last}/ with --data.root."
+            ) from error
 
 
 class HuggingFaceImages(Task):
@@ -152,64 +160,80 @@ class HuggingFaceImages(Task):
 
     Args:
         name: A data set of the Hub, for example `zalando-datasets/fashion_mnist`, or a folder.
-        root: Folder for the download and its copy with random access.
         image_column: Column of images; null is the one that holds some.
         label_column: Column of labels, as `json.label` within JSON; null looks for one of the usual names.
-        batch_size: See `Task`.
-        augmentation: See `Task`.
-        num_workers: See `Task`.
-        seed: See `Task`.
-        protocol: See `Task`.
-
-    Raises:
-        MisconfigurationException: If the data set cannot be had, or has no such column; the message names those it has.
+        **kwargs: See `Task`; downloads and a copy with random access go to `root`.
     """
 
     def __init__(
-        self,
-        name: str,
-        root: str = "data",
-        image_column: str | None = None,
-        label_column: str | None = None,
-        batch_size: int = 256,
-        augmentation: str | None = None,
-        num_workers: int | None = None,
-        seed: int = 0,
-        protocol: str = "full",
+        self, name: str, image_column: str | None = None, label_column: str | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(root, batch_size, augmentation, num_workers, seed, protocol)
+        super().__init__(**kwargs)
+        self.source = name
+        self.image_column, self.label_column = image_column, label_column
         self.name = Path(name).resolve().name if Path(name).is_dir() else name.rpartition("/")[2]
-        try:
-            tables = _by_split(read(name, self.root), name)
-        except OSError as error:
-            raise MisconfigurationException(
-                f"data.name is {name!r}, which could not be had ({one_line(error)}); it must be a data set of the "
-                f"Hugging Face Hub or a folder."
-            ) from error
-        parts = {split: _images(table, image_column, label_column, name) for split, table in tables.items()}
-        names = parts["train"][3]
-        values = sorted(set(range(len(names)) if names else parts["train"][2]))
-        self.classes = names or [str(value) for value in values]
-        if len(self.classes) < 2:
-            raise MisconfigurationException(f"{name} has {len(self.classes)} classes; a task needs at least two.")
-        self._found: dict[str, Images] = {}
-        for split, (rows, column, labels, _) in parts.items():
-            place = {value: label for label, value in enumerate(values)}
-            unknown = next((label for label in labels if label not in place), None)
-            if unknown is not None or None in labels:
-                raise MisconfigurationException(
-                    f"The {split} split of {name} holds the label {unknown!r}; the classes of train are "
-                    f"{', '.join(self.classes[:10])}{', ...' if len(values) > 10 else ''}."
-                )
-            self._found[split] = HubImages(rows, column, as_labels([place[label] for label in labels]))
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            raise MisconfigurationException(f"data.name is {name!r}, but there is no such folder.")
+
+    def prepare_data(self) -> None:
+        """Download what is not there yet, and make the copy with random access.
+
+        Raises:
+            MisconfigurationException: If the data set cannot be had.
+        """
+        self._tables()
 
     def load(self) -> dict[str, Images]:
-        """Return the splits that are there, and cut the others from train."""
-        return self.complete(self._found)
+        """Return the splits that are there.
+
+        Raises:
+            MisconfigurationException: If the data set cannot be had, has no such column (the message names those it
+                has), or a label of a split never occurs in train.
+        """
+        columns = {
+            split: _columns(table, self.image_column, self.label_column, self.source)
+            for split, table in _by_split(self._tables(), self.source).items()
+        }
+        names = columns["train"].classes
+        values = list(range(len(names))) if names else sorted(set(columns["train"].labels) - {None})
+        classes = names or [str(value) for value in values]
+        self.target = Multiclass(classes)
+        indices = {value: label for label, value in enumerate(values)}
+        images: dict[str, Images] = {}
+        for split, (rows, column, labels, _) in columns.items():
+            unknown = next((label for label in labels if label not in indices), None)
+            if unknown is not None or None in labels:
+                raise MisconfigurationException(
+                    f"The {split} split of {self.source} holds the label {unknown!r}; the classes of train are "
+                    f"{', '.join(classes[:10])}{', ...' if len(values) > 10 else ''}."
+                )
+            images[split] = HubImages(rows, column, as_labels([indices[label] for label in labels]))
+        return images
+
+    def _tables(self) -> "DatasetDict":
+        try:
+            return read(self.source, self.root)
+        except OSError as error:
+            raise MisconfigurationException(
+                f"data.name is {self.source!r}, which could not be had ({one_line(error)}); it must be a data set of "
+                f"the Hugging Face Hub or a folder."
+            ) from error
+
+
+class _Columns(NamedTuple):
+    """What a table holds of one split."""
+
+    rows: "Dataset"
+    """The table with the column of images alone, not decoded."""
+    column: str
+    labels: list[Any]
+    """Label of each image, whole numbers or strings."""
+    classes: list[str]
+    """Class names, where the table has them."""
 
 
 def read(source: str, root: Path, files: dict[str, str] | None = None) -> "DatasetDict":
-    """Return the tables of a data set, with random access, by split.
+    """Return the tables of a data set by split, with random access.
 
     Args:
         source: Name on the Hub, or a folder: of webdataset tars, of Parquet files, or of images by class.
@@ -217,8 +241,8 @@ def read(source: str, root: Path, files: dict[str, str] | None = None) -> "Datas
         files: Patterns of the files of each split; None finds them.
 
     Raises:
-        OSError: If it cannot be had.
-        MisconfigurationException: If it is there and cannot be read; the message names it.
+        OSError: If it is not there and cannot be downloaded.
+        MisconfigurationException: If it cannot be read; the message names it.
     """
     import datasets
 
@@ -235,13 +259,13 @@ def read(source: str, root: Path, files: dict[str, str] | None = None) -> "Datas
         return datasets.load_dataset("imagefolder", data_dir=str(Path(source).resolve()), cache_dir=cache)
     except OSError:
         raise
-    except Exception as error:  # a torn archive may raise anything
+    except Exception as error:  # readers raise many kinds for a damaged archive
         reason = error.__cause__ or error
         raise MisconfigurationException(f"{source} cannot be read ({one_line(reason)}).") from error
 
 
 def _files_by_split(files: Sequence[str], source: str) -> dict[str, list[str]]:
-    """Return the files of each split, by a word of their folder or name; those without one are for training."""
+    """Return the files of each split, told by a word in their folder or name; files without one belong to train."""
     found: dict[str, list[str]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", str(Path(file).relative_to(Path(source).resolve())).lower())
@@ -251,7 +275,7 @@ def _files_by_split(files: Sequence[str], source: str) -> dict[str, list[str]]:
 
 
 def _by_split(tables: "DatasetDict", source: str) -> "dict[str, Dataset]":
-    """Return the tables under our names of splits; one alone is for training, whatever it is called."""
+    """Return the tables under our names of splits; a single one is train, whatever it is called."""
     found = {s: tables[name] for s, names in SPLIT_NAMES.items() for name in names if name in tables}
     if len(tables) == 1:
         found = {"train": next(iter(tables.values()))}
@@ -260,10 +284,8 @@ def _by_split(tables: "DatasetDict", source: str) -> "dict[str, Dataset]":
     return found
 
 
-def _images(
-    table: "Dataset", image_column: str | None, label_column: str | None, source: str
-) -> "tuple[Dataset, str, list[Any], list[str]]":
-    """Return undecoded images, their column, the label of each, and class names where the table has them."""
+def _columns(table: "Dataset", image_column: str | None, label_column: str | None, source: str) -> _Columns:
+    """Return the columns of images and labels, found where they are not named."""
     from datasets import ClassLabel
     from datasets import Image as Images
 
@@ -297,11 +319,12 @@ def _images(
         rows = table.select_columns([image]).cast_column(image, Images(decode=False))
     except Exception as error:
         raise MisconfigurationException(f"Column {image!r} of {source} holds no images; {there}.") from error
-    return rows, image, values, list(feature.names) if isinstance(feature, ClassLabel) and not keys else []
+    classes = list(feature.names) if isinstance(feature, ClassLabel) and not keys else []
+    return _Columns(rows, image, values, classes)
 
 
 def _holds_images(feature: Any) -> bool:
-    """Return whether a column holds images, or what other libraries write for them into Parquet."""
+    """Return whether a column holds images, also as other libraries write them to Parquet: bytes and a path."""
     from datasets import Image as Images
 
     return isinstance(feature, Images) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})

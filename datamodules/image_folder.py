@@ -1,13 +1,14 @@
 """One's own images: a folder of splits, each a folder of classes."""
 
 from pathlib import Path
+from typing import Any
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.base import SPLITS, Task
-from datamodules.images import FileImages
+from datamodules.images import FileImages, Images, as_labels
+from datamodules.targets import Multiclass
 
 
 class ImageFolder(Task):
@@ -18,66 +19,61 @@ class ImageFolder(Task):
 
     Args:
         root: Folder that holds `train/`.
-        batch_size: See `Task`.
-        augmentation: See `Task`.
-        num_workers: See `Task`.
-        seed: See `Task`.
-        protocol: See `Task`.
+        **kwargs: See `Task`.
 
     Raises:
-        MisconfigurationException: If the folder is not laid out like that; the message names what is wrong.
+        MisconfigurationException: If there is no such folder.
     """
 
-    def __init__(
-        self,
-        root: str,
-        batch_size: int = 256,
-        augmentation: str | None = None,
-        num_workers: int | None = None,
-        seed: int = 0,
-        protocol: str = "full",
-    ) -> None:
-        super().__init__(root, batch_size, augmentation, num_workers, seed, protocol)
+    def __init__(self, root: str, **kwargs: Any) -> None:
+        super().__init__(root, **kwargs)
+        self.name = self.root.resolve().name
         if not (self.root / "train").is_dir():
             raise MisconfigurationException(
                 f"{self.root} has no folder train/; images belong into {self.root}/train/<class>/<image>."
             )
-        self.name = self.root.resolve().name
-        self.classes = _classes(self.root / "train")
-        if len(self.classes) < 2:
-            raise MisconfigurationException(
-                f"{self.root / 'train'} holds {len(self.classes)} classes; a task needs at least two folders of images."
-            )
 
-    def load(self) -> dict[str, FileImages]:
-        """Return the splits that are there, and cut the others from train."""
-        return self.complete({s: self._read(self.root / s) for s in SPLITS if (self.root / s).is_dir()})
+    def load(self) -> dict[str, Images]:
+        """Return the splits that are there.
 
-    def _read(self, folder: Path) -> FileImages:
-        classes = _classes(folder)
-        if classes != self.classes:
-            absent, unknown = set(self.classes) - set(classes), set(classes) - set(self.classes)
-            said = [f"lacks {sorted(absent)[:5]}"] * bool(absent) + [f"adds {sorted(unknown)[:5]}"] * bool(unknown)
+        Raises:
+            MisconfigurationException: If a folder is not laid out as above; the message names what is wrong.
+        """
+        classes = _folders(self.root / "train")
+        if len(classes) < 2:
             raise MisconfigurationException(
-                f"Classes must agree between splits: compared with train, {folder} {' and '.join(said)}."
+                f"{self.root / 'train'} holds {len(classes)} classes; a task needs at least two folders of images."
             )
-        files, labels = [], []
-        for label, name in enumerate(classes):
-            found = sorted(path for path in (folder / name).rglob("*") if _is_image(path, folder))
-            if not found:
-                raise MisconfigurationException(
-                    f"{folder / name} holds no images; known endings are {', '.join(IMG_EXTENSIONS)}."
-                )
-            files += [str(path.relative_to(folder)) for path in found]
-            labels += [label] * len(found)
-        return FileImages(folder, files, torch.tensor(labels))
+        self.target = Multiclass(classes)
+        return {split: _read(self.root / split, classes) for split in SPLITS if (self.root / split).is_dir()}
+
+
+def _read(folder: Path, classes: list[str]) -> FileImages:
+    """Return the images of a split, whose folders must be the classes."""
+    found = _folders(folder)
+    if found != classes:
+        absent, unknown = set(classes) - set(found), set(found) - set(classes)
+        differences = [f"lacks {sorted(absent)[:5]}"] * bool(absent) + [f"adds {sorted(unknown)[:5]}"] * bool(unknown)
+        raise MisconfigurationException(
+            f"Classes must agree between splits: compared with train, {folder} {' and '.join(differences)}."
+        )
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        images = sorted(path for path in (folder / name).rglob("*") if _is_image(path, folder))
+        if not images:
+            raise MisconfigurationException(
+                f"{folder / name} holds no images; known endings are {', '.join(IMG_EXTENSIONS)}."
+            )
+        files += [str(path.relative_to(folder)) for path in images]
+        labels += [label] * len(images)
+    return FileImages(folder, files, as_labels(labels))
 
 
 def _is_image(path: Path, folder: Path) -> bool:
-    """Return whether a file's name says so; hidden ones, as macOS leaves beside each image, are none."""
+    """Return whether a file's ending is an image's; hidden files, as macOS leaves beside each image, are none."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return path.suffix.lower() in IMG_EXTENSIONS and not hidden and not path.is_dir()
 
 
-def _classes(folder: Path) -> list[str]:
+def _folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,4 +1,4 @@
-"""Where the images of a split come from: an array in memory, or files on disk. Both give PIL images by index."""
+"""The images of a split by index, from an array in memory or files on disk, and their conversion to RGB."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Labelled(Protocol):
-    """A labelled, ordered set: of images, or of vectors that were images once."""
+    """A labelled, ordered set of images or vectors."""
 
     labels: Tensor
     """Class index of each, shape (n,), int64."""
@@ -26,7 +26,7 @@ class Labelled(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Return what a person would call it: its path, or its place in the array or file."""
+        """Return what a user knows it by: its path, or its index in the array or file."""
         ...
 
     def digest(self) -> str:
@@ -61,7 +61,7 @@ class ArrayImages:
         return ArrayImages(self.pixels[indices.numpy()], self.labels[indices])
 
     def name(self, index: int) -> str:
-        """Return the place of the image in its split."""
+        """Return the index of the image in its split."""
         return f"image {index}"
 
     def digest(self) -> str:
@@ -101,7 +101,7 @@ class FileImages:
         return self.files[index]
 
     def digest(self) -> str:
-        """Return a hash of every file's name, size, time of last change and label (reading all would cost a pass)."""
+        """Return a hash of every file's name, size, time of last change and label, without reading them."""
         seen = hashlib.blake2b(digest_size=16)
         for file, label in zip(self.files, self.labels.tolist(), strict=True):
             status = (self.root / file).stat()
@@ -110,18 +110,15 @@ class FileImages:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return any PIL image as RGB, 8 bits a channel, as the weights were evaluated: what torchvision and timm would do.
+    """Convert a PIL image of any mode to RGB, 8 bits a channel, as torchvision and timm do when weights are evaluated.
 
-    So transparency is dropped and the stored colours stay, CMYK is inverted without a colour profile, an animation is
-    its first frame, and a camera's EXIF orientation is not applied (`datasets` would: read its bytes with
-    `decode=False`). They differ for 16-bit grey (modes `I;16`, `I`), which PIL clips at 255: here it is scaled.
-
-    Args:
-        image: Of any mode; one that is not read yet is read here.
+    Transparency is dropped and the stored colours stay, CMYK is inverted without a colour profile, an animation is its
+    first frame, and a camera's EXIF orientation is not applied. (`datasets` applies it when it decodes, so its bytes
+    are read with `decode=False`.) 16-bit grey (modes `I;16` and `I`) is scaled to 8 bits, where PIL would clip at 255.
 
     Raises:
         ValueError: If the pixels' range is unknown: floats, or whole numbers outside 0 to 65,535.
-        OSError: If the file is truncated; PIL raises others too (see `readable`).
+        OSError: If the file is truncated; PIL raises other errors, too (see `readable`).
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range is unknown; store 8 or 16 bits a channel")
@@ -137,15 +134,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Say which image cannot be read, and why.
+    """Turn whatever PIL raises into one line.
 
     Raises:
-        MisconfigurationException: In place of what PIL raises; the message begins with `name`.
+        MisconfigurationException: With `name` and the reason.
     """
     try:
         yield
-    except Exception as error:  # a torn file may raise anything, in every format another thing
-        raise MisconfigurationException(f"{name} is not a readable image ({error}).") from error
+    except Exception as error:  # PIL raises many kinds for a damaged file
+        raise MisconfigurationException(f"{name} is not a readable image ({one_line(error)}).") from error
 
 
 def as_labels(values: Sequence[int] | np.ndarray) -> Tensor:
@@ -154,5 +151,5 @@ def as_labels(values: Sequence[int] | np.ndarray) -> Tensor:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says as one line, or its kind where it says nothing."""
+    """Return the message of an error in one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

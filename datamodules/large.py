@@ -1,7 +1,7 @@
-"""Larger tasks than VTAB's: ImageNet-1k, its second test set, and places."""
+"""Larger tasks than VTAB's: ImageNet-1k, ImageNetV2 and Places365."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.data import ImageNetInfo
@@ -10,24 +10,26 @@ from torchvision import datasets
 from datamodules.downloads import Download, DownloadedTask, read_lines
 from datamodules.hub import HubTask
 from datamodules.images import FileImages, Images
+from datamodules.splits import Percent
+from datamodules.targets import Multiclass
 
 ARCHIVES = tuple(file for file, _ in datasets.imagenet.ARCHIVE_META.values())
-"""What ImageNet is published in."""
+"""The files of ImageNet."""
 
 
 class ImageNet1k(DownloadedTask):
     """1.3 million photographs in 1,000 classes (Russakovsky et al., 2015).
 
     The official 50,000 validation images are the test split; validation is a seeded stratified hundredth of the
-    1,281,167 training images. Class names are read with the data. `root` holds `train/<synset>/` and `val/<synset>/`,
+    1,281,167 training images. `root` holds `train/<synset>/` and `val/<synset>/`,
     or the archives of image-net.org, which asks for an account.
     """
 
     name = "imagenet1k"
-    classes: Sequence[str] = ("",) * 1000
+    cut: ClassVar = {"val": Percent(1, up=True)}
 
     def downloads(self) -> list[Download]:
-        """Return nothing: who has an account downloads the archives."""
+        """Return nothing: only those with an account can download the archives."""
         return []
 
     def prepare_data(self) -> None:
@@ -43,23 +45,16 @@ class ImageNet1k(DownloadedTask):
                     ) from error
 
     def read(self) -> dict[str, Images]:
-        """Return the official splits, with validation taken from train."""
-        return {**self.train_images(), "test": self._part("val")}
+        """Return the official training and validation images as train and test."""
+        return {"train": self.part("train"), "test": self.part("val")}
 
-    def train_images(self) -> dict[str, Images]:
-        """Return the training images, cut into train and validation."""
-        return self.cut(self._part("train"))
-
-    def cut(self, images: Images) -> dict[str, Images]:
-        """Cut the training images into train and validation."""
-        return self.split_off(images, val=len(images) - len(images) * 99 // 100)
-
-    def _part(self, part: str) -> FileImages:
-        """Return the images of a part, and let classes have their names."""
+    def part(self, folder: str) -> FileImages:
+        """Return the images of `train/` or `val/`, and set the target."""
         info = ImageNetInfo()
         synsets = info.label_names()
-        self.classes = [f"{info.label_name_to_description(synset)} ({synset})" for synset in synsets]  # two are "crane"
-        return self.class_folders(self.root / part, synsets)
+        names = [f"{info.label_name_to_description(synset)} ({synset})" for synset in synsets]  # two are called "crane"
+        self.target = Multiclass(names)
+        return self.class_folders(self.root / folder, synsets)
 
 
 class ImageNetV2(ImageNet1k, HubTask):
@@ -67,15 +62,16 @@ class ImageNetV2(ImageNet1k, HubTask):
 
     name = "imagenetv2"
     repository = "clip-benchmark/wds_imagenetv2"
+    published = ("test",)
 
     def prepare_data(self) -> None:
         """Unpack ImageNet where it is not yet, and download the new images."""
-        super().prepare_data()
-        self.parts(["test"])
+        ImageNet1k.prepare_data(self)
+        HubTask.prepare_data(self)
 
     def read(self) -> dict[str, Images]:
-        """Return ImageNet's training images, cut, and the new ones."""
-        return {**self.train_images(), **self.parts(["test"])}
+        """Return ImageNet's training images, and the new ones as test."""
+        return {"train": self.part("train"), **self.parts()}
 
 
 class Places365(DownloadedTask):
@@ -86,7 +82,7 @@ class Places365(DownloadedTask):
     """
 
     name = "places365"
-    classes: Sequence[str] = ("",) * 365
+    cut: ClassVar = {"val": Percent(1, up=True)}
 
     def downloads(self) -> list[Download]:
         """Return the lists, and the archives of small images."""
@@ -101,14 +97,11 @@ class Places365(DownloadedTask):
         ]
 
     def read(self) -> dict[str, Images]:
-        """Return the official splits, with validation taken from train."""
+        """Return the official training and validation images as train and test."""
         categories, train, test = (self.root / name for name, _ in self.downloads()[0].contents)
-        self.classes = [line.split()[0][3:] for line in self.class_names(categories, 365)]  # `/a/airfield 0`
-        return {**self.cut(self._listed(train, "data_256")), "test": self._listed(test, "val_256")}
-
-    def cut(self, images: Images) -> dict[str, Images]:
-        """Cut the training images into train and validation."""
-        return self.split_off(images, val=len(images) - len(images) * 99 // 100)
+        lines = self.class_names(categories, 365)  # `/a/airfield 0`
+        self.target = Multiclass([line.split()[0][3:] for line in lines])
+        return {"train": self._listed(train, "data_256"), "test": self._listed(test, "val_256")}
 
     def _listed(self, file: Path, folder: str) -> FileImages:
         """Return the images of a list with lines like `/a/airfield/00000001.jpg 0`: a path and the class index."""

@@ -1,7 +1,7 @@
-"""Batches, one request at a time, so that the same images come together for any number of processes and workers.
+"""Batches that hold the same images for any number of processes and workers.
 
-A sampler says which images it wants (`Request`), a data set answers with a whole `Batch`. A request carries the
-epoch, so that augmentation is a function of (seed, epoch, index) even in worker processes that never hear of epochs.
+A sampler yields a `Request` for each batch, and a data set answers it with a `Batch`. A request carries the epoch, so
+that augmentation is a function of (seed, epoch, index) also in worker processes, which are not told the epoch.
 """
 
 import zlib
@@ -19,30 +19,31 @@ from datamodules.transforms import Preprocessing, Transform, normalise
 
 
 class Request(NamedTuple):
-    """The images one process wants of one batch."""
+    """The images that one process needs of one batch."""
 
     indices: list[int]
-    """Places in the split."""
+    """Indices into the split."""
     total: int
-    """Images in the whole batch, over all processes."""
+    """Images in the batch, over all processes."""
     epoch: int
+    """Which augmentation is drawn, or which view of the features is read."""
 
 
 class Batch(NamedTuple):
-    """What one process sees of one batch."""
+    """What one process gets of one batch."""
 
     inputs: Tensor
-    """Images, shape (b, 3, H, W), or representations, shape (b, D)."""
+    """Images, shape (b, 3, H, W), or features, shape (b, D)."""
     labels: Tensor
     """Class indices, shape (b,)."""
     indices: Tensor
-    """Places in the split, shape (b,)."""
+    """Indices into the split, shape (b,)."""
     total: int
-    """Images in the whole batch, over all processes; b summed over them."""
+    """Images in the batch, over all processes; b summed over them."""
 
 
 class Rows(Protocol):
-    """A matrix of representations, possibly larger than memory, whose rows are picked by a tensor of indices."""
+    """A matrix of features, possibly larger than memory, whose rows are read by a tensor of indices."""
 
     def __getitem__(self, indices: Tensor) -> Tensor: ...
 
@@ -52,8 +53,8 @@ class Rows(Protocol):
 class RequestSampler(Sampler[Request]):
     """Cuts a split into batches and gives this process every `processes`-th image of each.
 
-    Every process makes the same number of requests, also where a last batch has fewer images than there are
-    processes and some request is empty: all of them then reach the same collectives.
+    Every process makes the same number of requests, also where the last batch has fewer images than there are
+    processes and some requests are empty: otherwise some would wait for others in a collective forever.
 
     Args:
         images: Images in the split.
@@ -96,43 +97,43 @@ class ImageBatches(Dataset[Batch]):
         transform: From a PIL image to pixels.
         preprocessing: With the `input_size` of an image, and `mean` and `std` of its normalisation.
         seed: Seed of the augmentation.
-        varied: Whether the transform draws from torch's random numbers. They are seeded for each image by (seed,
-            epoch, index) and left as they were; as there is one such state, images are then made one by one.
+        random: Whether the transform draws from torch's global generator. It is then seeded for each image by (seed,
+            epoch, index) and restored afterwards, and one thread makes all images, as there is one generator.
     """
 
     def __init__(
-        self, images: Images, transform: Transform, preprocessing: Preprocessing, seed: int, varied: bool
+        self, images: Images, transform: Transform, preprocessing: Preprocessing, seed: int, random: bool
     ) -> None:
         self.images = images
         self.transform = transform
         self.preprocessing = preprocessing
         self.seed = seed
-        self.varied = varied
+        self.random = random
 
     def __getitem__(self, request: Request) -> Batch:
         channels, height, width = self.preprocessing["input_size"]
         pixels = np.empty((len(request.indices), height, width, channels), np.uint8)
-        threads = 1 if self.varied else torch.get_num_threads()
+        threads = 1 if self.random else torch.get_num_threads()
 
-        def make(share: int) -> None:
-            for place in range(share, len(pixels), threads):
-                index = request.indices[place]
-                if self.varied:
+        def make(thread: int) -> None:
+            for row in range(thread, len(pixels), threads):
+                index = request.indices[row]
+                if self.random:
                     torch.default_generator.manual_seed(zlib.crc32(f"{self.seed}/{request.epoch}/{index}".encode()))
-                pixels[place] = self.transform(self.images[index]).permute(1, 2, 0).numpy()
+                pixels[row] = self.transform(self.images[index]).permute(1, 2, 0).numpy()
 
-        with torch.random.fork_rng(devices=[], enabled=self.varied), ThreadPoolExecutor(threads) as pool:
+        with torch.random.fork_rng(devices=[], enabled=self.random), ThreadPoolExecutor(threads) as pool:
             list(pool.map(make, range(threads)))
         indices = torch.tensor(request.indices, dtype=torch.int64)
         inputs = normalise(torch.from_numpy(pixels), self.preprocessing)
         return Batch(inputs, self.images.labels[indices], indices, request.total)
 
 
-class RepresentationBatches(Dataset[Batch]):
-    """Answers requests with representations, at memory speed.
+class FeatureBatches(Dataset[Batch]):
+    """Answers requests with features, at memory speed.
 
     Args:
-        views: One matrix of representations per view of the images; epoch e sees view e modulo their number.
+        views: One matrix of features per view of the images; epoch e reads view e modulo their number.
         labels: Class indices, shape (n,).
     """
 

@@ -1,9 +1,9 @@
-"""VTAB's natural tasks and CIFAR-10: photographs, downloaded to where torchvision would, with official test splits."""
+"""VTAB's natural tasks and CIFAR-10: photographs, downloaded to the folders that torchvision uses."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from datamodules.base import SPLITS
 from datamodules.downloads import Download, DownloadedTask, read_lines
 from datamodules.images import ArrayImages, FileImages, Images
 from datamodules.pickles import unpickle_arrays
-from datamodules.splits import stratified_split
+from datamodules.splits import Percent, stratified_split
+from datamodules.targets import Multiclass
 
 
 class CIFAR10(DownloadedTask):
@@ -25,7 +26,10 @@ class CIFAR10(DownloadedTask):
     """
 
     name = "cifar10"
-    classes: Sequence[str] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    cut: ClassVar = {"val": 0.1}
+    classes: ClassVar[Sequence[str]] = (
+        *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    )
     source: Any = datasets.CIFAR10
     labels_key = "labels"
 
@@ -38,9 +42,8 @@ class CIFAR10(DownloadedTask):
         ]
 
     def read(self) -> dict[str, Images]:
-        """Return the official splits, with validation taken from train."""
-        train, test = (self._batches(files) for files in (self.source.train_list, self.source.test_list))
-        return {**self.split_off(train, val=0.1), "test": test}
+        """Return the official training and test images."""
+        return {"train": self._batches(self.source.train_list), "test": self._batches(self.source.test_list)}
 
     def _batches(self, files: Sequence[Sequence[str]]) -> ArrayImages:
         """Return the images of pickled batches; a row holds 1,024 red, then green, then blue values."""
@@ -130,6 +133,7 @@ class OxfordIIITPet(DownloadedTask):
 
     name = "oxford_iiit_pet"
     group = "natural"
+    cut: ClassVar = {"val": 0.1}
     classes = (
         *("Abyssinian", "American Bulldog", "American Pit Bull Terrier", "Basset Hound", "Beagle", "Bengal", "Birman"),
         *("Bombay", "Boxer", "British Shorthair", "Chihuahua", "Egyptian Mau", "English Cocker Spaniel"),
@@ -148,8 +152,8 @@ class OxfordIIITPet(DownloadedTask):
         ]
 
     def read(self) -> dict[str, Images]:
-        """Return the official splits, with validation taken from the images for training and validation."""
-        return {**self.split_off(self._listed("trainval"), val=0.1), "test": self._listed("test")}
+        """Return the official images for training and validation as train, and those for test."""
+        return {"train": self._listed("trainval"), "test": self._listed("test")}
 
     def _listed(self, part: str) -> FileImages:
         """Return the images of a list with lines like `Abyssinian_100 1 1 1`: name, breed, species, breed of it."""
@@ -176,6 +180,7 @@ class Caltech101(DownloadedTask):
 
     name = "caltech101"
     group = "natural"
+    cut: ClassVar = {"val": 0.1}
     classes = (
         *("BACKGROUND_Google", "Faces", "Faces_easy", "Leopards", "Motorbikes", "accordion", "airplanes", "anchor"),
         *("ant", "barrel", "bass", "beaver", "binocular", "bonsai", "brain", "brontosaurus", "buddha", "butterfly"),
@@ -196,19 +201,16 @@ class Caltech101(DownloadedTask):
     """Images of each class for training and validation."""
 
     def downloads(self) -> list[Download]:
-        """Return the archive, in which another one holds the images."""
+        """Return the archive; another one in it holds the images."""
         folder, within = "101_ObjectCategories", "caltech-101/101_ObjectCategories.tar.gz"
         return [Download(self.url, self.md5, self.root / "caltech101" / "caltech-101.zip", folder, within)]
 
     def read(self) -> dict[str, Images]:
-        """Return the splits, cut here."""
-        return self.cut(self.class_folders(self.root / "caltech101" / "101_ObjectCategories"))
-
-    def cut(self, images: Images) -> dict[str, Images]:
-        """Cut all images into the splits."""
+        """Return 30 images of each class as train, and the others as test."""
+        images = self.class_folders(self.root / "caltech101" / "101_ObjectCategories")
         each = dict.fromkeys(images.labels.unique().tolist(), self.per_class)
-        rest, chosen = (images.subset(piece) for piece in stratified_split(images.labels, [each], self.seed))
-        return {**self.split_off(chosen, val=0.1), "test": rest}
+        test, train = (images.subset(piece) for piece in stratified_split(images.labels, [each], self.seed))
+        return {"train": train, "test": test}
 
 
 class DTD(DownloadedTask):
@@ -238,7 +240,7 @@ class DTD(DownloadedTask):
             file = folder / "labels" / f"{split}1.txt"
             names = read_lines(file)
             images[split] = self.image_files(
-                folder / "images", names, self.class_places([name.partition("/")[0] for name in names], file)
+                folder / "images", names, self.named_class_indices([name.partition("/")[0] for name in names], file)
             )
         return images
 
@@ -252,6 +254,7 @@ class SVHN(DownloadedTask):
 
     name = "svhn"
     group = "natural"
+    cut: ClassVar = {"val": Percent(10, up=True)}
     classes = tuple("0123456789")
 
     def downloads(self) -> list[Download]:
@@ -260,13 +263,9 @@ class SVHN(DownloadedTask):
         return [Download(parts[part][0], parts[part][2], self.root / parts[part][1]) for part in ("train", "test")]
 
     def read(self) -> dict[str, Images]:
-        """Return the official splits, with validation taken from train."""
+        """Return the official training and test images."""
         train, test = (self._part(download.file) for download in self.downloads())
-        return {**self.cut(train), "test": test}
-
-    def cut(self, images: Images) -> dict[str, Images]:
-        """Cut the training images into train and validation."""
-        return self.split_off(images, val=len(images) - len(images) * 90 // 100)
+        return {"train": train, "test": test}
 
     def _part(self, file: Path) -> ArrayImages:
         """Return the images of a file: an array (32, 32, 3, n), and labels 1 to 10, where 10 is the digit 0."""
@@ -283,7 +282,7 @@ class SUN397(DownloadedTask):
 
     name = "sun397"
     group = "natural"
-    classes: Sequence[str] = ("",) * 397
+    cut: ClassVar = {"val": Percent(10), "test": Percent(20)}
 
     def downloads(self) -> list[Download]:
         """Return the archive."""
@@ -291,16 +290,12 @@ class SUN397(DownloadedTask):
         return [Download(source._DATASET_URL, source._DATASET_MD5, self.root / "SUN397.tar.gz", "SUN397")]
 
     def read(self) -> dict[str, Images]:
-        """Return the splits, cut here; `ClassName.txt` has lines like `/a/apartment_building/outdoor`."""
+        """Return all images as train; `ClassName.txt` has lines like `/a/apartment_building/outdoor`."""
         folder = self.root / "SUN397"
-        self.classes = [name[3:] for name in self.class_names(folder / "ClassName.txt", 397)]
+        self.target = Multiclass([name[3:] for name in self.class_names(folder / "ClassName.txt", 397)])
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("sun_*.jpg"))
-        labels = self.class_places([file[2 : file.rindex("/")] for file in files], folder)
-        return self.cut(self.image_files(folder, files, labels))
-
-    def cut(self, images: Images) -> dict[str, Images]:
-        """Cut all images into the splits."""
-        return self.split_off(images, val=len(images) * 10 // 100, test=len(images) * 20 // 100)
+        labels = self.named_class_indices([file[2 : file.rindex("/")] for file in files], folder)
+        return {"train": self.image_files(folder, files, labels)}
 
 
 def _variable(file: Path, name: str) -> np.ndarray:
@@ -309,7 +304,7 @@ def _variable(file: Path, name: str) -> np.ndarray:
 
     try:
         return loadmat(file)[name]
-    except Exception as error:  # a torn file may raise anything
+    except Exception as error:  # a damaged file may raise anything
         raise MisconfigurationException(f"{file} cannot be read ({error!r}).") from error
 
 

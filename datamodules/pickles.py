@@ -1,4 +1,4 @@
-"""Arrays out of Python pickles, without running what else may be in them."""
+"""Read NumPy arrays from Python pickles without running any code in them."""
 
 import codecs
 import pickle
@@ -9,6 +9,8 @@ import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy._core.multiarray import _reconstruct
 
+from datamodules.images import one_line
+
 ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -16,11 +18,11 @@ ALLOWED = {
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): codecs.encode,
 }
-"""All that a pickle may name: what an array is made with, as old and new versions of NumPy call it."""
+"""The only functions and classes that a pickle may name: those that make arrays, in old and new versions of NumPy."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds arrays and Python's own containers, and refuses everything else."""
+    """Unpickles arrays and Python's own containers, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
@@ -29,13 +31,13 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def unpickle_arrays(path: Path) -> Any:
-    """Return what a pickle of arrays holds; strings of Python 2 are read as Latin-1, as their arrays need.
+    """Return the content of a pickle of arrays; strings of Python 2 are decoded as Latin-1, as NumPy's bytes need.
 
     Raises:
-        MisconfigurationException: If the file is torn, or holds code, which is never run.
+        MisconfigurationException: If the file is damaged, or holds code, which is never run.
     """
     try:
         with path.open("rb") as file:
             return _ArrayUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a torn pickle may raise anything
-        raise MisconfigurationException(f"{path} cannot be read ({error}).") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        raise MisconfigurationException(f"{path} cannot be read ({one_line(error)}).") from error

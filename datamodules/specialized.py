@@ -1,10 +1,11 @@
-"""VTAB's specialized tasks: satellites' and medical images, in which colour and orientation carry meaning."""
+"""VTAB's specialized tasks: satellite and medical images, in which colour and orientation carry meaning."""
 
 from typing import ClassVar, Literal
 
 from datamodules.downloads import Download, DownloadedTask
 from datamodules.hub import HubTask
 from datamodules.images import Images
+from datamodules.splits import Percent
 
 
 class PatchCamelyon(HubTask):
@@ -26,6 +27,7 @@ class EuroSAT(DownloadedTask):
     """
 
     name = "eurosat"
+    cut: ClassVar = {"val": Percent(20), "test": Percent(20)}
     group: Literal["specialized"] = "specialized"
     classes = (
         *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop"),
@@ -39,12 +41,8 @@ class EuroSAT(DownloadedTask):
         return [Download(f"{self.url}EuroSAT.zip", self.md5, self.root / "eurosat" / "EuroSAT.zip", "2750")]
 
     def read(self) -> dict[str, Images]:
-        """Return the splits, cut here."""
-        return self.cut(self.class_folders(self.root / "eurosat" / "2750"))
-
-    def cut(self, images: Images) -> dict[str, Images]:
-        """Cut all images into the splits."""
-        return self.split_off(images, val=len(images) * 20 // 100, test=len(images) * 20 // 100)
+        """Return all images as train."""
+        return {"train": self.class_folders(self.root / "eurosat" / "2750")}
 
 
 class RESISC45(HubTask):

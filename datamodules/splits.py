@@ -2,19 +2,39 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def stratified_split(labels: Tensor, parts: Sequence[float | Mapping[int, int]], seed: int) -> list[Tensor]:
+class Percent(NamedTuple):
+    """A part as large as so many whole percent of all images, in proportion to the classes.
+
+    A `float` is another thing: that share of each class by itself, so that the sum of rounded shares is the size.
+    """
+
+    percent: int
+    up: bool = False
+    """Whether a broken number of images is rounded up: what remains beside the `100 - percent` before it."""
+
+    def of(self, images: int) -> int:
+        """Return the number of images."""
+        return -(-images * self.percent // 100) if self.up else images * self.percent // 100
+
+
+Part = float | Percent | Mapping[int, int]
+"""Size of a part: a share of each class (0.2), whole percent of all images, a number of images (200), or of each class
+({0: 30, 1: 30})."""
+
+
+def stratified_split(labels: Tensor, parts: Sequence[Part], seed: int) -> list[Tensor]:
     """Cut a labelled set into a rest and seeded, disjoint parts that hold the same share of every class.
 
     Args:
         labels: Class index of each image, shape (n,).
-        parts: Share of each class that goes into each part, for example `[0.2, 0.2]`; or, as a whole number, how many
-            images a part has, shared out in proportion, and by largest remainder what is left over; or how many of
-            each class.
+        parts: Size of each part, see `Part`. What whole numbers of images leave over after sharing them out in
+            proportion to the classes goes by largest remainder.
         seed: The split depends on the labels and this number alone.
 
     Returns:
@@ -25,7 +45,9 @@ def stratified_split(labels: Tensor, parts: Sequence[float | Mapping[int, int]],
     left = dict(counts)
     sizes: list[float | Mapping[int, int]] = []
     for part in parts:
-        size = _in_proportion(left, part, seed) if isinstance(part, int) else part
+        size = part.of(len(labels)) if isinstance(part, Percent) else part
+        if isinstance(size, int):
+            size = _in_proportion(left, size, seed)
         if isinstance(size, Mapping):
             left = {label: count - size[label] for label, count in left.items()}
         sizes.append(size)
@@ -34,9 +56,9 @@ def stratified_split(labels: Tensor, parts: Sequence[float | Mapping[int, int]],
         members = (labels == label).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{label}".encode()))
         members = members[torch.randperm(len(members), generator=generator)]
-        for place, part in enumerate(sizes, start=1):
-            take = part[label] if isinstance(part, Mapping) else min(max(1, round(part * count)), len(members) - 1)
-            chosen[place].append(members[:take])
+        for index, size in enumerate(sizes, start=1):
+            take = size[label] if isinstance(size, Mapping) else min(max(1, round(size * count)), len(members) - 1)
+            chosen[index].append(members[:take])
             members = members[take:]
         chosen[0].append(members)
     return [torch.cat(pieces).sort().values for pieces in chosen]
@@ -49,10 +71,10 @@ def _in_proportion(counts: Mapping[int, int], size: int, seed: int) -> dict[int,
     """
     total = sum(counts.values())
     exact = {label: divmod(count * size, total) for label, count in counts.items()}
-    taken = {label: whole for label, (whole, _) in exact.items()}
+    taken = {label: floor for label, (floor, _) in exact.items()}
     labels = list(counts)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-    order.sort(key=lambda place: -exact[labels[place]][1])
-    for place in order[: size - sum(taken.values())]:
-        taken[labels[place]] += 1
+    order.sort(key=lambda index: -exact[labels[index]][1])
+    for index in order[: size - sum(taken.values())]:
+        taken[labels[index]] += 1
     return taken

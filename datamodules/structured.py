@@ -1,8 +1,8 @@
-"""VTAB's structured tasks: what is where in an image, so images are squashed whole and never cropped or flipped."""
+"""VTAB's structured tasks: what is where in an image, so images are resized without a crop and never augmented."""
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from torchvision import datasets
 
 from datamodules.downloads import Download, DownloadedTask, read_lines
 from datamodules.hub import HubTask
-from datamodules.images import FileImages, Images
+from datamodules.images import FileImages, Images, as_labels
+from datamodules.splits import Percent
 
 CLEVR_DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)
-"""Where VTAB's classes of the closest object's distance from CLEVR's camera begin, after the first (at 0)."""
+"""Lower bounds of VTAB's classes of the closest object's distance from CLEVR's camera, after the first (0)."""
 KITTI_DISTANCES = (8.0, 20.0, 999.0)
-"""Where VTAB's classes of the closest vehicle's distance begin, after the first, in metres; the last is no vehicle."""
+"""Lower bounds of VTAB's classes of the closest vehicle's distance in metres, after the first; the last has none."""
 VEHICLES = ("Car", "Van", "Truck")
 
 
@@ -29,6 +30,7 @@ class CLEVRCount(DownloadedTask):
     """
 
     name = "clevr_count"
+    cut: ClassVar = {"val": Percent(10, up=True)}
     group: Literal["structured"] = "structured"
     classes = tuple(str(number) for number in range(3, 11))
 
@@ -38,13 +40,8 @@ class CLEVRCount(DownloadedTask):
         return [Download(source._URL, source._MD5, folder / Path(source._URL).name, "CLEVR_v1.0")]
 
     def read(self) -> dict[str, Images]:
-        """Return the official splits, with validation taken from train."""
-        train, test = (self._part(part) for part in ("train", "val"))
-        return {**self.cut(train), "test": test}
-
-    def cut(self, images: Images) -> dict[str, Images]:
-        """Cut the training images into train and validation."""
-        return self.split_off(images, val=len(images) - len(images) * 90 // 100)
+        """Return the official training and validation images as train and test."""
+        return {"train": self._part("train"), "test": self._part("val")}
 
     def label_of(self, objects: list[dict[str, Any]]) -> int:
         """Return the class index of a scene with these objects."""
@@ -97,8 +94,8 @@ class KITTIDistance(DownloadedTask):
     """7,481 photographs from a car: how far is the closest vehicle? (Geiger et al., 2012.)
 
     Only images for training have annotations, so all splits are cut from them. Neighbouring frames of a drive look
-    alike: as in VTAB a drive lies in one split as a whole, a tenth of the drives each in validation and test. Which
-    ones is seeded here.
+    alike: as in VTAB all of a drive lie in one split, a tenth of the drives each in validation and test. Which ones is
+    seeded here.
     """
 
     name = "kitti_distance"
@@ -106,7 +103,7 @@ class KITTIDistance(DownloadedTask):
     classes = ("below 8 m", "8 to 20 m", "above 20 m", "no vehicle")
 
     def downloads(self) -> list[Download]:
-        """Return the archives of images, of annotations, and of what tells an image's drive."""
+        """Return the archives of images, of annotations, and of each image's drive."""
         folder, url = self.root / "Kitti" / "raw", datasets.Kitti.data_url
         parts = {"image_2": "training/image_2", "label_2": "training/label_2"}
         files = [
@@ -115,30 +112,26 @@ class KITTIDistance(DownloadedTask):
         return [*files, Download(f"{url}devkit_object.zip", None, folder / "devkit_object.zip", "mapping")]
 
     def read(self) -> dict[str, Images]:
-        """Return the splits, cut by drives."""
+        """Return the three splits; a seeded tenth of the drives each is for validation and test."""
         folder = self.root / "Kitti" / "raw"
         files = sorted((folder / "training" / "image_2").glob("*.png"))
         labels = [self._label(folder / "training" / "label_2" / f"{file.stem}.txt") for file in files]
         images = FileImages(files[0].parent, [file.name for file in files], self.class_indices(labels, folder))
-        drives = self._drives(folder / "mapping")
-        return self.cut(images, [drives[int(file.stem)] for file in files])
-
-    def cut(self, images: Images, drives: list[str]) -> dict[str, Images]:
-        """Cut all images into the splits, given the drive of each."""
+        of_image = self._drives(folder / "mapping")
+        drives = [of_image[int(file.stem)] for file in files]
         known = sorted(set(drives))
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(self.seed)).tolist()
         part = max(1, len(known) // 10)
-        split = {
-            known[drive]: ("test" if i < part else "val" if i < 2 * part else "train") for i, drive in enumerate(order)
+        chosen = {"train": order[2 * part :], "val": order[part : 2 * part], "test": order[:part]}
+        split_of = {known[drive]: split for split, numbers in chosen.items() for drive in numbers}
+        return {
+            split: images.subset(as_labels([i for i, drive in enumerate(drives) if split_of[drive] == split]))
+            for split in chosen
         }
-        places = {
-            name: [i for i, drive in enumerate(drives) if split[drive] == name] for name in ("train", "val", "test")
-        }
-        return {name: images.subset(torch.tensor(found, dtype=torch.int64)) for name, found in places.items()}
 
     @staticmethod
     def _label(file: Path) -> int:
-        """Return the class index of an annotation, whose lines are 15 words: a type first, a depth z the 14th."""
+        """Return the class index of an annotation; its lines are 15 words, type first and depth z 14th."""
         try:
             objects = [line.split() for line in read_lines(file)]
             return _bin(
@@ -149,13 +142,11 @@ class KITTIDistance(DownloadedTask):
 
     @staticmethod
     def _drives(folder: Path) -> list[str]:
-        """Return the drive of each image: `train_rand.txt` has the line, from 1, that it has in `train_mapping.txt`."""
+        """Return the drive of each image: `train_rand.txt` holds its line in `train_mapping.txt`, counted from 1."""
         lines = read_lines(folder / "train_mapping.txt")
         try:
-            places = [
-                int(number) for number in " ".join(read_lines(folder / "train_rand.txt")).replace(",", " ").split()
-            ]
-            return [lines[place - 1].split()[1] for place in places]
+            numbers = " ".join(read_lines(folder / "train_rand.txt")).replace(",", " ").split()
+            return [lines[int(number) - 1].split()[1] for number in numbers]
         except (IndexError, ValueError) as error:
             raise MisconfigurationException(f"{folder} does not say which drive each image is of ({error}).") from error
 
@@ -170,12 +161,12 @@ class DSpritesLocation(HubTask):
     group = "structured"
     repository = "clip-benchmark/wds_vtab-dsprites_label_x_position"
     values = 32
-    classes = tuple(f"bin {place}" for place in range(16))
+    classes = tuple(f"bin {index}" for index in range(16))
 
     def relabel(self, labels: Tensor) -> Tensor:
-        """Return the bin of each of the original values."""
+        """Return the bin of each original value."""
         inside = (labels >= 0) & (labels < self.values)
-        return torch.where(inside, labels * self.num_classes // self.values, -1)
+        return torch.where(inside, labels * self.target.outputs // self.values, -1)
 
 
 class DSpritesOrientation(DSpritesLocation):
@@ -212,6 +203,6 @@ class SmallNORBElevation(SmallNORBAzimuth):
     classes = tuple(f"{degrees} degrees" for degrees in range(30, 75, 5))
 
 
-def _bin(value: float, starts: tuple[float, ...]) -> int:
-    """Return how many classes begin below a value, whose own class that is."""
-    return int(np.searchsorted(starts, value, side="left"))
+def _bin(value: float, bounds: tuple[float, ...]) -> int:
+    """Return the class of a value: the number of lower bounds below it."""
+    return int(np.searchsorted(bounds, value, side="left"))

@@ -1,4 +1,4 @@
-"""From a PIL image to the backbone's input: the evaluation view, training augmentations by name, normalisation."""
+"""From a PIL image to the backbone's input: evaluation transform, training augmentations by name, normalisation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +17,12 @@ Preprocessing = dict[str, Any]
 
 
 def evaluation(preprocessing: Preprocessing) -> Transform:
-    """Return the backbone's own evaluation view: resize and centre crop; nothing random."""
+    """Return the backbone's own evaluation transform: resize and centre crop, nothing random."""
     return create_transform(**preprocessing, is_training=False, normalize=False)
 
 
 def squashed(preprocessing: Preprocessing) -> Preprocessing:
-    """Return the preprocessing that keeps the whole image: resized to the input size whatever its shape, no crop."""
+    """Return the preprocessing without its crop: images of any shape are resized to the input size as they are."""
     return preprocessing | {"crop_pct": 1.0, "crop_mode": "squash"}
 
 
@@ -45,9 +45,9 @@ def paper(preprocessing: Preprocessing) -> Transform:
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return pixels as the backbone wants them: over 255, less the mean, over the standard deviation of each channel.
+    """Divide pixels by 255, subtract the mean and divide by the standard deviation of each channel.
 
-    Each pass goes along whole rows of pixels, several times faster than along the three channels of one.
+    Mean and deviation are repeated for a row of pixels: several times faster than broadcasting over three channels.
 
     Args:
         pixels: Images with their channels last, shape (B, H, W, C), uint8.
@@ -63,4 +63,4 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 AUGMENTATIONS: dict[str, Callable[[Preprocessing], Transform]] = {"none": evaluation, "paper": paper}
-"""Training views by name; a new one is a function above and a line here."""
+"""Transforms of training images by name; a new one is a function above and a line here."""

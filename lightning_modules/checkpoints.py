@@ -1,4 +1,4 @@
-"""When and how the state of a run is written: often enough to lose little, seldom enough to cost little, and whole."""
+"""When and how the state of a run is written: often enough to lose little, seldom enough to cost little, atomically."""
 
 import io
 import time
@@ -11,35 +11,31 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.files import sweep, whole
+from lightning_modules.backbones import weights
+from lightning_modules.files import atomic, remove_unfinished, writing
 
+FORMAT = 1
+"""Number of the layout of checkpoints; to be raised where an older one can no longer be read."""
 PAUSE = 5.0
 """Seconds between two writes, at least."""
 SHARE = 0.05
 """Share of the time that may go into writing."""
 
 
-def check_belonging(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint that rests on something else than the run at hand.
-
-    Args:
-        theirs: What the checkpoint says of itself.
-        mine: What it would have to say.
+def read(path: Path) -> dict[str, Any]:
+    """Return a checkpoint; no code in it is run.
 
     Raises:
-        MisconfigurationException: If they differ; the message names the first difference.
+        MisconfigurationException: If the file is no checkpoint, is cut short, or has another `FORMAT`.
     """
-    for what, value in mine.items():
-        if theirs.get(what) != value:
-            raise MisconfigurationException(
-                f"The checkpoint does not belong here: its {what} is {_short(theirs.get(what))}, not {_short(value)}; "
-                f"take the configuration of its own run."
-            )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    checkpoint = weights.read_torch(path, "checkpoint")
+    number = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if number != FORMAT:
+        found = "no checkpoint of this project" if number is None else f"a checkpoint of format {number}"
+        raise MisconfigurationException(
+            f"{path} holds {found}, where format {FORMAT} is read; name a checkpoint that a fit of this version left."
+        )
+    return checkpoint
 
 
 class Checkpoints(Checkpoint):
@@ -66,8 +62,8 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the old checkpoint and renames: Lightning's own way goes through another file system."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Reads and writes checkpoints of this `FORMAT`; Lightning's own way of writing may leave half of one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
@@ -76,15 +72,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
             MisconfigurationException: If the disk does not take it; the checkpoint before it stays.
         """
         content = io.BytesIO()
-        torch.save(checkpoint, content)
+        torch.save(checkpoint | {"format": FORMAT}, content)
         path = Path(path)
-        try:
+        with writing(path, "make room, and go on with --ckpt_path last"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(path.parent)
-            with whole(path) as file:
+            remove_unfinished(path.parent)
+            with atomic(path) as file:
                 file.write_bytes(content.getbuffer())
-        except OSError as error:
-            raise MisconfigurationException(
-                f"The checkpoint {path} cannot be written ({error.strerror or error}); make room, and go on with "
-                f"--ckpt_path last."
-            ) from error
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Return a checkpoint, as `read` does."""
+        return read(Path(path))

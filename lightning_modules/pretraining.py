@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_modules import provenance
 from lightning_modules.backbones.build import (
     PretrainedCfgOverlay,
     as_call,
@@ -22,7 +23,6 @@ from lightning_modules.backbones.build import (
     timm_preprocessing,
 )
 from lightning_modules.backbones.weights import is_part_of
-from lightning_modules.checkpoints import check_belonging
 from lightning_modules.files import atomic, writing
 from lightning_modules.objectives import CrossEntropy, Objective
 
@@ -122,18 +122,14 @@ class Pretraining(LightningModule):
         checkpoint["pretraining"] = self._provenance()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another training, see `check_checkpoint`."""
-        self.check_checkpoint(checkpoint)
-
-    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another training; needs the trainer and the task, but not the network.
+        """Refuse a checkpoint of another training.
 
         Raises:
             MisconfigurationException: If something differs that the training depends on; the message names it.
         """
         if "pretraining" not in checkpoint:
             raise MisconfigurationException("The checkpoint is not one of Pretraining; name one that its fit left.")
-        check_belonging(checkpoint["pretraining"], self._provenance())
+        provenance.check(checkpoint["pretraining"], self._provenance())
 
     def _provenance(self) -> dict[str, Any]:
         task = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -27,8 +28,8 @@ from lightning_modules.subsets.plan import Plan, Probe, mean_by_fraction
 from lightning_modules.subsets.selections import Layer
 
 PAPER_FRACTIONS = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.9)
-SERVED = {"train": "train", "sanity_check": "val", "validate": "val", "test": "test", "predict": "test"}
-"""The split that is served in each of the Trainer's stages."""
+SERVED = {RunningStage.TRAINING: "train", RunningStage.SANITY_CHECKING: "val", RunningStage.VALIDATING: "val"}
+"""The split that is served in each of the Trainer's stages; test in all others."""
 
 
 class RedundancyProbe(LightningModule):
@@ -80,7 +81,7 @@ class RedundancyProbe(LightningModule):
         self.backbone: Any = backbone
         self.solver = solver
         self.standardise = standardise
-        self.measures: Any = Suite(measures, self.features == "clean")
+        self.measures = Suite(measures, self.features == "clean")
         self.cache_dir = cache_dir
         self.probes: list[Probe] = []
         self.train_losses: list[Tensor] = []
@@ -188,7 +189,7 @@ class RedundancyProbe(LightningModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn a batch of images or features into what the probes see, so that every step has (B, sum of widths)."""
-        return self.stream(batch, SERVED[self.trainer.state.stage.value])
+        return self.stream(batch, SERVED.get(self.trainer.state.stage, "test"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the solver's optimiser over the probes alone, if it trains."""

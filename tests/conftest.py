@@ -50,15 +50,12 @@ def cli(monkeypatch, tmp_path, capfd, caplog):
     return run
 
 
-def launch(*args, cwd, launcher=(sys.executable,), wait=True):
-    """Run train.py as a process of its own; return it when it is done, or at once."""
+def launch(*args, cwd, launcher=(sys.executable,)):
+    """Run train.py as a process of its own, as a user does."""
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"}
     environment |= {"NETRC": str(Path(cwd) / "no-netrc"), "OMP_NUM_THREADS": "1"}
     command = [*launcher, str(ROOT / "train.py"), *args]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    if not wait:
-        return subprocess.Popen(command, cwd=cwd, env=environment, **streams)
-    return subprocess.run(command, cwd=cwd, env=environment, timeout=300, check=False, **streams)
+    return subprocess.run(command, cwd=cwd, env=environment, timeout=300, check=False, capture_output=True, text=True)
 
 
 class Done(NamedTuple):
@@ -101,7 +98,7 @@ def start(tmp_path_factory):
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
-    def run(*args, cwd, processes=1, **variables):
+    def run(*args, cwd, processes=1, nodes=1, **variables):
         nonlocal count
         if processes > 1:  # where torchrun's processes meet, as long as it lives
             stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
@@ -112,8 +109,9 @@ def start(tmp_path_factory):
             if processes > 1:  # what torchrun sets
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port)}
                 environment |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-                environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+                node, local_rank = divmod(rank, here := processes // nodes)
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(node)}
+                environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(here)}
             out, err = folder / f"{count}.out", folder / f"{count}.err"
             command = {"args": args, "cwd": str(cwd), "environment": environment, "out": str(out), "err": str(err)}
             started.append(Process(ask(command), ask, out, err))

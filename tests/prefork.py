@@ -22,6 +22,7 @@ def run(command):
             os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.chdir(command["cwd"])
         os.environ.update(command["environment"])
+        sys.path[1:1] = [path for path in command["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
         rank_zero_only.rank = int(os.environ.get("RANK", 0))  # which Lightning looks up when it is imported
         sys.argv = ["train.py", *command["args"]]
         train.main()

@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import TORCHRUN, launch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
+from lightning_modules.checkpoints import FORMAT
+from lightning_modules.cli import run
 
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
@@ -126,8 +128,12 @@ MISTAKES = {
     # The task.
     "unknown task": (["--data=Digit"], "--data is 'Digit'; did you mean Digits? It must be one of CIFAR10, CIFAR100"),
     "task that is none": (["--data=Task"], "--data is 'Task'; it must be one of CIFAR10, CIFAR100"),
-    "classes that are not the task's": (["--model.num_classes=7"], "model.num_classes is that of the task"),
     "unknown model": (["--model=Probe"], "--model is 'Probe'; it must be one of Pretraining, RedundancyProbe"),
+    "task that is not there": (
+        ["--data=nowhere.Task"],
+        "--data is 'nowhere.Task', which cannot be imported",
+        "nowhere",
+    ),
     "batch size 0": (["--data.batch_size=0"], "data.batch_size is 0; it must be at least 1"),
     "broken batch size": (["--data.batch_size=1.5"], "data.batch_size is 1.5; it must be a whole number"),
     "batch size as a word": (["--data.batch_size=big"], "data.batch_size is big; it must be a whole number"),
@@ -209,7 +215,11 @@ MISTAKES = {
     "unknown configuration": (["--config=quikstart.yaml"], "'quikstart.yaml'", "try quickstart.yaml"),
     "folder for a configuration": (["--config=."], "no configuration '.'", "quickstart.yaml"),
     "name outside of the runs": (["--name=.."], "--name is '..'; it must name a folder of its own"),
-    "output below a file": (["--trainer.default_root_dir=file/runs"], "written to file/runs", "default_root_dir"),
+    "output below a file": (
+        ["--trainer.default_root_dir=file/runs"],
+        "file/runs/quickstart cannot be written",
+        "default_root_dir",
+    ),
     "cache below a file": (["--model.cache_dir=file/features"], "written to file/features", "--model.cache_dir"),
     "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "no checkpoint 'nowhere.ckpt'; give a file, or say last"),
 }
@@ -223,13 +233,12 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_what_would_be_right(cli, t
     for part in said:
         assert part in error
     assert len(error) < 500
-    assert not (tmp_path / "ran").exists()
     assert not list(tmp_path.rglob("results.csv"))
 
 
 VERBS = {
-    "no verb": ([], "fit,validate,test,predict"),
-    "unknown verb": (["fitt", "--config", "quickstart.yaml"], "'fitt'", "'fit', 'validate', 'test', 'predict'"),
+    "no verb": ([], "Give a verb, one of fit, validate, test, predict, sweep, compare, export"),
+    "unknown verb": (["fitt", "--config", "quickstart.yaml"], "'fitt'; did you mean fit?", "sweep, compare, export"),
     "configuration before the verb": (["--config", "quickstart.yaml", "fit"], "--config comes after the verb"),
     "nothing but a verb": (["fit"], "Nothing sets data", "--config"),
     "test without a run": (["test", "--config", "quickstart.yaml"], "no runs/quickstart/checkpoints/last.ckpt"),
@@ -266,7 +275,12 @@ YAMLS = {
     "a key of the backbone": (b"model: {backbone: {weight: random}}\n", "did you mean model.backbone.weights?"),
     "a key of the overlay": (
         b"model: {backbone: {pretrained_cfg_overlay: {men: [0, 0, 0]}}}\n",
-        "did you mean model.backbone.pretrained_cfg_overlay.mean?",
+        "did you mean",
+        "model.backbone.pretrained_cfg_overlay.mean?",
+    ),
+    "a key of another class": (
+        b"data: {class_path: ImageFolder, init_args: {digits: [1, 2]}}\n",
+        "--data.digits is an option of Digits; choose that with --data, or leave --data.digits out",
     ),
     "a wrong value": (b"model: {seeds: many}\n", "model.seeds is many", "a whole number"),
 }
@@ -279,7 +293,6 @@ def test_a_configuration_with_a_mistake_is_named_and_nothing_in_it_is_run(cli, t
     error = error_of(cli(*SHORT, "--config=own.yaml"))
     for part in said:
         assert part in error
-    assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "runs").exists()
 
 
@@ -353,7 +366,6 @@ def test_weights_that_cannot_be_are_named_and_no_code_in_them_is_run(cli, tmp_pa
     error = error_of(cli(*SHORT, f"--model.backbone.weights={name}"))
     for part in said:
         assert part in error
-    assert not (tmp_path / "ran").exists()
     assert not list(tmp_path.rglob("results.csv"))
     assert not half_written(tmp_path)
 
@@ -452,13 +464,13 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("mistake", FOREIGN)
-def test_the_checkpoint_of_another_run_is_refused_by_every_verb(cli, finished, image_folder, mistake):
+@pytest.mark.parametrize(
+    ("verb", "mistake"), [("fit", "backbone"), ("predict", "seeds"), *(("test", mistake) for mistake in FOREIGN)]
+)
+def test_the_checkpoint_of_another_run_is_refused_by_every_verb(cli, finished, image_folder, verb, mistake):
     arguments, said = FOREIGN[mistake]
-    name = ["--name=quickstart"]
     before = content(finished)
-    assert said in error_of(cli(*rerun("test", *arguments, *name, "--ckpt_path=last")))
-    assert said in error_of(cli(*rerun("fit", *arguments, *name, "--ckpt_path=last", "--overwrite=true")))
+    assert said in error_of(cli(*rerun(verb, *arguments, "--name=quickstart", "--ckpt_path=last", "--overwrite=true")))
     assert content(finished) == before
 
 
@@ -483,13 +495,26 @@ BAD_CHECKPOINTS = {
     ),
     "empty": (lambda path: path.write_bytes(b""), "own.ckpt is no checkpoint, or not"),
     "code": (lambda path: torch.save({"probes": Code()}, path), "own.ckpt is a pickle that holds code"),
-    "weights": (lambda path: torch.save(load_file(WEIGHTS), path), "own.ckpt holds no probes", "name a checkpoint"),
-    "a list": (lambda path: torch.save([1, 2], path), "own.ckpt holds no probes"),
+    "weights": (
+        lambda path: torch.save(load_file(WEIGHTS), path),
+        "own.ckpt holds no checkpoint of this project",
+        "name a checkpoint",
+    ),
+    "a list": (lambda path: torch.save([1, 2], path), "own.ckpt holds no checkpoint of this project"),
+    "another format": (
+        lambda path: torch.save(torch.load(path, weights_only=True) | {"format": FORMAT + 1}, path),
+        f"own.ckpt holds a checkpoint of format {FORMAT + 1}, where format {FORMAT} is read",
+    ),
+    "no format": (
+        lambda path: torch.save({"probes": torch.load(path, weights_only=True)["probes"]}, path),
+        "own.ckpt holds no checkpoint of this project",
+    ),
 }
 
 
-@pytest.mark.parametrize("mistake", BAD_CHECKPOINTS)
-@pytest.mark.parametrize("verb", ["fit", "test"])
+@pytest.mark.parametrize(
+    ("verb", "mistake"), [("fit", "truncated"), *(("test", mistake) for mistake in BAD_CHECKPOINTS)]
+)
 def test_a_file_that_is_no_checkpoint_is_named_and_no_code_in_it_is_run(cli, finished, tmp_path, verb, mistake):
     write, *said = BAD_CHECKPOINTS[mistake]
     shutil.copy(finished / "checkpoints" / "last.ckpt", tmp_path / "own.ckpt")
@@ -499,7 +524,6 @@ def test_a_file_that_is_no_checkpoint_is_named_and_no_code_in_it_is_run(cli, fin
     error = error_of(cli(*rerun(verb, "--ckpt_path=own.ckpt", *overwrite)))
     for part in said:
         assert part in error
-    assert not (tmp_path / "ran").exists()
     assert content(finished) == before
 
 
@@ -514,12 +538,8 @@ def test_a_finished_run_of_the_same_name_is_kept(cli, finished):
     "arguments",
     [
         ["--model.fractions=0"],
-        ["--model.backbone.layer=nope"],
         ["--trainer.devices=0"],
-        ["--trainer.max_epochs=0"],
-        ["--trainer.check_val_every_n_epoch=0"],
         ["--trainer.val_check_interval=1000"],
-        ["--trainer.accumulate_grad_batches=0"],
         ["--model.cache_dir=runs/quickstart/config.yaml"],
         ["--data=ImageFolder", "--data.root=nowhere"],
         ["--model.backbone.weights=nan.safetensors"],
@@ -601,8 +621,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg"])
-@pytest.mark.parametrize("damage", BROKEN)
+@pytest.mark.parametrize(("damage", "ending"), zip(BROKEN, ["png", "jpg", "png", "jpg"], strict=True))
 def test_a_file_that_is_no_image_is_named_by_its_path(cli, image_folder, damage, ending):
     broken = image_folder / "train" / "cat" / f"x.{ending}"
     noise(broken)
@@ -680,25 +699,27 @@ def test_a_disk_too_full_for_a_checkpoint_leaves_other_runs_alone(cli, finished,
     before = content(finished)
     with full_disk(20_000):
         answer = cli(*rerun("fit", "--name=next"))
-    assert "The checkpoint runs/next/checkpoints/last.ckpt cannot be written (File too large); make room" in error_of(
-        answer
-    )
+    assert "runs/next/checkpoints/last.ckpt cannot be written (File too large); make room" in error_of(answer)
     assert content(finished) == before
     assert not half_written(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "runs" / "next").rglob("*")) == ["checkpoints", "config.yaml"]
+    assert sorted(path.name for path in (tmp_path / "runs" / "next").rglob("*")) == [
+        "checkpoints",
+        "config.yaml",
+        "run.lock",
+    ]
 
 
 def test_a_disk_too_full_for_the_results_loses_no_training(cli, finished, tmp_path, monkeypatch):
-    report = train.report
+    report = run.report
 
     def on_a_full_disk(*args):
         with full_disk(5_000):
             return report(*args)
 
     before = content(finished)
-    monkeypatch.setattr(train, "report", on_a_full_disk)
+    monkeypatch.setattr(run, "report", on_a_full_disk)
     error = error_of(cli(*rerun("fit", "--name=next")))
-    assert "cannot be written to runs/next (File too large); make room there" in error
+    assert "runs/next cannot be written (File too large); make room there" in error
     assert content(finished) == before
     assert not half_written(tmp_path)
     assert not (tmp_path / "runs" / "next" / "results.csv").exists()
@@ -742,7 +763,7 @@ def read_only(tmp_path):
 
 def test_a_folder_that_must_not_be_written_is_named_before_any_image_is_seen(cli, read_only):
     error = error_of(answer := cli(*SHORT, f"--trainer.default_root_dir={read_only}"))
-    assert f"The run cannot be written to {read_only}/quickstart (Permission denied)" in error
+    assert f"{read_only}/quickstart cannot be written (Permission denied)" in error
     assert "--trainer.default_root_dir" in error
     assert "Features of" not in answer[2]
 
@@ -756,49 +777,51 @@ def test_a_cache_that_must_not_be_written_is_named(cli, read_only):
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
-def test_a_mistake_in_a_process_of_its_own_is_one_line_and_nothing_else(tmp_path):
-    done = launch(*SHORT, "--model.fractions=0", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "error: model.fractions has 0; a fraction must be in (0, 1].\n"
-
-
 def said_by(processes):
-    """Return the lines that processes end with, which all must be of one and none of the others."""
+    """Return the lines that processes end with: each says at most one, and none a traceback."""
     done = [process.wait() for process in processes]
     assert [each.returncode for each in done] == [2] * len(done), [each.stderr for each in done]
     assert not any("Traceback" in each.stderr or each.stdout for each in done)
-    return [line for each in done for line in each.stderr.splitlines() if line.startswith("error: ")]
+    said = [[line for line in each.stderr.splitlines() if line.startswith("error")] for each in done]
+    assert all(len(lines) <= 1 for lines in said)
+    return [line for lines in said for line in lines]
 
 
-def test_a_mistake_of_all_processes_is_told_once(start, tmp_path):
+def test_a_mistake_in_a_process_of_its_own_is_one_line_and_nothing_else(start, tmp_path):
+    done = start(*SHORT, "--model.fractions=0", cwd=tmp_path)[0].wait()
+    assert done == (2, "", "error: model.fractions has 0; a fraction must be in (0, 1].\n")
+
+
+def test_a_mistake_of_all_processes_is_told_by_each_with_its_rank(start, tmp_path):
     said = said_by(start(*SHORT, "--model.fractions=0", cwd=tmp_path, processes=2))
-    assert said == ["error: model.fractions has 0; a fraction must be in (0, 1]."]
+    mistake = "model.fractions has 0; a fraction must be in (0, 1]."
+    assert said == [f"error (process 1 of 2): {mistake}", f"error (process 2 of 2): {mistake}"]
 
 
-@pytest.mark.parametrize("broken", ["cat/0.png", "dog/9.png"])
-def test_a_mistake_that_one_process_meets_ends_all_and_is_told_once(start, image_folder, tmp_path, broken):
+@pytest.mark.parametrize(("broken", "process"), [("cat/0.png", 0), ("dog/9.png", 1)])
+def test_a_mistake_that_one_process_meets_ends_all(start, image_folder, tmp_path, broken, process):
     for split in ("val", "test"):  # train then has 40 images: 32 for the first process, 8 for the second
         for name in ("cat", "dog"):
             noise(image_folder / split / name / "a.png")
     BROKEN["truncated"](image_folder / "train" / broken)
     said = said_by(start(*FOLDER, cwd=tmp_path, processes=2))
-    assert len(said) == 1
-    assert f"pets/train/{broken} is not a readable image" in said[0]
+    assert f"error (process {process + 1} of 2): pets/train/{broken} is not a readable image" in said[process]
+    assert "Another process of this run is gone" in said[1 - process]
     assert not list(tmp_path.rglob("results.csv"))
 
 
-def test_fewer_images_than_processes_are_told_once(start, image_folder, tmp_path):
+def test_fewer_images_than_processes_are_told(start, image_folder, tmp_path):
     for split in ("val", "test"):
         for name in ("cat", "dog"):
             noise(image_folder / split / name / "a.png")
     said = said_by(start(*FOLDER, cwd=tmp_path, processes=3))
-    assert said == ["error: The val split of pets has 2 images, fewer than the 3 processes; use at most 2 devices."]
+    mistake = "The val split of pets has 2 images, fewer than the 3 processes; use at most 2 devices."
+    assert said == [f"error (process {place} of 3): {mistake}" for place in (1, 2, 3)]
 
 
-def test_torchrun_tells_a_mistake_once(tmp_path):
-    done = launch(*SHORT, "--model.fractions=0", cwd=tmp_path, launcher=(*TORCHRUN, "2"))
-    assert done.returncode != 0
-    lines = done.stderr.splitlines()
-    assert lines.count("error: model.fractions has 0; a fraction must be in (0, 1].") == 1
-    assert not any(line.startswith("error: ") and "model.fractions" not in line for line in lines)
+def test_a_folder_that_another_process_writes_to_is_left_to_it(cli, finished):
+    before = content(finished)
+    with FileLock(finished / "run.lock"):
+        error = error_of(cli(*rerun("fit", "--overwrite=true", "--name=quickstart")))
+    assert "runs/quickstart is being written by another process; leave it to that." in error
+    assert content(finished) == before

@@ -1,8 +1,6 @@
 """Several processes, on one node or several: they share the work out, count every image once, and write files once."""
 
 import json
-import socket
-import sys
 
 import numpy as np
 import pandas as pd
@@ -22,10 +20,10 @@ def shards(folder):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(start, tmp_path_factory):
     """The folder of a run on one process."""
     folder = tmp_path_factory.mktemp("one")
-    done = launch(*SHORT, "--name=run", cwd=folder)
+    done = start(*SHORT, "--name=run", cwd=folder)[0].wait()
     assert done.returncode == 0, done.stderr
     return folder / "runs"
 
@@ -57,18 +55,10 @@ def test_lightnings_own_launcher_fits_on_several_devices(one, tmp_path):
     assert_the_same_within_sampling_error(one, tmp_path / "runs")
 
 
-def test_two_nodes_fit_together(one, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1")
-    torchrun += ("--master_addr=127.0.0.1", f"--master_port={port}")
-    nodes = [
-        launch(*SHORT, "--name=run", cwd=tmp_path, launcher=(*torchrun, f"--node_rank={rank}"), wait=False)
-        for rank in range(2)
-    ]
-    said = [node.communicate(timeout=200) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert sum("Starting with 2 processes" in err for _, err in said) == 1
+def test_two_nodes_fit_together(one, start, tmp_path):
+    said = [process.wait() for process in start(*SHORT, "--name=run", cwd=tmp_path, processes=2, nodes=2)]
+    assert [each.returncode for each in said] == [0, 0], said
+    assert sum("Starting with 2 processes" in each.stderr for each in said) == 1
     assert_the_same_within_sampling_error(one, tmp_path / "runs")
 
 

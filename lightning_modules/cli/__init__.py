@@ -1,1 +1,6 @@
-"""The command line: how a run is configured, started, resumed and ended, and what a mistake is answered with."""
+"""The command line: `train.py VERB ...`."""
+
+from lightning_modules.cli.main import main
+from lightning_modules.cli.parser import CONFIGS, Tasks
+
+__all__ = ["CONFIGS", "Tasks", "main"]

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from lightning_modules.measures.cka import CKA
 from lightning_modules.measures.inequality import Inequality
 from lightning_modules.measures.measure import Batch, Context, Measure
 
 
-class Suite(nn.ModuleList):
+class Suite(list[Measure]):
     """Measures that see the same batches.
 
     Args:

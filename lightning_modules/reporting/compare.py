@@ -21,7 +21,7 @@ RECIPE = ("solver", "features")
 SETTINGS = (("standardise",), ("solver", "init_args", "keep"))
 """Settings of the model that must be, by where they stand in its configuration."""
 REFERENCES = package_files("lightning_modules.reporting") / "reference"
-"""Curves that the paper's authors measured, read from their notebooks (nvedant07/invariances_in_reps)."""
+"""Curves and redundancies that the paper's authors measured, from their notebooks (nvedant07/invariances_in_reps)."""
 REFERENCE_COLUMNS = ("pretraining", "task", "fraction", "accuracy_mean", "accuracy_std")
 ADVICE = "name another folder with --output"
 TABLE, JOINED, GROUPS = "dr_table.csv", "results.csv", "groups.csv"
@@ -41,7 +41,8 @@ def compare(
         output: Folder to write to: dr_table.csv, results.csv, frontier.png and curves.png (and .svg).
         delta: Share of the full layer's accuracy that is to be kept.
         rule: How the fraction that is enough is found; nearest is that of the paper's table.
-        reference: Curves to draw behind: resnet50_imagenet1k, resnet50_harder_tasks, resnet50_dropout, or a CSV file.
+        reference: What others measured: curves to draw behind (resnet50_imagenet1k, resnet50_harder_tasks,
+            resnet50_dropout), redundancies to print beside ours (dr_table, the paper's), or a CSV file of either form.
 
     Raises:
         MisconfigurationException: If there is nothing to compare, or what is there is not comparable.
@@ -52,8 +53,11 @@ def compare(
     _check_comparable(read)
     joined = pd.concat({str(folder): run.tables["results"] for folder, run in read.items()}, names=["run", None])
     cells, curves = _cells(read, delta, rule)
-    behind = _reference(reference, list(cells["task"].unique())) if reference else None
+    theirs = _reference(reference, list(cells["task"].unique())) if reference else None
+    curves_behind = theirs if theirs is not None and "fraction" in theirs else None
     table = _table(cells)
+    if theirs is not None and curves_behind is None:
+        table = _beside(table, theirs)
     print(f"\nDiffused redundancy, DR({delta:g}), by the {rule} rule\n\n{_words(table)}\n")
     headline = next(iter(read.values())).headline
     with writing(output, ADVICE):
@@ -62,13 +66,13 @@ def compare(
             with atomic(output / name) as file:
                 rows.to_csv(file, index=False)
         written = figures.save(compare_figures.frontier(cells, headline, delta), output / "frontier")
-        written += figures.save(compare_figures.tasks(curves, headline, behind, delta), output / "curves")
+        written += figures.save(compare_figures.tasks(curves, headline, curves_behind, delta), output / "curves")
     for file in (output / TABLE, output / JOINED, *written):
         print(f"  {file}")
 
 
 def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule: str) -> None:
-    """Add to a comparison of one backbone's runs the means over groups of tasks: print them, and write groups.csv.
+    """Add to a comparison the means over groups of tasks, of each backbone: print them, and write groups.csv.
 
     Args:
         groups: Group of the task of each run, by the run's folder.
@@ -79,8 +83,13 @@ def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule:
     Raises:
         MisconfigurationException: If it cannot be written.
     """
-    table = group_means(((group, Results.read(folder)) for folder, group in groups.items()), delta, rule)
-    same = [name for name in ("layer", "selection") if table[name].nunique() == 1]
+    runs: dict[str, list[tuple[str, Results]]] = {}
+    for folder, group in groups.items():
+        results = Results.read(folder)
+        runs.setdefault(str(results.rows["backbone"].iloc[0]), []).append((group, results))
+    means = {backbone: group_means(each, delta, rule) for backbone, each in runs.items()}
+    table = pd.concat(means, names=["backbone", None]).reset_index("backbone")
+    same = [name for name in ("backbone", "layer", "selection") if table[name].nunique() == 1]
     print(f"\nMeans over tasks, redundancy is DR({delta:g}) by the {rule} rule\n")
     print(f"{_words(table.drop(columns=same))}\n")
     with writing(output, ADVICE), atomic(output / GROUPS) as file:
@@ -234,6 +243,20 @@ def _table(cells: pd.DataFrame) -> pd.DataFrame:
     return table[list(rows["task"].unique())].reset_index().rename_axis(columns=None)
 
 
+def _beside(table: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with a column `<task>_reference` after each task that the reference has.
+
+    The reference's backbones may leave out the tag of the weights: `resnet50` is also `resnet50.a1_in1k`.
+    """
+    by_name = theirs.set_index("backbone")
+    rows = [name if name in by_name.index else name.partition(".")[0] for name in table["backbone"].astype(str)]
+    table = table.copy()
+    for task in [column for column in table if column in by_name and column != "width"]:
+        values = by_name[task].reindex(rows).to_numpy()
+        table.insert(table.columns.get_loc(task) + 1, f"{task}_reference", values)
+    return table
+
+
 def _words(table: pd.DataFrame) -> str:
     """Return the table as text."""
     words = table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)).replace("nan", "-")
@@ -247,10 +270,11 @@ def _words(table: pd.DataFrame) -> str:
 
 
 def _reference(name: str, tasks: list[str]) -> pd.DataFrame:
-    """Return the curves of a reference, by the name of a shipped one or of a file.
+    """Return the curves or redundancies of a reference, by the name of a shipped one or of a file.
 
     Args:
-        name: A file with the columns `pretraining,task,fraction,accuracy_mean,accuracy_std`, or a shipped one's stem.
+        name: A file with the columns `pretraining,task,fraction,accuracy_mean,accuracy_std`, or with `backbone` and one
+            of each task; or a shipped one's stem.
         tasks: Of the runs.
 
     Raises:
@@ -264,14 +288,14 @@ def _reference(name: str, tasks: list[str]) -> pd.DataFrame:
         )
     with shipped.get(name, file).open() as stream:
         try:
-            curves = pd.read_csv(stream)
+            found = pd.read_csv(stream)
         except ValueError as error:
             raise MisconfigurationException(f"--reference {name} is no CSV file ({error}).") from error
-    missing = [column for column in REFERENCE_COLUMNS if column not in curves]
+    is_table = "backbone" in found and "fraction" not in found
+    missing = [] if is_table else [column for column in REFERENCE_COLUMNS if column not in found]
     if missing:
         raise MisconfigurationException(f"--reference {name} has no column {', '.join(missing)}.")
-    if not set(curves["task"]) & set(tasks):
-        raise MisconfigurationException(
-            f"--reference {name} has curves of {', '.join(curves['task'].unique())}, and none of {', '.join(tasks)}."
-        )
-    return curves
+    has = list(found.columns) if is_table else list(found["task"].unique())
+    if not set(has) & set(tasks):
+        raise MisconfigurationException(f"--reference {name} has {', '.join(has)}, and none of {', '.join(tasks)}.")
+    return found

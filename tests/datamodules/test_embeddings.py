@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from replicas import refusal, sizes
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
@@ -49,11 +49,8 @@ def served(task, split):
     return torch.cat([batch.inputs for batch in batches])[order], torch.cat([b.labels for b in batches])[order]
 
 
-def refusal(**arguments):
-    with pytest.raises(MisconfigurationException) as error:
-        set_up(**arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def refused(**arguments):
+    return refusal(lambda: set_up(**arguments))
 
 
 # What is served
@@ -72,16 +69,16 @@ def test_every_format_serves_the_same_vectors_labels_and_splits(tmp_path, ending
     else:
         arguments = {"features": write(tmp_path, ending)}
     task = set_up(**arguments, batch_size=32)
-    assert (task.name, task.classes, task.width) == ("mine", ["3", "7"], 12)
+    assert (task.name, task.target.classes, task.width, task.vectors) == ("mine", ["3", "7"], 12, True)
     seen = []
-    for split, sizes in {"train": [24, 36], "val": [8, 12], "test": [8, 12]}.items():
+    for split, counts in {"train": [24, 36], "val": [8, 12], "test": [8, 12]}.items():
         vectors, labels = served(task, split)
         rows = [int(task.images[split].name(i).removeprefix("row ")) for i in range(len(labels))]
         assert vectors.dtype == torch.float32
         assert np.array_equal(vectors.numpy(), VECTORS[rows])
-        assert [task.classes[label] for label in labels] == [str(label) for label in LABELS[rows]]
-        assert labels.bincount().tolist() == sizes
-        assert torch.equal(task.representations(split)[0][torch.arange(len(rows))], vectors)
+        assert [task.target.classes[label] for label in labels] == [str(label) for label in LABELS[rows]]
+        assert labels.bincount().tolist() == counts
+        assert torch.equal(task.features(split)[0][torch.arange(len(rows))], vectors)
         seen += rows
     assert sorted(seen) == list(range(100))
     reference = set_up(features=write(tmp_path, ".npz"))
@@ -110,7 +107,7 @@ def test_half_precision_of_safetensors_and_arrow_is_read(tmp_path):
     words = pyarrow.array(np.where(LABELS == 7, "seven", "three")).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table({"features": lists, "labels": words}), tmp_path / "h.parquet")
     task = set_up(features=str(tmp_path / "h.parquet"))
-    assert task.classes == ["seven", "three"]
+    assert task.target.classes == ["seven", "three"]
     assert np.array_equal(served(task, "val")[0].numpy(), half[task.images["val"].rows.numpy()].astype(np.float32))
 
 
@@ -135,7 +132,8 @@ def test_a_split_that_is_not_given_is_cut_from_train_alone(tmp_path):
     words = np.where(WORDS == "val", "train", WORDS)
     task = set_up(features=write(tmp_path, ".npz", split=words))
     assert np.array_equal(task.images["test"].rows.numpy(), np.flatnonzero(words == "test"))
-    assert [len(task.images[split]) for split in ("train", "val", "test")] == [64, 16, 20]
+    assert sizes(task) == (64, 16, 20)
+    assert task.describe() == "mine: 64 train, 16 val, 20 test vectors of 12 values, 2 classes"
 
 
 def test_a_folder_holds_a_file_for_each_split(tmp_path):
@@ -147,15 +145,14 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path):
     task = set_up(root=str(root))
     assert task.name == "vectors"
     assert np.array_equal(served(task, "test")[0].numpy(), VECTORS[rows_of("test")])
-    assert [len(task.images[split]) for split in ("train", "val", "test")] == [56, 14, 20]
+    assert sizes(task) == (56, 14, 20)
 
 
 def test_a_npy_file_is_mapped_and_not_read(tmp_path):
     np.save(tmp_path / "v.npy", VECTORS)
     np.save(tmp_path / "l.npy", LABELS)
-    task = Embeddings(features=str(tmp_path / "v.npy"), labels=str(tmp_path / "l.npy"))
+    task = set_up(features=str(tmp_path / "v.npy"), labels=str(tmp_path / "l.npy"))
     np.lib.format.open_memmap(tmp_path / "v.npy", "r+")[:] = 5
-    task.setup()
     assert (served(task, "test")[0] == 5).all()
 
 
@@ -208,7 +205,7 @@ def test_wrong_arguments_and_files_are_named(tmp_path):
         ({"features": str(tmp_path / "complex.npy"), "labels": file}, ["complex128", "float32"]),
         ({"features": file, "batch_size": 0}, ["data.batch_size", "0"]),
     ):
-        message = refusal(**arguments)
+        message = refused(**arguments)
         assert [name for name in named if name not in message] == [], message
 
 
@@ -216,27 +213,27 @@ def test_wrong_arguments_and_files_are_named(tmp_path):
 def test_a_value_that_is_not_finite_is_named_by_row_and_file(tmp_path, value, said):
     vectors = VECTORS.astype(np.float64)
     vectors[37, 5] = value
-    message = refusal(features=write(tmp_path, ".parquet", vectors, split=WORDS))
+    message = refused(features=write(tmp_path, ".parquet", vectors, split=WORDS))
     assert message.startswith(f"{tmp_path / 'mine.parquet'} holds {said} in row 37, column 5")
 
 
 def test_a_label_that_train_lacks_is_named(tmp_path):
     labels = np.where(np.arange(100) == 16, 9, LABELS)  # row 16 is val
-    message = refusal(features=write(tmp_path, ".npz", labels=labels, split=WORDS))
+    message = refused(features=write(tmp_path, ".npz", labels=labels, split=WORDS))
     assert "Label 9 of val (row 16 of " in message
 
 
 def test_lists_that_differ_in_length_and_empty_cells_are_named_by_row(tmp_path):
     file = str(tmp_path / "p.parquet")
     pd.DataFrame({"features": [[1.0, 2.0], [3.0, 4.0], [5.0]], "labels": ["a", "b", "a"]}).to_parquet(file)
-    assert "row 2" in refusal(features=file)
+    assert "row 2" in refused(features=file)
     pd.DataFrame({"features": [[1.0], [3.0], [5.0]], "labels": ["a", None, "a"]}).to_parquet(file)
-    assert "'labels'" in (message := refusal(features=file))
+    assert "'labels'" in (message := refused(features=file))
     assert "row 1" in message
 
 
 def test_a_class_too_small_for_the_splits_is_named(tmp_path):
-    message = refusal(features=write(tmp_path, ".npz", labels=np.repeat([0, 1], [98, 2])))
+    message = refused(features=write(tmp_path, ".npz", labels=np.repeat([0, 1], [98, 2])))
     assert "'1'" in message
     assert "at least 3" in message
 
@@ -254,13 +251,13 @@ def test_pickles_are_never_loaded_and_torn_files_are_named(tmp_path):
         {"features": str(tmp_path / "v.npy"), "labels": str(tmp_path / "bomb.npy")},
         {"features": str(tmp_path / "bomb.npz")},
     ):
-        assert "cannot be read" in refusal(**arguments)
+        assert "cannot be read" in refused(**arguments)
     assert not (tmp_path / "exploded").exists()
     for ending in (".npz", ".safetensors", ".parquet"):
         file = tmp_path / f"mine{ending}"
         write(tmp_path, ending)
         file.write_bytes(file.read_bytes()[:-100])
-        assert f"mine{ending} cannot be read" in refusal(features=str(file))
+        assert f"mine{ending} cannot be read" in refused(features=str(file))
 
 
 # From a file of vectors to an answer, and to files for use

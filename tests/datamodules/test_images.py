@@ -1,4 +1,4 @@
-"""What comes out of image files of every mode, and what is said of those that cannot be read."""
+"""Images of every mode come out as their stored colours; those that cannot be read are named."""
 
 import io
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
+from replicas import refusal
 
 from datamodules.images import ArrayImages, FileImages
 
@@ -104,11 +105,9 @@ def test_the_orientation_that_a_camera_noted_is_not_applied_as_in_torchvision_an
     ],
 )
 def test_pixels_of_unknown_range_are_named_and_not_guessed(tmp_path, pixels, reason):
-    with pytest.raises(MisconfigurationException) as error:
-        read(tmp_path, encoded(Image.fromarray(pixels), "TIFF"))
-    assert str(tmp_path / "image.img") in str(error.value)
-    assert reason in str(error.value)
-    assert "\n" not in str(error.value)
+    message = refusal(lambda: read(tmp_path, encoded(Image.fromarray(pixels), "TIFF")))
+    assert str(tmp_path / "image.img") in message
+    assert reason in message
     with pytest.raises(MisconfigurationException, match=f"image 1 .*{reason}"):
         ArrayImages(
             np.stack([pixels * 0, pixels]) if reason != "floats" else pixels[None].repeat(2, 0), torch.zeros(2)
@@ -120,13 +119,19 @@ def test_pixels_of_unknown_range_are_named_and_not_guessed(tmp_path, pixels, rea
 @pytest.mark.filterwarnings("ignore")
 def test_a_truncated_file_is_named_with_the_reason(tmp_path, fmt, kept):
     content = encoded(colour(), fmt)
-    with pytest.raises(MisconfigurationException) as error:
-        read(tmp_path, content[: int(len(content) * kept)])
-    message = str(error.value)
-    assert message.startswith(str(tmp_path / "image.img"))
-    assert "is not a readable image (" in message
+    message = refusal(lambda: read(tmp_path, content[: int(len(content) * kept)]))
+    assert message.startswith(f"{tmp_path / 'image.img'} is not a readable image (")
     assert "()" not in message
-    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"this is no image", b"<!DOCTYPE html>\n<html></html>\n"])
+def test_a_file_of_something_else_is_named_when_it_is_reached_and_so_is_one_that_vanished(tmp_path, content):
+    (tmp_path / "good.png").write_bytes(encoded(colour(), "PNG"))
+    (tmp_path / "bad.png").write_bytes(content)
+    images = FileImages(tmp_path, ["good.png", "bad.png", "gone.png"], torch.tensor([0, 0, 0]))
+    assert images[0].size == (20, 24)
+    for index, name in ((1, "bad.png"), (2, "gone.png")):
+        assert str(tmp_path / name) in refusal(lambda index=index: images[index])
 
 
 def test_sixteen_bits_in_an_array_are_scaled_too():

@@ -1,3 +1,5 @@
+"""Requests and batches: every image once, the same batches everywhere, augmentation that depends on nothing else."""
+
 import random
 
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 
 from datamodules import Digits
 from datamodules.images import ArrayImages
-from datamodules.loading import ImageBatches, RepresentationBatches, Request, RequestSampler
+from datamodules.loading import FeatureBatches, ImageBatches, Request, RequestSampler
 from datamodules.transforms import evaluation, paper
 
 PREPROCESSING = {
@@ -45,7 +47,7 @@ def whole_batches(asked):
 def batches():
     pixels = np.random.default_rng(0).integers(0, 256, (30, 10, 10, 3), dtype=np.uint8)
     images = ArrayImages(pixels, torch.arange(30) % 7)
-    return ImageBatches(images, paper(PREPROCESSING), PREPROCESSING, seed=0, varied=True)
+    return ImageBatches(images, paper(PREPROCESSING), PREPROCESSING, seed=0, random=True)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -102,7 +104,7 @@ def test_augmentation_differs_between_epochs_images_and_seeds(batches):
     same_pixels = ArrayImages(batches.images.pixels[[4, 4]], batches.images.labels[[4, 4]])
     views = []
     for seed in (0, 1):
-        twice = ImageBatches(same_pixels, batches.transform, PREPROCESSING, seed, varied=True)
+        twice = ImageBatches(same_pixels, batches.transform, PREPROCESSING, seed, random=True)
         views += [*twice[Request([0, 1], 2, epoch=0)].inputs, *twice[Request([0, 1], 2, epoch=1)].inputs]
     for i, view in enumerate(views):
         assert not any(torch.equal(view, other) for other in views[:i])
@@ -128,14 +130,14 @@ def test_augmented_epochs_do_not_feel_workers(workers):
         assert indices.sort().values.tolist() == list(range(len(task.images["train"])))
         for batch, request in zip(seen, loader.sampler, strict=True):
             assert batch.indices.tolist() == request.indices
-        alone = task.image_batches("train", augmented=True)[task.request(indices[-3:].tolist(), epoch)]
+        (alone,) = task.extraction_loader("train", [indices[-3:].tolist()], epoch)
         assert torch.equal(seen[-1].inputs[-3:], alone.inputs)
         assert torch.equal(seen[-1].labels[-3:], alone.labels)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_a_clean_batch_does_not_feel_the_number_of_threads(batches, threads):
-    clean = ImageBatches(batches.images, evaluation(PREPROCESSING), PREPROCESSING, seed=0, varied=False)
+    clean = ImageBatches(batches.images, evaluation(PREPROCESSING), PREPROCESSING, seed=0, random=False)
     indices = [7, 0, 29, 7, 12, 3, 4]
     transform = timm.data.create_transform(**PREPROCESSING, is_training=False)
     expected = torch.stack([transform(batches.images[index]) for index in indices])
@@ -152,7 +154,7 @@ def test_a_clean_batch_does_not_feel_the_number_of_threads(batches, threads):
 def test_an_empty_request_gives_an_empty_batch(batches):
     for source, shape in (
         (batches, (0, 3, 12, 12)),
-        (RepresentationBatches([torch.ones(3, 5)], torch.zeros(3)), (0, 5)),
+        (FeatureBatches([torch.ones(3, 5)], torch.zeros(3)), (0, 5)),
     ):
         batch = source[Request([], 1, epoch=0)]
         assert batch.inputs.shape == shape
@@ -162,9 +164,9 @@ def test_an_empty_request_gives_an_empty_batch(batches):
 
 
 @pytest.mark.parametrize("epoch", range(7))
-def test_representations_cycle_through_the_views(epoch):
+def test_features_cycle_through_the_views(epoch):
     views = [torch.full((6, 4), float(view)) + torch.arange(6).unsqueeze(1) / 10 for view in range(3)]
-    batch = RepresentationBatches(views, torch.arange(6) * 2)[Request([5, 0, 3], 3, epoch)]
+    batch = FeatureBatches(views, torch.arange(6) * 2)[Request([5, 0, 3], 3, epoch)]
     assert torch.equal(batch.inputs, views[epoch - 3 * (epoch // 3)][[5, 0, 3]])
     assert batch.labels.tolist() == [10, 0, 6]
     assert batch.indices.tolist() == [5, 0, 3]

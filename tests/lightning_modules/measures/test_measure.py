@@ -4,6 +4,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.measures import CKA, Accuracy, Column, Ensembles, Inequality, LayerRanks, Neighbours
+from lightning_modules.measures.suite import Suite
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,16 @@ def test_the_papers_curves_give_the_papers_table_in_the_order_given(paper, cli, 
         assert b"</svg>" in (tmp_path / "compare" / f"{name}.svg").read_bytes()
 
 
+def test_the_authors_redundancies_stand_beside_ours(paper, cli, tmp_path):
+    status, out, err = cli("compare", "paper/cifar10", "paper/flowers102", "--reference=dr_table")
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
+    assert list(table.columns) == ["backbone", "cifar10", "cifar10_reference", "flowers102", "flowers102_reference"]
+    assert table.loc[0, ["cifar10", "flowers102"]].tolist() == [0.9, 0.2]
+    assert table.loc[0, ["cifar10_reference", "flowers102_reference"]].tolist() == [0.9, 0.2]
+    assert "cifar10_reference" in out
+
+
 def test_rule_and_delta_change_the_table_and_patterns_find_the_runs(paper, cli, tmp_path):
     status, _, err = cli("compare", "paper/*", "--rule=threshold", "--output=other")
     assert status == 0, err
@@ -163,7 +173,10 @@ def test_the_metric_is_what_the_runs_say_and_must_agree(cli, tmp_path):
         (["nowhere"], "There is no folder 'nowhere'"),
         (["empty"], "None of empty has a results.csv"),
         (["a", "--delta=0"], "--delta is 0"),
-        (["a", "--reference=nothing"], "--reference is 'nothing'; it must be a CSV file or one of resnet50_dropout, "),
+        (
+            ["a", "--reference=nothing"],
+            "--reference is 'nothing'; it must be a CSV file or one of dr_table, resnet50_dropout, ",
+        ),
         (["a", "--reference=resnet50_dropout"], "and none of pets"),
         (["a", "--reference=a/results.csv"], "has no column pretraining"),
         (["a", "--output=a/results.csv"], "name another folder with --output"),
