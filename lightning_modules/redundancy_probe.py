@@ -189,7 +189,7 @@ class RedundancyProbe(LightningModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn a batch of images or features into what the probes see, so that every step has (B, sum of widths)."""
-        return self.stream(batch, SERVED.get(self.trainer.state.stage, "test"))
+        return self.stream(batch, SERVED.get(self.trainer.state.stage or RunningStage.TESTING, "test"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the solver's optimiser over the probes alone, if it trains."""
