@@ -1,7 +1,6 @@
 """The LightningModule of the project: a frozen backbone, and a linear probe on every subset of its neurons."""
 
 import warnings
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,6 @@ from lightning_modules.results.predictions import Predictions
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Plan, Probe, mean_by_fraction
-from lightning_modules.subsets.selections import Layer
 
 PAPER_FRACTIONS = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.9)
 SERVED = {RunningStage.TRAINING: "train", RunningStage.SANITY_CHECKING: "val", RunningStage.VALIDATING: "val"}
@@ -78,7 +76,7 @@ class RedundancyProbe(LightningModule):
             )
         if backbone is None and self.features != "clean":
             raise MisconfigurationException(f"model.features is {features}, but vectors have no views; leave it clean.")
-        self.backbone: Any = backbone
+        self.backbone: Any = GivenVectors() if backbone is None else backbone
         self.solver = solver
         self.standardise = standardise
         self.measures = Suite(measures, self.features == "clean")
@@ -91,12 +89,12 @@ class RedundancyProbe(LightningModule):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What the backbone wants of an image (timm's data configuration); empty for vectors."""
-        return {} if self.backbone is None else self.backbone.preprocessing
+        return self.backbone.preprocessing
 
     @property
     def label(self) -> str:
         """What a run of this model is called by default, after its task."""
-        return f"{'none' if self.backbone is None else self.backbone.label}_{'-'.join(self.plan.selections)}"
+        return f"{self.backbone.label}_{'-'.join(self.plan.selections)}"
 
     @property
     def task(self) -> Any:
@@ -116,40 +114,30 @@ class RedundancyProbe(LightningModule):
     def describe(self, task: Any) -> dict[str, str]:
         """Return what a run with this task will do, part by part; callable once the task is loaded."""
         self._plan(task)
-        views = {"clean": "clean view, extracted once", "off": "augmented afresh in every epoch"}
         return {
             "backbone": self.backbone.describe(),
-            "features": views.get(str(self.features), f"{self.features} augmented views, each extracted once")
-            + ", standardised" * self.standardise,
+            "features": f"{self.features}{', standardised' * self.standardise}",
             "probes": f"{len(self.probes):,}: {self.plan.describe()}",
             "solver": self.solver.describe(),
             "measures": ", ".join(type(measure).__name__ for measure in self.measures),
         }
 
     def _plan(self, task: Any) -> None:
-        """Plan the probes, once the task says what it holds.
-
-        Raises:
-            MisconfigurationException: If backbone and task do not fit together.
-        """
+        """Plan the probes, once the task says what it holds; refuse a backbone and a task that do not fit."""
         if self.probes:
             return
-        if self.backbone is None and not task.vectors:
-            raise MisconfigurationException("model.backbone is null, but the task holds images; name a backbone.")
-        if self.backbone is not None and task.vectors:
+        if isinstance(self.backbone, GivenVectors):
+            if not task.vectors:
+                raise MisconfigurationException("model.backbone is null, but the task holds images; name a backbone.")
+            self.backbone.widths = {"none": task.width}
+        elif task.vectors:
             raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
-        if self.backbone is None:
-            self.backbone = GivenVectors(task.width)
         self.measures.insert(0, getattr(measures, task.target.measure)())
         self.probes = self.plan.probes(self.widths, any(measure.needs_comparison_probes for measure in self.measures))
 
     def setup(self, stage: str) -> None:
-        """Build the bank for the task as loaded, and let the task have its features extracted.
-
-        Raises:
-            MisconfigurationException: If the Trainer cannot count exactly, or the bank does not fit into memory.
-        """
-        # The hook below is meant to be this module's and not the task's, of which Lightning would warn.
+        """Build the bank for the task as loaded, and let the task have its features extracted."""
+        # Lightning would warn that the hook below is this module's and not the task's.
         warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")
         checks.trainer(self.trainer)
         self._plan(self.task)
@@ -167,10 +155,9 @@ class RedundancyProbe(LightningModule):
         checks.memory(self.probes, outputs, len(candidates), self.widths if squared else {})
         self.grid = Grid(self.probes, outputs, candidates)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
-        directory = Path(self.cache_dir or Path(self.trainer.default_root_dir) / "feature_cache").expanduser()
-        views = self.features if isinstance(self.features, int) else 0
-        extractor = Extractor(self.backbone, self.task, self.trainer, directory, views)
-        self.stream = FeatureStream(extractor, self.widths, self.features, self.standardise)
+        self.stream = FeatureStream(
+            Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features), self.standardise
+        )
         context = Context(
             probes=self.probes,
             fractions=self.plan.fractions,
@@ -178,7 +165,7 @@ class RedundancyProbe(LightningModule):
             target=self.target,
             solver=self.solver,
             device=self.trainer.strategy.root_device,
-            reduce=self._sum,
+            reduce=self.stream.reduce,
             features=self.stream.everything,
         )
         self.measures.setup(context)
@@ -202,8 +189,7 @@ class RedundancyProbe(LightningModule):
         if not self.train_losses:  # otherwise the checkpoint brought them
             self.stream.fit_standardisation()
             if self.coordinates.fitted:
-                moments = self.stream.clean_moments()
-                self.coordinates.fit({name: Layer(self.widths[name], each) for name, each in moments.items()})
+                self.coordinates.fit(self.stream.clean_moments())
         self.solver.prepare(self)
         if not self.solver.trains:
             self.trainer.should_stop = True  # the probes are found: no epoch follows
@@ -215,35 +201,22 @@ class RedundancyProbe(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of all probes' losses; a sum, so that no probe feels another."""
         coordinates = self.coordinates(batch.inputs)
-        losses = [self.solver.loss(self.target, bank(coordinates), batch.labels) for bank in self.grid.banks]
-        summed = torch.stack(losses)
+        losses = (self.solver.loss(self.target, bank(coordinates), batch.labels) for bank in self.grid.banks)
+        summed = torch.stack(list(losses))
         self.epoch_loss += summed.detach()
         # Gradients are averaged over processes; each weighs as much as its share of the batch.
         return summed.sum() * (self.trainer.world_size / batch.total)
 
     def on_train_epoch_end(self) -> None:
         """Note each probe's training loss, and let the solver keep weights."""
-        loss = self._sum(self.epoch_loss) / len(self.task.images["train"])
+        loss = self.stream.reduce(self.epoch_loss) / len(self.task.images["train"])
         self.train_losses.append(loss.cpu())
         self._log("train", "loss", self.grid.of_chosen(loss))
         self.solver.after_epoch(self.grid, self.current_epoch)
 
     def on_fit_end(self) -> None:
         """Refuse to go on with probes that were never validated, and so never kept."""
-        if self.grid.kept_epoch.min() < 0:
-            raise MisconfigurationException(
-                "Training ended before the first validation, so that no probe was kept; raise trainer.max_epochs, "
-                "max_steps or max_time, or validate more often."
-            )
-
-    def on_validation_start(self) -> None:
-        """Start the measures, unless this validates the weights in training."""
-        if self.trainer.state.fn != "fit":
-            self.measures.start("val")
-
-    def on_test_start(self) -> None:
-        """Start the measures."""
-        self.measures.start("test")
+        self.grid.check_kept()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score the weights in training during a fit; otherwise measure those kept."""
@@ -251,12 +224,15 @@ class RedundancyProbe(LightningModule):
             coordinates = self.coordinates(batch.inputs)
             self.scores.update(torch.cat([bank(coordinates) for bank in self.grid.banks]), batch.labels)
         else:
-            self.test_step(batch, batch_idx)
+            self._measure(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the weights that were kept."""
+        self._measure(batch, "test")
+
+    def _measure(self, batch: Any, split: str) -> None:
         logits = self.grid.kept_logits(self.coordinates(batch.inputs))
-        self.measures.update(Batch(batch.inputs, logits, batch.labels, batch.indices))
+        self.measures.update(split, Batch(batch.inputs, logits, batch.labels, batch.indices))
 
     def on_validation_epoch_end(self) -> None:
         """Let the solver keep weights by their validation scores; outside a fit, take what was measured."""
@@ -274,11 +250,9 @@ class RedundancyProbe(LightningModule):
         self._finish_measures("test")
 
     def _finish_measures(self, split: str) -> None:
-        self.measured[split] = self.measures.compute()
-        for measure, values in zip(self.measures, self.measured[split], strict=True):
-            for column in measure.columns:
-                if column.logged and column.name in values:
-                    self._log(split, column.name, values[column.name])
+        self.measured[split] = self.measures.compute(split)
+        for name, values in self.measures.logged(self.measured[split]):
+            self._log(split, name, values)
 
     def results(self) -> Results:
         """Return all that was measured of the splits that were evaluated."""
@@ -309,18 +283,14 @@ class RedundancyProbe(LightningModule):
 
     def on_predict_end(self) -> None:
         """Join the decisions of all processes."""
-        self.predictions.reduce(self._sum)
+        self.predictions.reduce(self.stream.reduce)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the backbone out, and note the probes, their neurons and what they depend on."""
         provenance.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse probes of another backbone, task or plan, and to resume a training that began otherwise.
-
-        Raises:
-            MisconfigurationException: If the checkpoint does not belong to this run; the message says where.
-        """
+        """Refuse probes of another backbone, task or plan, and to resume a training that began otherwise."""
         self.train_losses = provenance.load(self, checkpoint)
 
     def _log(self, split: str, metric: str, values: Tensor) -> None:
@@ -334,7 +304,3 @@ class RedundancyProbe(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics({"epoch": self.current_epoch, **means}, self.global_step)
             logger.save()
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """Sum over processes."""
-        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")

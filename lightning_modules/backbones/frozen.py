@@ -30,13 +30,13 @@ class GivenVectors(nn.Module):
     """The stand-in for a backbone where the task holds vectors, which are the representations themselves.
 
     Args:
-        width: D, the length of a vector.
+        width: D, the length of a vector; to be set in `widths` once the task is loaded where it is not known yet.
     """
 
     label = "none"
     preprocessing: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int = 0) -> None:
         super().__init__()
         self.widths = {"none": width}
 

@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -24,16 +24,24 @@ class Extractor:
         backbone: The backbone.
         task: The task as loaded; anything with the methods of `datamodules.Task`.
         trainer: Gives device, precision and processes.
-        directory: Where features are kept; all processes must see it.
-        views: Augmented views of train that are extracted; 0 for its clean view alone.
+        directory: Where features are kept; all processes must see it. None is `feature_cache` under the Trainer's
+            `default_root_dir`.
+        features: `clean`, a number of augmented views of train, or `off`, as for `RedundancyProbe`.
     """
 
-    def __init__(self, backbone: FrozenBackbone, task: Any, trainer: Trainer, directory: Path, views: int) -> None:
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        task: Any,
+        trainer: Trainer,
+        directory: str | None,
+        features: Literal["clean", "off"] | int,
+    ) -> None:
         self.backbone = backbone
         self.task = task
         self.trainer = trainer
-        self.directory = directory
-        self.views = views
+        self.directory = Path(directory or Path(trainer.default_root_dir) / "feature_cache").expanduser()
+        self.features = features
         self.seconds = 0.0
         """Spent on extraction so far."""
         self._provenance: dict[str, Any] | None = None
@@ -58,7 +66,8 @@ class Extractor:
             MisconfigurationException: If a layer is not finite for some image, or the cache cannot be written.
         """
         started = time.perf_counter()
-        views = range(self.views) if split == "train" and self.views else [None]
+        augmented = split == "train" and isinstance(self.features, int)
+        views = range(int(self.features)) if augmented else [None]
         rows = [self._extract_view(split, view) for view in views]
         self.seconds += time.perf_counter() - started
         return rows
@@ -76,7 +85,7 @@ class Extractor:
         missing = cache.missing(rank, processes)
         batches = [list(shard[i : i + BATCH]) for shard in missing for i in range(0, len(shard), BATCH)]
         if batches:
-            description = f"Extracting {split}" + ("" if view is None else f", view {view + 1} of {self.views}")
+            description = f"Extracting {split}" + ("" if view is None else f", view {view + 1} of {self.features}")
             with tqdm(total=sum(map(len, missing)), desc=description, unit="image", disable=rank > 0) as progress:
                 loader = iter(self.task.extraction_loader(split, batches, view))
                 for shard in missing:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,22 @@ class FeatureStream(nn.Module):
 
     Args:
         extractor: Makes features of images.
-        widths: D of each layer.
-        features: `clean`, a number of augmented views, or `off`, as for `RedundancyProbe`.
-        standardise: Whether `fit_standardisation` is wanted.
+        standardise: Whether neurons are centred and scaled by their statistics over train.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, extractor: Extractor, widths: dict[str, int], features: Literal["clean", "off"] | int, standardise: bool
-    ) -> None:
+    def __init__(self, extractor: Extractor, standardise: bool) -> None:
         super().__init__()
         self.extractor = extractor
         self.task = extractor.task
         self.trainer = extractor.trainer
-        self.widths = widths
-        self.features = features
+        self.features = extractor.features
+        self.widths: dict[str, int] = extractor.backbone.widths
         self.standardise = standardise
-        self.register_buffer("mean", torch.zeros(sum(widths.values())))
-        self.register_buffer("std", torch.ones(sum(widths.values())))
+        self.register_buffer("mean", torch.zeros(sum(self.widths.values())))
+        self.register_buffer("std", torch.ones(sum(self.widths.values())))
 
     def forward(self, batch: Any, split: str) -> Any:
         """Return a batch of images or features of a split with inputs as the probes see them, (B, sum of widths)."""
@@ -101,5 +97,9 @@ class FeatureStream(nn.Module):
             for each, part in zip(moments.values(), parts, strict=True):
                 each.update(part, labels)
         for each in moments.values():
-            each.reduce(lambda values: self.trainer.strategy.reduce(values.clone(), reduce_op="sum"))
+            each.reduce(self.reduce)
         return moments
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")

@@ -1,9 +1,10 @@
 """The measures of a run, driven together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_modules.measures.cka import CKA
 from lightning_modules.measures.inequality import Inequality
@@ -43,20 +44,22 @@ class Suite(list[Measure]):
         for measure in self:
             measure.setup(context)
 
-    def start(self, split: str) -> None:
-        """Forget what was counted, and begin with a split."""
+    def update(self, split: str, batch: Batch) -> None:
+        """Add a batch of a split to all measures."""
         for measure in self:
             measure.split = split
-            measure.reset()
-
-    def update(self, batch: Batch) -> None:
-        """Add a batch to all measures."""
-        for measure in self:
             measure.update(batch)
 
-    def compute(self) -> list[Mapping[str, Any]]:
-        """Return what each measure computes over all processes, and forget what was counted."""
-        computed = [measure.compute() for measure in self]
+    def compute(self, split: str) -> list[Mapping[str, Any]]:
+        """Return what each measure computes of a split over all processes, and start anew."""
+        computed = []
         for measure in self:
+            measure.split = split
+            computed.append(measure.compute())
             measure.reset()
         return computed
+
+    def logged(self, computed: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and values, shape (P,), of the computed columns that are logged."""
+        for measure, values in zip(self, computed, strict=True):
+            yield from ((each.name, values[each.name]) for each in measure.columns if each.logged)

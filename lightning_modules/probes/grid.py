@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_modules.probes.bank import ProbeBank
@@ -39,10 +40,6 @@ class Grid(nn.Module):
         self.register_buffer("kept_epoch", torch.full(values.shape[:2], -1))
         self.register_buffer("hyperparameters", values)  # (K, P, H)
 
-    def forward(self, coordinates: Tensor) -> Tensor:
-        """Return the logits of all weights in training, shape (K, P, C, B)."""
-        return torch.stack([bank(coordinates) for bank in self.banks])
-
     def kept_logits(self, coordinates: Tensor) -> Tensor:
         """Return the logits of the kept weights of each probe's chosen candidate, shape (P, C, B)."""
         return self.of_chosen(torch.stack([bank(coordinates) for bank in self.kept]))
@@ -61,6 +58,18 @@ class Grid(nn.Module):
     def kept_probe(self, index: int) -> tuple[Tensor, Tensor]:
         """Return copies of the kept weights, shape (C, k), and bias, shape (C,), of a probe's chosen candidate."""
         return self.kept[int(self.kept_score[:, index].argmax())].get_probe(index)
+
+    def check_kept(self) -> None:
+        """Refuse to go on where a probe was never validated.
+
+        Raises:
+            MisconfigurationException: If so.
+        """
+        if self.kept_epoch.min() < 0:
+            raise MisconfigurationException(
+                "Training ended before the first validation, so no probe was kept; raise trainer.max_epochs, max_steps "
+                "or max_time, or validate more often."
+            )
 
     def of_chosen(self, values: Tensor) -> Tensor:
         """Return the values of each probe's chosen candidate, shape (P, ...), from values of shape (K, P, ...)."""

@@ -1,10 +1,11 @@
 """From features to what probes see: neurons, or coordinates of another basis, in the order of each selection."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.features.moments import Moments
 from lightning_modules.subsets.bases import Ordering
 from lightning_modules.subsets.plan import Probe, ProbeGroup, probe_groups
 from lightning_modules.subsets.selections import BASES, SELECTIONS, Layer, order
@@ -54,9 +55,9 @@ class Coordinates(nn.Module):
         """Whether any selection is fitted to the training split."""
         return any(SELECTIONS[group.selection].fitted for group in self.groups)
 
-    def fit(self, layers: dict[str, Layer]) -> None:
-        """Compute the orders and bases that are fitted to the training split."""
-        self._fill(layers, fitted=True)
+    def fit(self, moments: Mapping[str, Moments]) -> None:
+        """Compute the orders and bases that are fitted to the training split, from the moments of each layer."""
+        self._fill({layer: Layer(width, moments[layer]) for layer, width in self.widths.items()}, fitted=True)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the coordinates of all groups, shape (R, B), of features of shape (B, sum of widths).

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from lightning_modules.features.moments import Moments
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Plan
-from lightning_modules.subsets.selections import OFFERED, SELECTIONS, Layer
+from lightning_modules.subsets.selections import OFFERED, SELECTIONS
 
 WIDTHS = {"early": 12, "late": 30}
 FRACTIONS = [0.1, 0.5, 1.0]
@@ -22,12 +22,12 @@ def features(count=80):
 
 def fitted(selections, inputs, labels, widths=WIDTHS):
     coordinates = Coordinates(Plan(selections, FRACTIONS, 2).probes(widths), widths)
-    layers = {}
+    sums = {}
     for layer, part in coordinates.by_layer(inputs).items():
         moments = Moments(widths[layer], 3)
         moments.update(part, labels)
-        layers[layer] = Layer(widths[layer], moments)
-    coordinates.fit(layers)
+        sums[layer] = moments
+    coordinates.fit(sums)
     return coordinates
 
 
