@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -23,11 +22,7 @@ from lightning_modules.results.assemble import assemble
 from lightning_modules.results.predictions import Predictions
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.coordinates import Coordinates
-from lightning_modules.subsets.plan import Plan, Probe, mean_by_fraction
-
-PAPER_FRACTIONS = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.9)
-SERVED = {RunningStage.TRAINING: "train", RunningStage.SANITY_CHECKING: "val", RunningStage.VALIDATING: "val"}
-"""The split that is served in each of the Trainer's stages; test in all others."""
+from lightning_modules.subsets.plan import PAPER_FRACTIONS, Plan, Probe, mean_by_fraction
 
 
 class RedundancyProbe(LightningModule):
@@ -137,8 +132,7 @@ class RedundancyProbe(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Build the bank for the task as loaded, and let the task have its features extracted."""
-        # Lightning would warn that the hook below is this module's and not the task's.
-        warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")
+        warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")  # as is meant
         checks.trainer(self.trainer)
         self._plan(self.task)
         if self.trainer.state.fn == "fit" and self.solver.trains:
@@ -176,7 +170,8 @@ class RedundancyProbe(LightningModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn a batch of images or features into what the probes see, so that every step has (B, sum of widths)."""
-        return self.stream(batch, SERVED.get(self.trainer.state.stage or RunningStage.TESTING, "test"))
+        in_training, validating = self.trainer.training, self.trainer.validating or self.trainer.sanity_checking
+        return self.stream(batch, "train" if in_training else "val" if validating else "test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the solver's optimiser over the probes alone, if it trains."""
@@ -268,10 +263,6 @@ class RedundancyProbe(LightningModule):
         }
         tables = assemble(self.probes, self.widths, self.measured, self.target.metric, facts)
         return Results(tables, list(self.measures), self.target)
-
-    def remarks(self) -> list[str]:
-        """Name the probes that should not be trusted as they stand, one line per reason."""
-        return self.solver.remarks(self)
 
     def on_predict_start(self) -> None:
         """Start to collect decisions."""

@@ -226,7 +226,7 @@ class CLI(LightningCLI):
             seconds |= {"evaluation": time.perf_counter() - trained}
             results = self.model.results()
             with writing(self.folder.path, ADVICE):
-                print(report(self.folder.path, results, self.model.remarks(), seconds), flush=True)
+                print(report(self.folder.path, results, self.model.solver.remarks(self.model), seconds), flush=True)
             dashboard.log_report(self.trainer.loggers, self.folder.path, results)
 
     def _log_configuration(self) -> None:

@@ -43,6 +43,7 @@ class Suite(list[Measure]):
         """Let all measures know the run that they belong to."""
         for measure in self:
             measure.setup(context)
+            measure.reset()  # states that were added from one tensor are tensors of their own from here on
 
     def update(self, split: str, batch: Batch) -> None:
         """Add a batch of a split to all measures."""

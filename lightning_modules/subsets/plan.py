@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lightning_modules.subsets.selections import FULL, OFFERED, SELECTIONS, Layer, order
 
+PAPER_FRACTIONS = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.9)
+
 
 class Probe(NamedTuple):
     """One probe of a run: which coordinates of which layer it sees, and the seed they were drawn from."""

@@ -33,10 +33,9 @@ from lightning_modules.features.cache import BATCH
 from lightning_modules.features.moments import Moments
 from lightning_modules.probes.bank import ProbeBank, parameters_of
 from lightning_modules.probes.ridge import ridge_probes
-from lightning_modules.redundancy_probe import PAPER_FRACTIONS
 from lightning_modules.subsets.bases import Ordering
 from lightning_modules.subsets.coordinates import Coordinates
-from lightning_modules.subsets.plan import Plan
+from lightning_modules.subsets.plan import PAPER_FRACTIONS, Plan
 from tests.benchmarks.benchmark import (
     ROOT,
     Figure,

@@ -190,12 +190,12 @@ def test_metric_names_and_means_are_those_of_the_contract(tmp_path):
 
 def test_a_diverging_probe_is_named(tmp_path):
     model, _, _ = fit(tmp_path, build(solver=SGD(3000.0)), epochs=2)
-    assert any("diverged for full" in remark and "\n" not in remark for remark in model.remarks())
+    assert any("diverged for full" in remark and "\n" not in remark for remark in model.solver.remarks(model))
 
 
 def test_an_unfinished_training_is_named(tmp_path):
     model, _, _ = fit(tmp_path, build(solver=SGD(1e-3), standardise=True), epochs=3)
-    assert any("not finished for full, random 0.02 (x2)" in remark for remark in model.remarks())
+    assert any("not finished for full, random 0.02 (x2)" in remark for remark in model.solver.remarks(model))
 
 
 def test_steps_past_the_edge_of_stability_are_named(tmp_path, caplog):
