@@ -245,7 +245,7 @@ class Task(LightningDataModule, ABC):
     ) -> "DataLoader[Batch]":
         return DataLoader(
             batches,
-            batch_size=None,  # a request is a whole batch
+            batch_size=None,  # a request already is a batch
             sampler=requests,
             num_workers=self._workers(batches) if isinstance(batches, ImageBatches) else 0,
             pin_memory=bool(self.trainer and self.trainer.strategy.root_device.type == "cuda"),

@@ -14,9 +14,9 @@ from datamodules.readers import SEVERAL, array_names, check_file, read_labels, r
 from datamodules.targets import Multiclass
 
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-"""Names of splits in a file, and the split that is meant."""
+"""Split words in files, and the splits that they stand for."""
 SPLIT_KEY = "split"
-"""Where names of splits are looked for; they need not be there, but under another name they must."""
+"""Default name of the split words; such an array may be missing, one of another name must be there."""
 CHUNK = 4096
 """Rows that are checked or hashed at once, so that a file may be larger than memory."""
 

@@ -115,8 +115,8 @@ class HubTask(Task):
         """Return the images of the repository's splits.
 
         Raises:
-            MisconfigurationException: If they cannot be had (the message says which files belong where) or a label is
-                of no class.
+            MisconfigurationException: If they cannot be downloaded (the message says which files belong where), or a
+                label is of no class.
         """
         source, tables = self._tables()
         images = {}
@@ -179,7 +179,7 @@ class HuggingFaceImages(Task):
         """Download what is not there yet, and make the copy with random access.
 
         Raises:
-            MisconfigurationException: If the data set cannot be had.
+            MisconfigurationException: If that fails.
         """
         self._tables()
 
@@ -187,7 +187,7 @@ class HuggingFaceImages(Task):
         """Return the splits that are there.
 
         Raises:
-            MisconfigurationException: If the data set cannot be had, has no such column (the message names those it
+            MisconfigurationException: If the data set is not available, has no such column (the message names those it
                 has), or a label of a split never occurs in train.
         """
         columns = {

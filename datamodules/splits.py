@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Percent(NamedTuple):
-    """A part as large as so many whole percent of all images, in proportion to the classes.
+    """Size of a part in percent of all images, as VTAB cuts its splits.
 
-    A `float` is another thing: that share of each class by itself, so that the sum of rounded shares is the size.
+    Unlike a `float`, which is rounded for each class by itself, it fixes the number of images of the whole part.
     """
 
     percent: int
     up: bool = False
-    """Whether a broken number of images is rounded up: what remains beside the `100 - percent` before it."""
+    """Whether the number of images is rounded up, and not down."""
 
     def of(self, images: int) -> int:
         """Return the number of images."""
@@ -24,8 +24,8 @@ class Percent(NamedTuple):
 
 
 Part = float | Percent | Mapping[int, int]
-"""Size of a part: a share of each class (0.2), whole percent of all images, a number of images (200), or of each class
-({0: 30, 1: 30})."""
+"""Size of a part: a share of each class (0.2), percent of all images, a number of images (200), or such a number for
+each class ({0: 30, 1: 30})."""
 
 
 def stratified_split(labels: Tensor, parts: Sequence[Part], seed: int) -> list[Tensor]:
@@ -33,8 +33,8 @@ def stratified_split(labels: Tensor, parts: Sequence[Part], seed: int) -> list[T
 
     Args:
         labels: Class index of each image, shape (n,).
-        parts: Size of each part, see `Part`. What whole numbers of images leave over after sharing them out in
-            proportion to the classes goes by largest remainder.
+        parts: Size of each part, see `Part`. A number of images is shared out in proportion to the classes, by
+            largest remainder.
         seed: The split depends on the labels and this number alone.
 
     Returns:

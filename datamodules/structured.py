@@ -93,7 +93,7 @@ class DMLab(HubTask):
 class KITTIDistance(DownloadedTask):
     """7,481 photographs from a car: how far is the closest vehicle? (Geiger et al., 2012.)
 
-    Only images for training have annotations, so all splits are cut from them. Neighbouring frames of a drive look
+    Only images for training have annotations, so all splits are cut from those. Neighbouring frames of a drive look
     alike: as in VTAB all of a drive lie in one split, a tenth of the drives each in validation and test. Which ones is
     seeded here.
     """
@@ -154,7 +154,7 @@ class KITTIDistance(DownloadedTask):
 class DSpritesLocation(HubTask):
     """737,280 drawings of 64 x 64 pixels: where is the sprite horizontally, in 16 bins? (Matthey et al., 2017.)
 
-    In VTAB's splits. The Hub's copy has the 32 places of the original; VTAB merges neighbours.
+    In VTAB's splits. The Hub's copy has the 32 positions of the original; VTAB merges neighbours.
     """
 
     name = "dsprites_location"
