@@ -82,15 +82,7 @@ def of_training(model: RedundancyProbe) -> dict[str, Any]:
 
 
 def check(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint that depends on something else than the run at hand.
-
-    Args:
-        theirs: What the checkpoint depends on.
-        ours: What the run depends on.
-
-    Raises:
-        MisconfigurationException: If they differ; the message names the first difference.
-    """
+    """Raise a MisconfigurationException that names the first difference of what checkpoint and run depend on."""
     for what, value in ours.items():
         if theirs.get(what) != value:
             raise MisconfigurationException(

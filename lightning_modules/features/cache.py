@@ -98,11 +98,7 @@ class FeatureCache:
                 raise OSError(str(error)) from error
 
     def read(self, processes: int) -> FeatureRows:
-        """Return all features, in memory where they fit well beside those of the other processes, else mapped.
-
-        Raises:
-            MisconfigurationException: If another process' shards cannot be seen.
-        """
+        """Return all features, in memory where they fit well beside those of the other processes, else mapped."""
         try:
             tensors = [_open(self._path(shard)) for shard in self.shards]
         except (OSError, SafetensorError) as error:

@@ -60,11 +60,7 @@ class Grid(nn.Module):
         return self.kept[int(self.kept_score[:, index].argmax())].get_probe(index)
 
     def check_kept(self) -> None:
-        """Refuse to go on where a probe was never validated.
-
-        Raises:
-            MisconfigurationException: If so.
-        """
+        """Raise a MisconfigurationException where a probe was never validated, and so never kept."""
         if self.kept_epoch.min() < 0:
             raise MisconfigurationException(
                 "Training ended before the first validation, so no probe was kept; raise trainer.max_epochs, max_steps "

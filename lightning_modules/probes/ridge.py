@@ -96,18 +96,13 @@ class RidgeProbe(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """What a split says about the coordinates of the largest subset."""
+    """Moments of a split over the coordinates of the largest subset."""
 
-    scatter: Tensor
-    """Shape (k, k)."""
-    cross: Tensor
-    """Shape (k, C)."""
-    mean: Tensor
-    """Shape (k,)."""
-    shares: Tensor
-    """Mean of the one-hot labels, shape (C,)."""
+    scatter: Tensor  # (k, k)
+    cross: Tensor  # (k, C)
+    mean: Tensor  # (k,)
+    shares: Tensor  # mean of the one-hot labels, (C,)
     images: Tensor
-    """How many."""
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Return the squared error of a probe of shape (C, k) on the first k coordinates, mean over images."""
@@ -124,15 +119,9 @@ def ridge_probes(
     """Fit a probe on every subset, each with the penalty that errs least on validation.
 
     A probe minimises |Y - Z W' - 1 b'|_F^2 + penalty * s * |W|_F^2 over the training images, with s the mean diagonal
-    of the *whole layer's* centred X'X, so that a penalty means the same for every subset and basis. Subsets nest: the
+    of the *full layer's* centred X'X, so that a penalty means the same for every subset and basis. Subsets nest: the
     Cholesky factor of the largest one's system holds those of all others as leading blocks, and so does the forward
     substitution. The validation error follows from that split's moments. Of equal errors the larger penalty is taken.
-
-    Args:
-        train: Moments of the training images, with products.
-        val: Moments of the validation images, with products.
-        orderings: The subsets.
-        penalties: Candidates, 0 or more.
 
     Returns:
         For each ordering the probes of its sizes.

@@ -143,17 +143,11 @@ class SGD(Solver):
         return {name: getattr(self, name) for name in ("keep", "momentum", "step_size", "gamma")}
 
     def _check(self) -> None:
-        candidates = self.candidates()
-        if len(set(candidates)) < len(candidates):
-            rate, decay = next(candidate for candidate in candidates if candidates.count(candidate) > 1)
-            raise MisconfigurationException(
-                f"model.solver.learning_rate {rate:g} with model.solver.weight_decay {decay:g} is listed twice; give "
-                f"each once."
-            )
-        if not candidates:
-            raise MisconfigurationException(
-                "model.solver.learning_rate and model.solver.weight_decay need at least one value each."
-            )
+        for name, values in (("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)):
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None or not values:
+                problem = "is empty; give at least one value" if not values else f"lists {twice:g} twice; give it once"
+                raise MisconfigurationException(f"model.solver.{name} {problem}.")
         for name, value, holds, right in (
             *(("learning_rate", rate, rate > 0, "above 0") for rate in self.learning_rate),
             *(("weight_decay", decay, decay >= 0, "0 or more") for decay in self.weight_decay),

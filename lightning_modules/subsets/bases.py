@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.features.moments import CONSTANT, Moments, rounding
+from lightning_modules.features.moments import Moments, rounding
 
 
 class Ordering(NamedTuple):
@@ -64,35 +64,10 @@ def principal_components(moments: Moments) -> PrincipalComponents:
     return PrincipalComponents(variances, components * largest.sign(), rank)
 
 
-def variance_order(moments: Moments) -> Tensor:
-    """Order neurons by descending variance, shape (D,), on the CPU; ties go to the smaller index."""
-    return _descending(moments.variance)
-
-
-def fisher_order(moments: Moments) -> Tensor:
-    """Order neurons by how well each alone separates the classes, shape (D,), on the CPU.
-
-    Fisher's ratio of the variance between classes to that within, descending; ties go to the smaller index. A neuron
-    that varies between classes only is among the first, one that never changes among the last.
-    """
-    seen = moments.counts > 0
-    counts, means = moments.counts[seen].unsqueeze(1), moments.class_means[seen]
-    between = (counts * (means - moments.mean).square()).sum(0) / moments.count
-    within = moments.variance - between
-    unseen = CONSTANT * (moments.variance + moments.mean.square())
-    between, within = (part.masked_fill(part <= unseen, 0) for part in (between, within))
-    return _descending((between / within).nan_to_num(nan=-1.0, posinf=torch.inf))
-
-
-def _descending(scores: Tensor) -> Tensor:
-    return scores.argsort(descending=True, stable=True).cpu()
-
-
 def gaussian_projection(width: int, seed: int) -> Tensor:
     """Draw a random projection with independent normal entries of variance 1 / D, shape (D, D), float64.
 
-    So a coordinate has the scale of a neuron. Here as below the first k columns are the projection on k coordinates,
-    which therefore nest, and the numbers come from a generator of their own on the CPU.
+    Its first k columns project on k coordinates, each with the scale of a neuron. The generator is its own, on the CPU.
     """
     entries = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return entries / width**0.5

@@ -53,13 +53,7 @@ def neurons(fraction: float, width: int) -> int:
 
 
 class Plan:
-    """What a run asks for: selections, fractions and seeds.
-
-    Args:
-        selection: Names of `OFFERED`, one or a list.
-        fractions: Fractions of the neurons in (0, 1], one or a list.
-        seeds: Subset seeds of seeded selections; a number n means 0 to n - 1.
-        full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
+    """What a run asks for: selections (names of `OFFERED`), fractions and seeds, as `RedundancyProbe` takes them.
 
     Raises:
         MisconfigurationException: If a list is empty or repeats itself, a selection is unknown, a fraction is not in
@@ -80,15 +74,12 @@ class Plan:
         self._check()
 
     def probes(self, widths: dict[str, int], together: bool = False) -> list[Probe]:
-        """Return every probe of a run.
+        """Return every probe of a run: by layer, the full layer first, then selections by seed and ascending fraction.
 
         Args:
             widths: D of each layer.
             together: Whether a seeded selection also gets, for each fraction, a probe with as many neurons as the
                 subsets of all its seeds hold together.
-
-        Returns:
-            By layer: the full layer first, then selections by seed and ascending fraction.
         """
         probes = []
         for layer, width in widths.items():

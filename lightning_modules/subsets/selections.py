@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.features.moments import Moments
+from lightning_modules.features.moments import CONSTANT, Moments
 from lightning_modules.subsets import bases
 from lightning_modules.subsets.bases import PrincipalComponents, principal_components
 
@@ -82,13 +82,28 @@ def least(layer: Layer, seed: int) -> Tensor:
 
 
 def variance(layer: Layer, seed: int) -> Tensor:
-    """Order neurons by descending variance over train."""
-    return bases.variance_order(layer.moments)
+    """Order neurons by descending variance over train; ties go to the smaller index."""
+    return _descending(layer.moments.variance)
 
 
 def fisher(layer: Layer, seed: int) -> Tensor:
-    """Order neurons by how well each alone separates the classes of train (Fisher's ratio)."""
-    return bases.fisher_order(layer.moments)
+    """Order neurons by how well each alone separates the classes of train: by Fisher's ratio, descending.
+
+    It is the variance between classes over that within. A neuron that varies between classes only is among the first,
+    one that never changes among the last.
+    """
+    moments = layer.moments
+    seen = moments.counts > 0
+    counts, means = moments.counts[seen].unsqueeze(1), moments.class_means[seen]
+    between = (counts * (means - moments.mean).square()).sum(0) / moments.count
+    within = moments.variance - between
+    unseen = CONSTANT * (moments.variance + moments.mean.square())
+    between, within = (part.masked_fill(part <= unseen, 0) for part in (between, within))
+    return _descending((between / within).nan_to_num(nan=-1.0, posinf=torch.inf))
+
+
+def _descending(scores: Tensor) -> Tensor:
+    return scores.argsort(descending=True, stable=True).cpu()
 
 
 def pca_basis(layer: Layer, seed: int) -> Basis:

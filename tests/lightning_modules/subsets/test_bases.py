@@ -5,13 +5,12 @@ from sklearn.decomposition import PCA
 
 from lightning_modules.features.moments import Moments
 from lightning_modules.subsets.bases import (
-    fisher_order,
     gaussian_projection,
     orthogonal_projection,
     positive_projection,
     principal_components,
-    variance_order,
 )
+from lightning_modules.subsets.selections import Layer, order
 
 
 def summed(representations, labels=None, classes=1, **options):
@@ -54,16 +53,18 @@ def test_rankings_are_numpys_on_real_features(real_features, classes):
     )
     within = sum(values[labels_there == c].var(0) * (labels_there == c).sum() for c in range(classes))
     ratio = np.where(within > 0, between / np.where(within > 0, within, 1), -1)
-    np.testing.assert_array_equal(fisher_order(moments), np.argsort(-ratio, kind="stable"))
-    np.testing.assert_array_equal(variance_order(moments), np.argsort(-values.var(0), kind="stable"))
+    np.testing.assert_array_equal(order("fisher", Layer(moments.width, moments), 0), np.argsort(-ratio, kind="stable"))
+    np.testing.assert_array_equal(
+        order("variance", Layer(moments.width, moments), 0), np.argsort(-values.var(0), kind="stable")
+    )
 
 
 def test_extreme_neurons_are_ranked_first_and_last_and_ties_go_to_the_smaller_index():
     labels = torch.tensor([0, 0, 1, 1])
     columns = [[5.1] * 4, [1.0, 2, 1, 2], [0.1, 0.1, 0.7, 0.7], [1.0, 2, 3, 4], [5.1] * 4, [1.0, 2, 3, 4]]
     moments = summed(torch.tensor(columns).t(), labels, 2)
-    assert fisher_order(moments).tolist() == [2, 3, 5, 1, 0, 4]
-    assert variance_order(moments).tolist() == [3, 5, 1, 2, 0, 4]
+    assert order("fisher", Layer(moments.width, moments), 0).tolist() == [2, 3, 5, 1, 0, 4]
+    assert order("variance", Layer(moments.width, moments), 0).tolist() == [3, 5, 1, 2, 0, 4]
 
 
 def test_projections_are_seeded_and_what_they_say():
