@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import train
 from lightning_modules.backbones.memory import keep_freed_memory
+from lightning_modules.cli.run import CLI
 from lightning_modules.features.cache import BATCH
 from lightning_modules.features.moments import Moments
-from lightning_modules.probes.bank import ProbeBank, parameters_of
+from lightning_modules.probes.bank import ProbeBank
 from lightning_modules.probes.ridge import ridge_probes
 from lightning_modules.subsets.bases import Ordering
 from lightning_modules.subsets.coordinates import Coordinates
@@ -114,28 +115,29 @@ class Bench(NamedTuple):
     def arguments(self, root: Path, *further: str) -> list[str]:
         """Return the command line of a fit in these measurements, the paper's 71 probes unless told otherwise."""
         accelerator = "gpu" if self.device == "cuda" else "cpu"
+        solver = () if "Ridge" in further else ("--model.solver.weight_decay", "5e-4")
         return [
-            *(*BASE, *BACKBONE, *FRACTIONS, "--model.backbone.weights", self.weights),
-            *("--data.root", str(root), "--model.weight_decay", "5e-4", "--trainer.precision", self.precision),
+            *(*BASE, *BACKBONE, *FRACTIONS, "--model.backbone.weights", self.weights, "--data.root", str(root)),
+            *(*solver, "--trainer.precision", self.precision),
             *("--trainer.accelerator", accelerator, "--trainer.devices", "1"),
             *("--trainer.default_root_dir", str(self.folder / "runs"), *further),
         ]
 
-    def fit(self, root: Path, *further: str) -> tuple[train.CLI, float]:
+    def fit(self, root: Path, *further: str) -> tuple[CLI, float]:
         """Fit in this process; return what it leaves, and its seconds from the end of start-up to the last file."""
         with quiet():
-            cli = train.CLI(self.arguments(root, *further))
+            cli = CLI(self.arguments(root, *further), train.TASKS)
         return cli, time.perf_counter() - cli.started
 
     def fresh(self) -> tuple[str, str]:
         """Return the flag that names an empty feature cache."""
         return "--model.cache_dir", tempfile.mkdtemp(dir=self.folder)
 
-    def features(self, root: Path) -> tuple[train.CLI, dict[str, tuple[Tensor, Tensor]]]:
+    def features(self, root: Path) -> tuple[CLI, dict[str, tuple[Tensor, Tensor]]]:
         """Return a short fit on features that are kept from now on, and the features and labels of each split."""
         cli, _ = self.fit(root, "--trainer.max_epochs", "1", *self.kept())
         splits = ("train", "val", "test")
-        rows = {split: cli.datamodule.representations(split)[0] for split in splits}
+        rows = {split: cli.datamodule.features(split)[0] for split in splits}
         return cli, {
             split: (rows[split][torch.arange(len(rows[split]))], cli.datamodule.images[split].labels)
             for split in splits
@@ -146,11 +148,11 @@ class Bench(NamedTuple):
         return "--model.cache_dir", str(self.folder / "kept")
 
 
-def probe_phase(bench: Bench, root: Path, *further: str) -> tuple[train.CLI, float]:
+def probe_phase(bench: Bench, root: Path, *further: str) -> tuple[CLI, float]:
     """Fit on cached features; return what it leaves, and the seconds of training and evaluation, without the report."""
     cli, _ = bench.fit(root, *bench.kept(), *further)
-    spent = json.loads((cli.folder / "summary.json").read_text())["seconds"]
-    return cli, spent["fit"] - spent["look"] + spent["evaluation"]
+    spent = json.loads((cli.folder.path / "summary.json").read_text())["seconds"]
+    return cli, spent["fit"] - spent["extraction"] + spent["evaluation"]
 
 
 def size(bench: Bench) -> tuple[int, int]:
@@ -177,17 +179,16 @@ with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=preci
 
 
 def curve(bench: Bench) -> list[Figure]:
-    """Measure whole fits and their look against the bare backbone, and against the paper's 7,100 epochs."""
+    """Measure whole fits and their extraction against the bare backbone, and against the paper's 7,100 epochs."""
     root = bench.task(*size(bench))
     epochs = "10" if bench.quick else "100"
     cli, _ = bench.features(root)
     backbone, task = cli.model.backbone.to(bench.device), cli.datamodule
-    requests = {
-        split: [task.request(range(n)[i : i + BATCH], 0) for i in range(0, n, BATCH)]
-        for split, n in ((split, len(task.images[split])) for split in ("train", "val", "test"))
-    }
-    batches = [task.image_batches(split)[each].inputs for split in requests for each in requests[split]]
-    batches = [batch.to(bench.device) for batch in batches]
+    batches = []
+    for split in ("train", "val", "test"):
+        n = len(task.images[split])
+        parts = [range(n)[i : i + BATCH] for i in range(0, n, BATCH)]
+        batches += [batch.inputs.to(bench.device) for batch in task.extraction_loader(split, parts, None)]
     layouts = ("channels_last", "contiguous_format")
 
     def bare(layout: str, images: list[Tensor]) -> float:
@@ -199,7 +200,7 @@ def curve(bench: Bench) -> list[Figure]:
 
     bare(layouts[0], batches[:2])
     layout = min(layouts, key=lambda layout: bare(layout, batches[:4]))
-    looks = []
+    extractions = []
 
     def plain() -> float:
         child("-c", PLAIN, str(bench.folder / "images.pt"), bench.weights, bench.precision, layout, cwd=bench.folder)
@@ -207,7 +208,7 @@ def curve(bench: Bench) -> list[Figure]:
 
     def whole() -> float:
         cli, seconds = bench.fit(root, "--trainer.max_epochs", epochs, *bench.fresh())
-        looks.append(cli.model.look_seconds)
+        extractions.append(cli.model.stream.extractor.seconds)
         return seconds
 
     def paper_epoch() -> float:
@@ -222,7 +223,7 @@ def curve(bench: Bench) -> list[Figure]:
         torch.save(batches, bench.folder / "images.pt")
         measured["plain"] = plain
     sides = taking_turns(bench.repeats, **measured)
-    sides["look"] = looks
+    sides["extraction"] = extractions
     named = f"MobileNetV2, {sum(map(len, batches)):,} images, {layout}"
     paper = [7100 * epoch / fit for epoch, fit in zip(sides["paper_epoch"], sides["fit"], strict=True)]
     figures = []
@@ -231,7 +232,13 @@ def curve(bench: Bench) -> list[Figure]:
             over = f"the bare backbone {what}" if bench.device == "cpu" else "the bare backbone"
             figures += [
                 Figure(f"whole curve (71 probes) over {over}", ratio(sides, "fit", side), "<= 1.2", sides, named),
-                Figure(f"rate of the look over that of {over}", ratio(sides, side, "look"), ">= 0.92", sides, named),
+                Figure(
+                    f"rate of the extraction over that of {over}",
+                    ratio(sides, side, "extraction"),
+                    ">= 0.92",
+                    sides,
+                    named,
+                ),
             ]
     return [*figures, Figure("paper's 7,100 epochs over the whole curve", paper, ">= 2000", sides, "an epoch, scaled")]
 
@@ -240,7 +247,7 @@ def probes(bench: Bench) -> list[Figure]:
     """Measure the probe phase with 71 probes and with (almost) one, and its steps above the bare matrix products."""
     root = bench.task(*size(bench))
     cli, _ = bench.features(root)
-    bank: ProbeBank = cli.model.banks[0]
+    bank: ProbeBank = cli.model.grid.banks[0]
     steps = len(cli.datamodule.train_dataloader()) * 100
     two = ("--model.fractions", "0.0005", "--model.seeds", "1")
     single = Step(1280, seeds=1, fractions=(0.0005,), device=bench.device)
@@ -282,7 +289,7 @@ def probes(bench: Bench) -> list[Figure]:
 
 
 class Step:
-    """Training steps of a bank on random representations, without a loop around them."""
+    """Training steps of a bank on random features, without a loop around them."""
 
     def __init__(self, width, seeds, fractions=PAPER_FRACTIONS, device="cpu", classes=10, batch=256):
         plan = Plan("random", list(fractions), seeds).probes({"layer": width})
@@ -317,8 +324,9 @@ def rivals(bench: Bench) -> list[Figure]:
     accuracies: dict[str, list[float]] = {"sgd": [], "ridge": [], "scikit-learn": [], "nn.Linear": []}
 
     def ours(solver: str) -> float:
-        cli, seconds = probe_phase(bench, root, "--trainer.max_epochs", epochs, "--model.solver", solver)
-        rows = cli.model.results()
+        flags = ("--model.solver", "Ridge") if solver == "ridge" else ()
+        cli, seconds = probe_phase(bench, root, "--trainer.max_epochs", epochs, *flags)
+        rows = cli.model.results().tables["results"]
         accuracies[solver].append(rows.loc[rows["split"] == "test", "accuracy"].mean())
         return seconds
 
@@ -394,7 +402,7 @@ def one_at_a_time(bench, features, columns, epochs, loaded=False):
 
 
 def moments(width, classes, images, seed, device="cpu"):
-    """Return the sums of random representations."""
+    """Return the sums of random features."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (images,), generator=generator)
     sums = Moments(width, classes, device=device)
@@ -431,10 +439,10 @@ def ridge(bench: Bench) -> list[Figure]:
 
 
 def plan_orderings(width, device):
-    """Return the paper's subsets as statistics know them."""
+    """Return the paper's subsets as orderings."""
     plan = Plan("random", list(PAPER_FRACTIONS), list(range(1, 6))).probes({"layer": width})
     coordinates = Coordinates(plan, {"layer": width}).to(device)
-    return [coordinates.ordering(nest) for nest in coordinates.nests]
+    return [coordinates.ordering(group) for group in coordinates.groups]
 
 
 def growth(bench: Bench) -> list[Figure]:
@@ -450,9 +458,9 @@ def growth(bench: Bench) -> list[Figure]:
     def step_of(width: int) -> float:
         return Step(width, 5, device=bench.device).seconds(20)
 
-    def look(per_class: int) -> float:
+    def extract(per_class: int) -> float:
         cli, _ = bench.fit(bench.task(per_class, 10), "--trainer.max_epochs", "1", *bench.fresh())
-        return cli.model.look_seconds
+        return cli.model.stream.extractor.seconds
 
     def solve(width: int) -> float:
         sums = moments(width, 10, 2 * width, 0, bench.device)
@@ -471,7 +479,7 @@ def growth(bench: Bench) -> list[Figure]:
     step = "a step in probes (71, 141, 281)"
     grow(step, "<= 1.1", [*seeds], lambda n: Step(1280, seeds[n], device=bench.device).seconds(20))
     grow("a step in width", "<= 1.1", widths, step_of)
-    grow("the look in images per class", "<= 1.1", [20, 40], look)
+    grow("extraction in images per class", "<= 1.1", [20, 40], extract)
     grow("sums of products in width", "<= 2.1", widths, sum_up)
     grow("a ridge curve in width", "<= 3.1", widths, solve)
     grow("principal components in width", "<= 3.1", widths[:3], components)
@@ -523,17 +531,19 @@ def precision(bench: Bench) -> list[Figure]:
     root = bench.task(train_images, test_images)
     accuracies, sides = [], {}
     for name in ("32-true", "bf16-mixed"):
-        flags = ("--model.solver", "ridge", "--trainer.precision", name)
+        flags = ("--model.solver", "Ridge", "--trainer.precision", name)
         cli, _ = bench.fit(root, *flags, *bench.fresh())
-        rows = cli.model.results()
+        rows = cli.model.results().tables["results"]
         accuracies.append(rows.loc[rows["split"] == "test", "accuracy"].mean())
-        sides[name] = [cli.model.look_seconds]
+        sides[name] = [cli.model.stream.extractor.seconds]
     counted = f"{len(cli.datamodule.images['test']):,} test images"
     note = f"{counted}, ridge: {100 * accuracies[0]:.2f} % and {100 * accuracies[1]:.2f} %"
     moved = [100 * abs(accuracies[1] - accuracies[0])]
     return [
         Figure("points that bfloat16 moves the mean test accuracy of 71 probes", moved, "<= 0.2", {}, note),
-        Figure("rate of the look in bfloat16 over that in float32", ratio(sides, "32-true", "bf16-mixed"), "", sides),
+        Figure(
+            "rate of the extraction in bfloat16 over that in float32", ratio(sides, "32-true", "bf16-mixed"), "", sides
+        ),
     ]
 
 
@@ -562,55 +572,55 @@ def startup(bench: Bench) -> list[Figure]:
 
 TASKS = {"CIFAR-10": (60_000, 45_000, 10), "CIFAR-100": (60_000, 45_000, 100)}
 TASKS |= {"flowers": (8_189, 1_020, 102), "pets": (7_349, 3_312, 37)}
-"""The paper's tasks: images to look at, images to train on, classes."""
+"""The paper's tasks: images to extract, images to train on, classes."""
 
 
-def cost(images: int, training: int, classes: int, looked: float, arithmetic: float, overhead: float) -> str:
+def cost(images: int, training: int, classes: int, rate: float, arithmetic: float, overhead: float) -> str:
     """Return what one curve of 71 probes on D = 2048 costs on one GPU, as a row of a table.
 
     Args:
-        images: Images to look at.
+        images: Images to extract.
         training: Images per epoch.
         classes: C.
-        looked: Images a second through the backbone.
+        rate: Images a second through the backbone.
         arithmetic: Operations a second of float32 products.
         overhead: Seconds of a step that is too small to fill the GPU.
     """
     plan = Plan("random", list(PAPER_FRACTIONS), list(range(1, 6))).probes({"layer": 2048})
-    weights = parameters_of(plan, classes)
+    weights = sum((probe.neurons + 1) * classes for probe in plan)
     steps = 100 * -(-training // 256)
     step = max(overhead, 4 * weights * 256 / arithmetic)  # a product and a sum per weight, forward and backward
-    look = images / looked
+    seconds = images / rate
     gigabytes = 16 * weights / 1e9  # float32: weights, gradient, momentum, best
     logits = 4 * 4 * len(plan) * classes * 256 / 1e9
     return (
-        f"{images:,} | {weights / 1e6:.1f} M | {look:,.0f} s | {steps:,} x {1e3 * step:.1f} ms = {steps * step:,.0f} s "
+        f"{images:,} | {weights / 1e6:.1f} M | {seconds:,.0f} s | {steps:,} x {1e3 * step:.1f} ms = {steps * step:,.0f} s "
         f"| {gigabytes + logits:.2f} GB | {images * 2048 * 4 / 1e9:.2f} GB"
     )
 
 
 def costs() -> str:
     """Return the arithmetic of the paper as a whole, and of a curve on ImageNet-1k, on one GPU that nobody measured."""
-    looked, arithmetic, overhead = 2500.0, 1e13, 2e-3
+    rate, arithmetic, overhead = 2500.0, 1e13, 2e-3
     lines = [
-        f"Assumed, not measured: a ResNet-50 in mixed precision at {looked:,.0f} images a second (the order of",
+        f"Assumed, not measured: a ResNet-50 in mixed precision at {rate:,.0f} images a second (the order of",
         f"published rates of one A100), {arithmetic / 1e12:.0f} TFLOP/s of float32 products (half of its peak) and "
         f"{1e3 * overhead:.0f} ms a step for launches and the loop.",
         "",
-        "| curve of 71 probes | images | weights | look | probes | GPU: bank, logits | features |",
+        "| curve of 71 probes | images | weights | extraction | probes | GPU: bank, logits | features |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        *(f"| {name} | {cost(*counts, looked, arithmetic, overhead)} |" for name, counts in TASKS.items()),
-        f"| ImageNet-1k | {cost(1_281_167 + 50_000, 1_281_167, 1000, looked, arithmetic, overhead)} |",
+        *(f"| {name} | {cost(*counts, rate, arithmetic, overhead)} |" for name, counts in TASKS.items()),
+        f"| ImageNet-1k | {cost(1_281_167 + 50_000, 1_281_167, 1000, rate, arithmetic, overhead)} |",
         "",
     ]
     steps = sum(100 * -(-training // 256) for _, training, _ in TASKS.values())
     images = sum(images for images, *_ in TASKS.values())
-    seconds = 6 * (images / looked + steps * overhead)
+    seconds = 6 * (images / rate + steps * overhead)
     lines.append(
-        f"The paper: 6 backbones x ({images:,} images / {looked:,.0f} a second + {steps:,} steps x "
-        f"{1e3 * overhead:.0f} ms) = {seconds / 60:,.0f} minutes for 6 x 4 x 71 probes; its own procedure looks at "
+        f"The paper: 6 backbones x ({images:,} images / {rate:,.0f} a second + {steps:,} steps x "
+        f"{1e3 * overhead:.0f} ms) = {seconds / 60:,.0f} minutes for 6 x 4 x 71 probes; its own procedure extracts "
         f"6 x 71 x 100 x {sum(training for _, training, _ in TASKS.values()):,} training images, "
-        f"{6 * 7100 * sum(training for _, training, _ in TASKS.values()) / looked / 86400:,.0f} days at the same rate."
+        f"{6 * 7100 * sum(training for _, training, _ in TASKS.values()) / rate / 86400:,.0f} days at the same rate."
     )
     return "\n".join(lines)
 
