@@ -594,8 +594,8 @@ def cost(images: int, training: int, classes: int, rate: float, arithmetic: floa
     gigabytes = 16 * weights / 1e9  # float32: weights, gradient, momentum, best
     logits = 4 * 4 * len(plan) * classes * 256 / 1e9
     return (
-        f"{images:,} | {weights / 1e6:.1f} M | {seconds:,.0f} s | {steps:,} x {1e3 * step:.1f} ms = {steps * step:,.0f} s "
-        f"| {gigabytes + logits:.2f} GB | {images * 2048 * 4 / 1e9:.2f} GB"
+        f"{images:,} | {weights / 1e6:.1f} M | {seconds:,.0f} s | {steps:,} x {1e3 * step:.1f} ms "
+        f"= {steps * step:,.0f} s | {gigabytes + logits:.2f} GB | {images * 2048 * 4 / 1e9:.2f} GB"
     )
 
 
