@@ -1,6 +1,7 @@
 """From features to what probes see: neurons, or coordinates of another basis, in the order of each selection."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,14 @@ class Coordinates(nn.Module):
             if self._space(group) not in self._starts:
                 self._starts[self._space(group)] = end
                 end += widths[group.layer]
-        for place, (layer, basis, _) in enumerate(self._bases()):
+        self._bases = [(layer, basis, seed) for layer, basis, seed in self._starts if basis is not None]
+        for place, (layer, basis, _) in enumerate(self._bases):
             fitted = _is_fitted(basis)
             self.register_buffer(f"matrix_{place}", torch.zeros(widths[layer], widths[layer]), persistent=fitted)
             self.register_buffer(f"centre_{place}", torch.zeros(widths[layer]), persistent=fitted)
-        self.register_buffer("rows", torch.zeros(sum(g.sizes[-1] for g in self.groups), dtype=torch.int64))
+        ends = list(itertools.accumulate(group.sizes[-1] for group in self.groups))
+        self._slices = {group: slice(end - group.sizes[-1], end) for group, end in zip(self.groups, ends, strict=True)}
+        self.register_buffer("rows", torch.zeros(ends[-1], dtype=torch.int64))
         self._fill({layer: Layer(width) for layer, width in widths.items()}, fitted=False)
 
     @property
@@ -72,7 +76,7 @@ class Coordinates(nn.Module):
         columns = features.new_empty(features.shape[::-1])
         columns.t().copy_(features)  # in half the time of `contiguous`
         spaces, layers = [columns], self.by_layer(features)
-        for place, (layer, *_) in enumerate(self._bases()):
+        for place, (layer, *_) in enumerate(self._bases):
             matrix, centre = (getattr(self, f"{part}_{place}").to(columns.dtype) for part in ("matrix", "centre"))
             spaces.append(matrix.t() @ (layers[layer].t() - centre.unsqueeze(1)))
         return torch.cat(spaces) if len(spaces) > 1 else columns
@@ -88,7 +92,7 @@ class Coordinates(nn.Module):
     def ordering(self, group: ProbeGroup) -> Ordering:
         """Return a group's order, sizes and basis as statistics take them; the basis is float64 and not centred."""
         matrix, _ = self._basis(group) or (None, None)
-        order = self._rows_of(group) - self._starts[self._space(group)]
+        order = self.rows[self._slices[group]] - self._starts[self._space(group)]
         return Ordering(order, group.sizes, None if matrix is None else matrix.double())
 
     def centre(self, group: ProbeGroup) -> Tensor:
@@ -113,7 +117,7 @@ class Coordinates(nn.Module):
         end = max(start + self.widths[layer] for (layer, *_), start in self._starts.items())
         masks = torch.zeros(count, end, dtype=torch.bool, device=self.rows.device)
         for group in self.groups:
-            rows = self._rows_of(group)
+            rows = self.rows[self._slices[group]]
             for index, size in zip(group.probes, group.sizes, strict=True):
                 masks[index, rows[:size]] = True
         return masks
@@ -121,33 +125,21 @@ class Coordinates(nn.Module):
     def _group_of(self, index: int) -> ProbeGroup:
         return next(group for group in self.groups if index in group.probes)
 
-    def _bases(self) -> Iterator[tuple[str, str, int]]:
-        for layer, basis, seed in self._starts:
-            if basis is not None:
-                yield layer, basis, seed
-
     def _basis(self, group: ProbeGroup) -> tuple[Tensor, Tensor] | None:
         """Return the matrix, shape (D, D), and centre, shape (D,), of a group's basis; None for neurons."""
-        for place, space in enumerate(self._bases()):
-            if space == self._space(group):
-                return getattr(self, f"matrix_{place}"), getattr(self, f"centre_{place}")
-        return None
+        space = self._space(group)
+        if space not in self._bases:
+            return None
+        place = self._bases.index(space)
+        return getattr(self, f"matrix_{place}"), getattr(self, f"centre_{place}")
 
     def _space(self, group: ProbeGroup) -> tuple[str, str | None, int]:
         """Return layer, basis and seed of the space a group picks from; bases without a seed serve several groups."""
         rule = SELECTIONS[group.selection]
         return group.layer, rule.basis, group.seed if rule.basis and rule.seeded else 0
 
-    def _rows_of(self, group: ProbeGroup) -> Tensor:
-        start = 0
-        for each in self.groups:
-            if each == group:
-                return self.rows[start : start + group.sizes[-1]]
-            start += each.sizes[-1]
-        raise KeyError(group)
-
     def _fill(self, layers: dict[str, Layer], fitted: bool) -> None:
-        for place, (layer, name, seed) in enumerate(self._bases()):
+        for place, (layer, name, seed) in enumerate(self._bases):
             if fitted == _is_fitted(name):
                 basis = BASES[name](layers[layer], seed)
                 getattr(self, f"matrix_{place}").copy_(basis.matrix)
@@ -155,4 +147,4 @@ class Coordinates(nn.Module):
         for group in self.groups:
             if SELECTIONS[group.selection].fitted == fitted:
                 ordered = order(group.selection, layers[group.layer], group.seed)
-                self._rows_of(group).copy_(ordered[: group.sizes[-1]] + self._starts[self._space(group)])
+                self.rows[self._slices[group]] = ordered[: group.sizes[-1]] + self._starts[self._space(group)]
