@@ -1,28 +1,26 @@
 """A subset and its probe as files that need nothing of this project: safetensors, JSON and a torch.export program."""
 
 import json
-import math
 import platform
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import safetensors
+import safetensors.torch
 import timm
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_modules.backbones.build import PretrainedCfgOverlay, is_timm_model
-from lightning_modules.backbones.frozen import FrozenBackbone
+from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay
 from lightning_modules.checkpoints import read
 from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.probes.grid import Grid
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Probe
+from lightning_modules.subsets.selections import FULL
 
 USE = {
     "neurons": "logits = features[:, subset['indices']] @ subset['weight'].T + subset['bias']",
@@ -52,56 +50,59 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
     Raises:
         MisconfigurationException: If the run has no such probe, or its backbone is not to be had any more.
     """
-    folder = Path(run).expanduser()
-    config, checkpoint = _read(folder)
-    provenance, state = checkpoint["probes"]["provenance"], checkpoint["state_dict"]
+    folder, target = Path(run).expanduser(), Path(output).expanduser()
+    files = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    for file in files:
+        if not file.is_file():
+            raise MisconfigurationException(f"{folder} is no folder of a run: it holds no {file.relative_to(folder)}.")
+    checkpoint = read(files[1])
+    if "probes" not in checkpoint:
+        raise MisconfigurationException(f"{files[1]} holds no probes; name a run that measured some.")
+    provenance = checkpoint["probes"]["provenance"]
     probes = [Probe(*each) for each in provenance["probes"]]
-    index = _find(probes, selection, fraction, seed, layer, folder)
-    probe = probes[index]
-    backbone = _backbone(config["model"]["init_args"]["backbone"], probe.layer)
-    if backbone and backbone.provenance()["weights"] != provenance["weights"]:
-        raise MisconfigurationException(
-            f"The weights of {backbone.label} are not those that {folder} was measured with; its model.backbone is "
-            f"{config['model']['init_args']['backbone']}."
-        )
-
-    tensors = _tensors(probes, index, state, len(provenance["classes"]))
-    program = _program(backbone, tensors) if backbone and is_timm_model(backbone.name) else None
+    widths = {each.layer: each.neurons for each in probes if each.selection == FULL}
+    index = _find(probes, folder, layer=layer, selection=selection, fraction=fraction, seed=seed)
+    probe, backbone = probes[index], None
+    settings = yaml.safe_load(files[0].read_text())["model"]["init_args"]["backbone"]
+    if settings:
+        overlay = PretrainedCfgOverlay(**(settings.get("pretrained_cfg_overlay") or {}))
+        backbone = FrozenBackbone(**settings | {"pretrained_cfg_overlay": overlay, "layer": probe.layer})
+        if backbone.provenance()["weights"] != provenance["weights"]:
+            raise MisconfigurationException(
+                f"The weights of {backbone.label} are not those that {folder} was measured with; its model.backbone is "
+                f"{settings}."
+            )
+    tensors = _tensors(probes, index, widths, checkpoint["state_dict"], len(provenance["classes"]))
+    program = _program(backbone, tensors) if backbone and backbone.is_timm else None
+    accuracy, results = {"val": None, "test": None}, folder / "results.csv"  # null where a run did not come so far
+    if results.is_file():
+        its = " and ".join(f"{name} == @probe.{name}" for name in ("layer", "selection", "fraction", "seed"))
+        accuracy |= pd.read_csv(results).query(its).set_index("split")["accuracy"].to_dict()
     card = {
-        **{"task": provenance["task"], "classes": provenance["classes"]},
-        **{"backbone": provenance["backbone"], "layer": probe.layer},
-        **{"selection": probe.selection, "fraction": probe.fraction, "seed": probe.seed, "neurons": probe.neurons},
-        "width": next(each.neurons for each in probes if each.layer == probe.layer),
-        "accuracy": _accuracies(folder / "results.csv", probe),
+        **{name: provenance[name] for name in ("task", "classes", "backbone")},
+        **probe._asdict(),
+        "width": widths[probe.layer],
+        "accuracy": accuracy,
         "preprocessing": backbone.preprocessing if backbone else None,
         "use": [USE["neurons" if "indices" in tensors else "basis"], *[USE["program"]] * bool(program)],
-        "versions": {
-            **{"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-            "safetensors": safetensors.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {library.__name__: library.__version__ for library in (torch, timm, safetensors)},
     }
-    target = Path(output).expanduser()
     with writing(target, "name another folder with --output"):
         target.mkdir(parents=True, exist_ok=True)
         (target / "backbone.pt2").unlink(missing_ok=True)  # of an earlier export
         with atomic(target / "subset.safetensors") as file:
-            save_file(tensors, file)
+            safetensors.torch.save_file(tensors, file)
         if program:
             with atomic(target / "backbone.pt2") as file:
                 torch.export.save(program, file)
         with atomic(target / "card.json") as file:
             file.write_text(json.dumps(card, indent=2) + "\n")
-    for name in ("subset.safetensors", "card.json", *["backbone.pt2"] * bool(program)):
-        print(target / name)
+    print(target / "subset.safetensors", target / "card.json", *[target / "backbone.pt2"] * bool(program), sep="\n")
 
 
 class KeptCoordinates(nn.Module):
-    """A backbone that returns only the coordinates of one subset.
-
-    Args:
-        backbone: The backbone, which reads one layer.
-        tensors: `indices`, or `basis` and `mean`.
-    """
+    """A backbone that returns only the coordinates of one subset, given by `indices`, or `basis` and `mean`."""
 
     def __init__(self, backbone: FrozenBackbone, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -117,61 +118,29 @@ class KeptCoordinates(nn.Module):
         return (features - self.mean) @ self.basis
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the configuration and the checkpoint of a run."""
-    files = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    for file in files:
-        if not file.is_file():
-            raise MisconfigurationException(f"{folder} is no folder of a run: it holds no {file.relative_to(folder)}.")
-    checkpoint = read(files[1])
-    if "probes" not in checkpoint:
-        raise MisconfigurationException(f"{files[1]} holds no probes; name a run that measured some.")
-    return yaml.safe_load(files[0].read_text()), checkpoint
+def _find(probes: list[Probe], run: Path, **asked: Any) -> int:
+    """Return the index of the probe with these attributes; None stands for the only value that a run has."""
+    left, found = list(range(len(probes))), ""
+    for name, value in asked.items():
+        values = {index: getattr(probes[index], name) for index in left}
+        known = list(dict.fromkeys(values.values()))
+        wanted = known[0] if value is None and len(known) == 1 else value
+        if wanted not in known:
+            there = f"{run} has {', '.join(map(str, known))}{found}"
+            raise MisconfigurationException(f"--{name} is {'not given' if wanted is None else wanted}; {there}.")
+        left = [index for index in left if values[index] == wanted]
+        found = f"{found or ' for'} {wanted}"
+    return left[0]
 
 
-def _find(probes: list[Probe], selection: str, fraction: float, seed: int, layer: str | None, run: Path) -> int:
-    """Return the place of the probe that is asked for."""
-    layers = list(dict.fromkeys(probe.layer for probe in probes))
-    if (layer is None and len(layers) > 1) or layer not in (None, *layers):
-        raise MisconfigurationException(f"--layer is {layer or 'not given'}; {run} has {', '.join(layers)}.")
-    here = [(place, probe) for place, probe in enumerate(probes) if probe.layer == (layer or layers[0])]
-    alike = [(place, probe) for place, probe in here if probe.selection == selection]
-    if not alike:
-        names = dict.fromkeys(probe.selection for _, probe in here)
-        raise MisconfigurationException(f"--selection is {selection!r}; {run} has {', '.join(names)}.")
-    of_size = [(place, probe) for place, probe in alike if math.isclose(probe.fraction, fraction)]
-    if not of_size:
-        fractions = sorted({probe.fraction for _, probe in alike})
-        raise MisconfigurationException(
-            f"--fraction is {fraction:g}; for {selection} {run} has {', '.join(f'{each:g}' for each in fractions)}."
-        )
-    for place, probe in of_size:
-        if probe.seed == seed:
-            return place
-    seeds = ", ".join(str(probe.seed) for _, probe in of_size)
-    raise MisconfigurationException(f"--seed is {seed}; for {selection} {fraction:g} {run} has {seeds}.")
-
-
-def _backbone(settings: dict[str, Any] | None, layer: str) -> FrozenBackbone | None:
-    """Return a run's backbone, read at one layer; None where it has none."""
-    if settings is None:
-        return None
-    overlay = PretrainedCfgOverlay(**(settings.get("pretrained_cfg_overlay") or {}))
-    return FrozenBackbone(**settings | {"pretrained_cfg_overlay": overlay, "layer": layer})
-
-
-def _tensors(probes: list[Probe], index: int, state: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
+def _tensors(
+    probes: list[Probe], index: int, widths: dict[str, int], state: dict[str, Tensor], classes: int
+) -> dict[str, Tensor]:
     """Return what `subset.safetensors` holds; products and sums in float64."""
-    widths = {probe.layer: probe.neurons for probe in reversed(probes) if probe.selection == "full"}
-    widths = {layer: widths[layer] for layer in dict.fromkeys(probe.layer for probe in probes)}
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-    count, _, hyperparameters = state["grid.hyperparameters"].shape
-    coordinates, grid = Coordinates(probes, widths), Grid(probes, classes, [(0.0,) * hyperparameters] * count)
-    coordinates.load_state_dict(part("coordinates."))
-    grid.load_state_dict(part("grid."))
+    candidates, _, hyperparameters = state["grid.hyperparameters"].shape
+    coordinates, grid = Coordinates(probes, widths), Grid(probes, classes, [(0.0,) * hyperparameters] * candidates)
+    measured = nn.ModuleDict({"coordinates": coordinates, "grid": grid})
+    measured.load_state_dict({name: state[name] for name in measured.state_dict()})
     weight, bias = (each.double() for each in grid.kept_probe(index))
     scale = torch.stack([state["stream.mean"], state["stream.std"]]).double()
     mean, std = coordinates.by_layer(scale)[probes[index].layer]
@@ -182,32 +151,19 @@ def _tensors(probes: list[Probe], index: int, state: dict[str, Tensor], classes:
         found = {"indices": chosen, "weight": weight, "bias": bias - weight @ mean[chosen]}
     else:
         matrix, centre = (each.double() for each in basis)
-        found = {"basis": matrix[:, chosen] / std.unsqueeze(1), "mean": mean + std * centre}
-        found |= {"weight": weight, "bias": bias}
+        found = {"weight": weight, "bias": bias, "mean": mean + std * centre}
+        found["basis"] = matrix[:, chosen] / std.unsqueeze(1)
     return {name: (value.float() if value.is_floating_point() else value).contiguous() for name, value in found.items()}
-
-
-def _accuracies(file: Path, probe: Probe) -> dict[str, float | None]:
-    """Return a probe's accuracy on validation and test; None where the run did not come so far."""
-    found: dict[str, float | None] = {"val": None, "test": None}
-    if file.is_file():
-        table = pd.read_csv(file)
-        rows = table[(table.layer == probe.layer) & (table.selection == probe.selection) & (table.seed == probe.seed)]
-        rows = rows[rows.fraction == probe.fraction]
-        found |= dict(zip(rows.split, rows.accuracy.astype(float), strict=True))
-    return found
 
 
 def _program(backbone: FrozenBackbone, tensors: dict[str, Tensor]) -> torch.export.ExportedProgram | None:
     """Return the kept coordinates as a program, for batches of any size; None, and say so, where that cannot be."""
     images = torch.zeros(2, *backbone.preprocessing["input_size"])
     backbone.network.to(memory_format=torch.contiguous_format)  # how programs store weights
+    module, batch = KeptCoordinates(backbone, tensors).eval(), torch.export.Dim("batch")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(
-                KeptCoordinates(backbone, tensors).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-            )
+        with warnings.catch_warnings(action="ignore"):
+            return torch.export.export(module, (images,), dynamic_shapes=({0: batch},))
     except Exception as error:  # what torch.export raises for an architecture that it cannot follow is its own affair
         print(f"There is no backbone.pt2: {backbone.name} cannot be exported ({one_line(error)}).")
         return None

@@ -10,39 +10,27 @@ from torch.nn import functional as F
 
 
 class Objective(nn.Module, ABC):
-    """A loss on a batch of images; base class.
+    """A loss on a batch of images; base class, also for those in files of your own (`--model.objective file.MyLoss`).
 
-    A new one is a subclass of about 20 lines, also in a file of your own (`--model.objective my_module.MyLoss`), and
-    needs only `forward`. It gets the network and not its outputs, so that it can run it several times or on other
-    images, or read its penultimate layer:
+    It gets the network and not its outputs, so that it can run it several times, on other images, or to a layer:
 
         features = network.forward_head(network.forward_features(images), pre_logits=True)  # (B, D)
         logits = network.get_classifier()(features)  # (B, C)
 
     Images are normalised with `network.pretrained_cfg["mean"]` and `["std"]`, of pixels in [0, 1]. Parameters and
-    modules assigned in `setup`, such as further heads, are optimised with the network's, and are no part of the weights
-    that are written. The network's own classifier must be trained too: its accuracy is what is reported.
-
-    The constructor keeps each argument as the attribute of that name: a run shows them, and a checkpoint made with
-    other ones is refused.
+    modules assigned in `setup`, such as further heads, are optimised with the network's and not written with it. The
+    network's own classifier must be trained too: its accuracy is what is reported. The constructor keeps each argument
+    as the attribute of that name: a run shows them, and a checkpoint made with other ones is refused.
     """
 
     def setup(self, network: Any, target: Any) -> None:
-        """Build what depends on the network or the task; called once, before training.
-
-        Args:
-            network: A timm model with a classifier of `target.outputs` outputs.
-            target: What the task predicts; `target.outputs` is C.
-        """
+        """Build what depends on the network, a timm model, or the target (`target.outputs` is C), before training."""
 
     @abstractmethod
     def forward(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss summed over the batch, shape (); what is a mean over it is multiplied by B.
 
-        Args:
-            network: A timm model, from images to logits (B, C).
-            images: Normalised images, shape (B, 3, H, W).
-            labels: Class indices, shape (B,).
+        `network` is a timm model, `images` has shape (B, 3, H, W), `labels` are class indices, shape (B,).
         """
 
     def extra_repr(self) -> str:

@@ -14,15 +14,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules import provenance
-from lightning_modules.backbones.build import (
-    PretrainedCfgOverlay,
-    as_call,
-    build_timm,
-    classifier_names,
-    describe_preprocessing,
-    timm_preprocessing,
-)
-from lightning_modules.backbones.weights import is_part_of
+from lightning_modules.backbones import build, weights
 from lightning_modules.files import atomic, writing
 from lightning_modules.objectives import CrossEntropy, Objective
 
@@ -35,10 +27,8 @@ class Pretraining(LightningModule):
         output: The file to write.
         kwargs: Passed on to the model's constructor.
         pretrained_cfg_overlay: Preprocessing, where it differs from the architecture's default.
-        objective: The loss: `CrossEntropy`, which null is too, or the import path of a class of your own, see
-            `Objective`.
-        learning_rate: Largest learning rate of AdamW; warmed up over the first tenth of the steps, then a cosine to
-            zero.
+        objective: The loss: `CrossEntropy` (or null), or the import path of a subclass of `Objective` of your own.
+        learning_rate: Largest learning rate of AdamW; warm-up over the first tenth of the steps, then cosine to zero.
         weight_decay: Of AdamW.
 
     Raises:
@@ -50,7 +40,7 @@ class Pretraining(LightningModule):
         name: str,
         output: str,
         kwargs: dict[str, Any] | None = None,
-        pretrained_cfg_overlay: PretrainedCfgOverlay = PretrainedCfgOverlay(),  # noqa: B008 (frozen)
+        pretrained_cfg_overlay: build.PretrainedCfgOverlay = build.PretrainedCfgOverlay(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.05,
@@ -62,7 +52,7 @@ class Pretraining(LightningModule):
         self.output = Path(output)
         self.kwargs = kwargs or {}
         self.overlay = pretrained_cfg_overlay
-        self.preprocessing = timm_preprocessing(name, pretrained_cfg_overlay)
+        self.preprocessing = build.timm_preprocessing(name, pretrained_cfg_overlay)
         self.objective: Objective = CrossEntropy() if objective is None else objective
         self.objective_settings = repr(self.objective)  # taken before `setup`, which may add modules
         self.learning_rate = learning_rate
@@ -75,12 +65,12 @@ class Pretraining(LightningModule):
         return f"{self.name}_pretraining"
 
     def describe(self, task: Any) -> dict[str, str]:
-        """Return what will be done with a task, for the start of a run: lines by their heading."""
-        rate, decay = f"learning rate up to {self.learning_rate:g}", f"weight decay {self.weight_decay:g}"
+        """Return what a run with this task will do, part by part."""
         return {
-            "network": f"{as_call(self.name, self.kwargs)}, {describe_preprocessing(self.preprocessing)}",
+            "network": f"{build.as_call(self.name, self.kwargs)}, {build.describe_preprocessing(self.preprocessing)}",
             "objective": self.objective_settings,
-            "optimiser": f"AdamW, {rate} (warm-up, then cosine), {decay}, batches of {task.batch_size:,}",
+            "optimiser": f"AdamW, learning rate up to {self.learning_rate:g} (warm-up, then cosine), weight decay "
+            f"{self.weight_decay:g}, batches of {task.batch_size:,}",
             "output": str(self.output),
         }
 
@@ -88,16 +78,15 @@ class Pretraining(LightningModule):
         """Build the network for the task's target, the first time."""
         if self.network is None:
             target = self.trainer.datamodule.target  # type: ignore[attr-defined]
-            self.network = build_timm(self.name, False, self.kwargs, self.overlay, target.outputs)
+            self.network, _, self.classifier = build.build(self.name, False, self.kwargs, self.overlay, target.outputs)
             self.objective.setup(self.network, target)
             self.accuracy = MulticlassAccuracy(target.outputs, average="micro")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with a linear warm-up and a cosine decay over the whole fit."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches), pct_start=0.1
-        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -106,27 +95,19 @@ class Pretraining(LightningModule):
         return summed * (self.trainer.world_size / batch.total)  # DDP averages gradients over processes
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Count the validation images that are classified correctly."""
-        self._count(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Count the test images that are classified correctly."""
-        self._count(batch, "test")
-
-    def _count(self, batch: Any, split: str) -> None:
+        """Count the images that are classified correctly, of the validation or the test split."""
         self.accuracy.update(self.network(batch.inputs), batch.labels)
+        split = "test" if self.trainer.testing else "val"
         self.log(f"{split}/accuracy", self.accuracy, on_epoch=True, prog_bar=True, batch_size=batch.total)
+
+    test_step = validation_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the training depends on."""
         checkpoint["pretraining"] = self._provenance()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another training.
-
-        Raises:
-            MisconfigurationException: If something differs that the training depends on; the message names it.
-        """
+        """Refuse a checkpoint of a training that depends on something else; the message names it."""
         if "pretraining" not in checkpoint:
             raise MisconfigurationException("The checkpoint is not one of Pretraining; name one that its fit left.")
         provenance.check(checkpoint["pretraining"], self._provenance())
@@ -134,8 +115,8 @@ class Pretraining(LightningModule):
     def _provenance(self) -> dict[str, Any]:
         task = self.trainer.datamodule  # type: ignore[attr-defined]
         return {
-            "architecture": as_call(self.name, self.kwargs),
-            "preprocessing": describe_preprocessing(self.preprocessing),
+            "architecture": build.as_call(self.name, self.kwargs),
+            "preprocessing": build.describe_preprocessing(self.preprocessing),
             "classes": list(task.target.classes),
             "objective": self.objective_settings,
             "learning_rate": self.learning_rate,
@@ -146,19 +127,11 @@ class Pretraining(LightningModule):
         }
 
     def on_fit_end(self) -> None:
-        """Write the weights, without the classifier, for `model.backbone.weights` to name.
-
-        Raises:
-            MisconfigurationException: If the file cannot be written.
-        """
+        """Write the weights, without the classifier, for `model.backbone.weights` to name."""
         if not self.trainer.is_global_zero:
             return
-        classifier = classifier_names(self.network)
-        state = {
-            key: value.detach().cpu().contiguous()
-            for key, value in self.network.state_dict().items()
-            if not is_part_of(key, classifier)
-        }
+        state = weights.without(self.network.state_dict(), self.classifier or [])
+        state = {name: value.cpu().contiguous() for name, value in state.items()}
         with writing(self.output, "set --model.output"):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             with atomic(self.output) as file:

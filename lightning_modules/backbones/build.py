@@ -1,16 +1,16 @@
 """Build networks by name, timm models or callables that return an `nn.Module`, with their preprocessing."""
 
-import contextlib
 import difflib
-import importlib
 import inspect
+import itertools
 import logging
-import math
+import pkgutil
 import sys
 import sysconfig
 import typing
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models import PretrainedCfg
 from torch import nn
 
-from lightning_modules.backbones import weights as weight_files
+from lightning_modules.backbones.weights import no_pickled_code
 from lightning_modules.files import one_line
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""How timm can resize images."""
+Built = tuple[nn.Module, dict[str, Any], list[str] | None]
+"""A network, its preprocessing (timm's data configuration), and the names of a timm model's classifiers, else None."""
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 """Prefixes of names that timm looks up outside of its own registry."""
 
@@ -49,105 +49,71 @@ class PretrainedCfgOverlay:
     crop_pct: float | None = None
 
     def given(self) -> dict[str, Any]:
-        """Return the keys that are set, lists as tuples, as timm has them.
-
-        Raises:
-            MisconfigurationException: If a value is out of range or has the wrong length.
-        """
-        channels = self.input_size[0] if self.input_size else 3
-        for name, value, holds, right in (
-            ("input_size", self.input_size, lambda v: len(v) == 3 and min(v) > 0, "channels, height and width"),
-            ("mean", self.mean, lambda v: all(map(math.isfinite, v)), "finite numbers"),
-            ("mean", self.mean, lambda v: len(v) == channels, f"{channels} numbers, one per channel"),
-            ("std", self.std, lambda v: len(v) == channels, f"{channels} numbers, one per channel"),
-            ("std", self.std, lambda v: all(0 < each < math.inf for each in v), f"{channels} numbers above 0"),
-            ("interpolation", self.interpolation, INTERPOLATIONS.__contains__, f"one of {', '.join(INTERPOLATIONS)}"),
-            ("crop_pct", self.crop_pct, lambda v: 0 < v <= 1, "above 0, at most 1"),
-        ):
-            if value is not None and not holds(value):
-                raise MisconfigurationException(f"pretrained_cfg_overlay.{name} is {value}; it must be {right}.")
-        return {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in asdict(self).items()
-            if value is not None
+        """Return the keys that are set, lists as tuples, as timm has them; refuse values that are out of range."""
+        n = self.input_size[0] if self.input_size else 3
+        known = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "input_size": (lambda v: len(v) == 3 and min(v) > 0, "channels, height and width"),
+            "mean": (lambda v: len(v) == n and all(map(isfinite, v)), f"{n} numbers, finite, one per channel"),
+            "std": (lambda v: len(v) == n and all(0 < x < inf for x in v), f"{n} numbers above 0, one per channel"),
+            "interpolation": (known.__contains__, f"one of {', '.join(known)}"),
+            "crop_pct": (lambda v: 0 < v <= 1, "above 0, at most 1"),
         }
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        for name, value in given.items():
+            holds, right = rules[name]
+            if not holds(value):
+                raise MisconfigurationException(f"pretrained_cfg_overlay.{name} is {value}; it must be {right}.")
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def build(
-    name: str, pretrained: bool, kwargs: dict[str, Any], overlay: PretrainedCfgOverlay
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a timm model without its classifier, or the network of a callable as it is; return its preprocessing too.
+    name: str, pretrained: bool, kwargs: dict[str, Any], overlay: PretrainedCfgOverlay, num_classes: int = 0
+) -> Built:
+    """Build a timm model, or the network that the callable with an import path returns.
 
     Args:
-        name: A timm model, or the import path of a callable.
+        name: A timm model, with or without a pretrained tag, or the import path.
         pretrained: Whether it must come with its own pretrained weights; otherwise they may be random.
         kwargs: Passed on to the model's constructor or the callable.
-        overlay: Preprocessing, where it differs from the model's default; a callable has none and needs `input_size`,
-            `mean` and `std`.
-
-    Returns:
-        The network, and its preprocessing as timm's data configuration: `input_size`, `mean`, `std`, `interpolation`,
-        `crop_pct`, `crop_mode`.
+        overlay: Preprocessing, where it differs from the model's default, of which a callable has none.
+        num_classes: Outputs of a timm model's classifier; 0 leaves it out.
 
     Raises:
-        MisconfigurationException: If the name is unknown, `kwargs` are not taken, pretrained weights cannot be had, or
-            the preprocessing of a callable is not given.
+        MisconfigurationException: If the name is unknown, `kwargs` do not fit, or weights or preprocessing are absent.
     """
-    if not is_timm_model(name):
+    if not name.startswith(HUBS) and not timm.is_model(name.split(".")[0]):
         return _build_callable(name, pretrained, kwargs, overlay)
-    network = build_timm(name, pretrained, kwargs, overlay)
-    return network, resolve_model_data_config(network)
-
-
-def is_timm_model(name: str) -> bool:
-    """Return whether `name` is for timm to resolve."""
-    return name.startswith(HUBS) or timm.is_model(name.split(".")[0])
-
-
-def build_timm(
-    name: str, pretrained: bool, kwargs: dict[str, Any], overlay: PretrainedCfgOverlay, num_classes: int = 0
-) -> nn.Module:
-    """Build a timm model.
-
-    Args:
-        name: Its name, with or without a pretrained tag.
-        pretrained: Whether to load its pretrained weights; otherwise they are random.
-        kwargs: Passed on to the model's constructor.
-        overlay: Preprocessing, where it differs from the model's default.
-        num_classes: Outputs of the classifier; 0 leaves the classifier out.
-
-    Raises:
-        MisconfigurationException: If there are no such weights, they cannot be loaded, or `kwargs` are not taken.
-    """
     _check_tag(name)
-    given = overlay.given() or None
+    settings: dict[str, Any] = {"pretrained_cfg_overlay": overlay.given(), "num_classes": num_classes}
 
     def create(pretrained: bool) -> nn.Module:
-        with _quiet("timm", "huggingface_hub"), weight_files.no_pickled_code():
-            return timm.create_model(
-                name, pretrained=pretrained, pretrained_cfg_overlay=given, num_classes=num_classes, **kwargs
-            )
+        before = logging.root.manager.disable
+        logging.disable()  # libraries' retries and warnings would come before our own one line
+        try:
+            with no_pickled_code():
+                return timm.create_model(name, pretrained=pretrained, **settings, **kwargs)
+        finally:
+            logging.disable(before)
 
     try:
-        return create(pretrained)
+        network = create(pretrained)
     except Exception as error:  # hubs, sockets, architectures and timm itself raise whatever they like
+        problem = (
+            f"The pretrained weights of {name} cannot be had ({one_line(error)}); give a file with "
+            f"--model.backbone.weights FILE, or say --model.backbone.weights random."
+        )
         if not name.startswith(HUBS):
             try:
                 create(pretrained=False)
             except Exception as cause:
-                raise MisconfigurationException(f"{name} does not take kwargs {kwargs} ({one_line(cause)}).") from cause
-        raise MisconfigurationException(
-            f"The pretrained weights of {name} cannot be had ({one_line(error)}); give a file with "
-            f"--model.backbone.weights FILE, or say --model.backbone.weights random."
-        ) from error
+                problem = f"{name} does not take kwargs {kwargs} ({one_line(cause)})."
+        raise MisconfigurationException(problem) from error
+    return network, resolve_model_data_config(network), _classifier(network)
 
 
 def timm_preprocessing(name: str, overlay: PretrainedCfgOverlay) -> dict[str, Any]:
-    """Return the preprocessing of a timm architecture (timm's data configuration) without building it.
-
-    Raises:
-        MisconfigurationException: If timm has no such weights.
-    """
+    """Return the preprocessing of a timm architecture without building it; refuse a pretrained tag timm has not."""
     _check_tag(name)
     cfg = replace(timm.get_pretrained_cfg(name) or PretrainedCfg(), **overlay.given())
     return resolve_data_config(pretrained_cfg=cfg.to_dict())
@@ -165,53 +131,48 @@ def describe_preprocessing(preprocessing: dict[str, Any]) -> str:
     return f"{size}, {preprocessing['interpolation']}, crop {preprocessing['crop_pct']:g}, mean {mean}, std {std}"
 
 
-def classifier_names(network: Any) -> list[str]:
-    """Return the names of a timm model's classifiers, or of the identities that stand in their place."""
-    value = network.pretrained_cfg.get("classifier")
-    names = [] if value is None else [value] if isinstance(value, str) else list(value)
+def _classifier(network: Any) -> list[str]:
+    """Return the names of a timm model's classifiers, or of the identities in their place."""
+    names = network.pretrained_cfg.get("classifier") or ()
     modules = dict(network.named_modules())
     found = []
-    for name in names:
-        parts = name.split(".")
-        ancestors = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
-        # A head that became an identity as a whole took all its modules along, not just the classifier.
+    for name in [names] if isinstance(names, str) else names:
+        ancestors = itertools.accumulate(name.split("."), "{}.{}".format)
+        # A head that became an identity took all its modules along, not just the classifier.
         found.append(next((each for each in ancestors if isinstance(modules.get(each), nn.Identity)), name))
     return found
 
 
-def _build_callable(
-    name: str, pretrained: bool, kwargs: dict[str, Any], overlay: PretrainedCfgOverlay
-) -> tuple[nn.Module, dict[str, Any]]:
-    make = _import(name)
-    if not _returns_network(make):
-        raise MisconfigurationException(
-            f"{name} is not known to return an nn.Module and is not called; give a subclass of nn.Module, or a "
-            f"function that is annotated to return one."
-        )
-    given = overlay.given()
-    absent = [key for key in ("input_size", "mean", "std") if key not in given]
+def _build_callable(name: str, pretrained: bool, kwargs: dict[str, Any], overlay: PretrainedCfgOverlay) -> Built:
+    make, given = _import(name), overlay.given()
+    absent = ", ".join(key for key in ("input_size", "mean", "std") if key not in given)
     if absent:
         raise MisconfigurationException(
-            f"{name} does not say how it wants its images; set model.backbone.pretrained_cfg_overlay: "
-            f"{', '.join(absent)}."
+            f"{name} does not say how it wants its images; set model.backbone.pretrained_cfg_overlay: {absent}."
         )
     if pretrained:
-        parameters = inspect.signature(make).parameters
         # How torchvision's constructors, new and old, are asked for their trained weights.
-        for parameter, value in (("weights", "DEFAULT"), ("pretrained", True)):
-            if parameter in parameters:
-                kwargs = {parameter: value} | kwargs
-                break
-    with weight_files.no_pickled_code():
+        asked = {"weights": "DEFAULT", "pretrained": True}
+        known = [key for key in asked if key in inspect.signature(make).parameters]
+        kwargs = {key: asked[key] for key in known[:1]} | kwargs
+    with no_pickled_code():
         try:
             network = make(**kwargs)
         except Exception as error:  # it is somebody else's code, and may need a network connection
             raise MisconfigurationException(f"{name}({kwargs}) fails ({one_line(error)}).") from error
         if not isinstance(network, nn.Module):
             raise MisconfigurationException(f"{name} returns {type(network).__name__}, not an nn.Module.")
-        if pretrained:
-            _refuse_random_weights(name, network, lambda: make(**kwargs))
-    return network, {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"} | given
+        if pretrained:  # weights that differ when it is made again with other random numbers were not loaded
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(torch.initial_seed() ^ 0x5EED)
+                again = make(**kwargs).state_dict()
+            random = [key for key, value in network.state_dict().items() if not torch.equal(value, again[key])]
+            if random:
+                raise MisconfigurationException(
+                    f"{name} comes with random weights ({', '.join(random[:3])}); give a file with "
+                    f"--model.backbone.weights FILE, or say --model.backbone.weights random."
+                )
+    return network, {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"} | given, None
 
 
 def _check_tag(name: str) -> None:
@@ -225,20 +186,24 @@ def _check_tag(name: str) -> None:
 
 
 def _import(name: str) -> Callable[..., Any]:
-    """Return the callable with this import path, or refuse the name and suggest near ones of timm's."""
-    module, _, attribute = name.rpartition(".")
+    """Return the callable with this import path, if calling it is safe; else refuse the name and suggest near ones."""
     try:
-        found = getattr(importlib.import_module(module), attribute) if module else None
-    except (ImportError, AttributeError, TypeError, ValueError):
+        found = pkgutil.resolve_name(name) if "." in name else None
+    except (ImportError, AttributeError, ValueError):
         found = None
     if not callable(found):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `timm.list_models()` lists timm's."
         raise MisconfigurationException(f"{name!r} is neither a timm model nor the import path of a callable{hint}")
+    if not _may_be_called(found):
+        raise MisconfigurationException(
+            f"{name} is not known to return an nn.Module and is not called; give a subclass of nn.Module, or a "
+            f"function that is annotated to return one."
+        )
     return found
 
 
-def _returns_network(make: Callable[..., Any]) -> bool:
+def _may_be_called(make: Callable[..., Any]) -> bool:
     """Return whether it is safe to call this: a network's class, a function annotated to return one, or own code.
 
     A configuration must not run whatever else is installed, such as `os.system`. A function without an annotation is
@@ -248,36 +213,8 @@ def _returns_network(make: Callable[..., Any]) -> bool:
         returns = make if isinstance(make, type) else typing.get_type_hints(make).get("return")
     except (NameError, TypeError, AttributeError):
         returns = None
-    if isinstance(returns, type) and issubclass(returns, nn.Module):
-        return True
+    if returns is not None:
+        return isinstance(returns, type) and issubclass(returns, nn.Module)
     file = getattr(sys.modules.get(getattr(make, "__module__", "")), "__file__", None)
     installed = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")]
-    own = file is not None and not any(Path(file).resolve().is_relative_to(path) for path in installed)
-    return own and returns is None and not isinstance(make, type)
-
-
-def _refuse_random_weights(name: str, network: nn.Module, make: Callable[[], nn.Module]) -> None:
-    """Refuse weights that differ when the network is made again with other random numbers: they were not loaded."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.initial_seed() ^ 0x5EED)
-        again = make().state_dict()
-    random = [key for key, value in network.state_dict().items() if not torch.equal(value, again[key])]
-    if random:
-        raise MisconfigurationException(
-            f"{name} comes with random weights ({', '.join(random[:3])}); give a file with --model.backbone.weights "
-            f"FILE, or say --model.backbone.weights random."
-        )
-
-
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Silence these loggers meanwhile: libraries' retries and warnings would come before our own one line."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return file is not None and not any(Path(file).resolve().is_relative_to(path) for path in installed)

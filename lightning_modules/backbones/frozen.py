@@ -4,34 +4,23 @@ import difflib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, final
+from typing import Any, Literal, final
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_modules.backbones import weights as weight_files
-from lightning_modules.backbones.build import (
-    PretrainedCfgOverlay,
-    as_call,
-    build,
-    classifier_names,
-    describe_preprocessing,
-    is_timm_model,
-)
+from lightning_modules.backbones.build import PretrainedCfgOverlay, as_call, build, describe_preprocessing
 from lightning_modules.files import one_line
 
 PENULTIMATE = "penultimate"
 """The layer before the classifier."""
-T = TypeVar("T")
 
 
 class GivenVectors(nn.Module):
-    """The stand-in for a backbone where the task holds vectors, which are the representations themselves.
-
-    Args:
-        width: D, the length of a vector; to be set in `widths` once the task is loaded where it is not known yet.
-    """
+    """The stand-in for a backbone where the task holds vectors, shape (n, width): they are the representations."""
 
     label = "none"
     preprocessing: dict[str, Any] = {}  # noqa: RUF012 (never changed)
@@ -57,21 +46,19 @@ class FrozenBackbone(nn.Module):
 
     Args:
         name: A timm model with its pretrained tag (`resnet50.a1_in1k`, `hf-hub:...`), or the import path of a callable
-            that returns an `nn.Module` (`torchvision.models.squeezenet1_1`). An installed one must be such a class or
-            be annotated to return one, so that a configuration cannot run whatever else is installed.
+            that returns an `nn.Module` (`torchvision.models.squeezenet1_1`): of an installed package only such a class
+            or what is annotated so, as a configuration must not run whatever else is installed.
         weights: `pretrained`; a safetensors or torch file; or `random`, the only way to run an untrained network.
         kwargs: Passed on to the model's constructor, for example `{pad_type: same}`.
-        pretrained_cfg_overlay: Preprocessing, where it differs from the model's default. A callable needs at least
-            `input_size`, `mean` and `std`.
-        layer: `penultimate`, what enters the classifier; or the name of a module, whose output is read; or a list of
-            them, which are read in the same pass and concatenated. Of a callable's network, `penultimate` is what
-            enters the linear or convolutional layer that runs last.
+        pretrained_cfg_overlay: Preprocessing, where it differs from the model's default, of which a callable has none.
+        layer: `penultimate`, what enters the classifier (of a callable's network, the linear or convolutional layer
+            that runs last); the name of a module, whose output is read; or a list of them, read in one pass and
+            concatenated.
         pooling: How maps (B, D, H, W) and tokens (B, N, D) become vectors: `mean` averages over space, `flatten` keeps
             the value at every position as a neuron of its own.
 
     Raises:
-        MisconfigurationException: If a name is unknown, weights cannot be had or do not fit, the preprocessing of a
-            callable is not given, or the layer has no fixed width.
+        MisconfigurationException: If a name is unknown, weights or preprocessing are absent, or do not fit.
     """
 
     def __init__(
@@ -93,23 +80,19 @@ class FrozenBackbone(nn.Module):
         self.pooling = pooling
         file = None if weights in ("pretrained", "random") else weight_files.find(weights)
         self.network: Any
-        self.network, self.preprocessing = build(name, weights == "pretrained", self.kwargs, pretrained_cfg_overlay)
+        built = build(name, weights == "pretrained", self.kwargs, pretrained_cfg_overlay)
+        self.network, self.preprocessing, classifier = built
         self.eval().requires_grad_(False)
-
         self._captured: dict[str, Tensor] = {}
-        self._ends_penultimate = is_timm_model(name)  # such a network is built without its classifier
-        if self._ends_penultimate:
-            self._unread = classifier_names(self.network)
-        else:
-            end = self._modules_from_classifier_on()
-            if PENULTIMATE in self.layers and not end:
-                raise MisconfigurationException(f"{name} has no linear or convolutional layer; name a layer.")
-            self._unread = [] if set(self.layers) & set(end) else end[:1]
+        self.is_timm = classifier is not None  # then the network is built without a classifier, and ends penultimate
+        end = [] if self.is_timm else self._modules_from_classifier_on()
+        # The classifier is not loaded, unless a callable's network is read there or after it.
+        self._unread = classifier or ([] if set(self.layers) & set(end) else end[:1])
         for each in self.layers:
-            if each != PENULTIMATE:
-                self._capture(each, each, inputs=False)
-            elif not self._ends_penultimate:
-                self._capture(each, end[0], inputs=True)
+            if each != PENULTIMATE or end:
+                self._capture(each, end[0] if each == PENULTIMATE else each)
+            elif not self.is_timm:
+                raise MisconfigurationException(f"{name} has no linear or convolutional layer; name a layer.")
         if file is not None:
             weight_files.load(self.network, file, self._unread)
         # Convolutions over channels-last images are never slower on current CPUs and GPUs, up to three times faster.
@@ -136,11 +119,9 @@ class FrozenBackbone(nn.Module):
     def provenance(self) -> dict[str, Any]:
         """Return what the representations of an image depend on, apart from the image and the precision."""
         digest = hashlib.blake2b(digest_size=16)
-        for key, value in sorted(self.network.state_dict().items()):
-            if weight_files.is_part_of(key, self._unread):
-                continue
+        for key, value in sorted(weight_files.without(self.network.state_dict(), self._unread).items()):
             digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return {
             "name": self.name,
             "kwargs": repr(self.kwargs),
@@ -163,16 +144,16 @@ class FrozenBackbone(nn.Module):
     def _read(self, images: Tensor) -> dict[str, Tensor]:
         """Return the output of each layer for `images`, as float32 of shape (B, D)."""
         output = self.network(images.contiguous(memory_format=torch.channels_last))
-        if self._ends_penultimate and PENULTIMATE in self.layers:
-            self._captured[PENULTIMATE] = self._pool(output, PENULTIMATE)
         captured, self._captured = self._captured, {}
+        if self.is_timm and PENULTIMATE in self.layers:
+            captured[PENULTIMATE] = self._pool(output, PENULTIMATE)
         for layer in self.layers:
             if layer not in captured:
                 raise MisconfigurationException(f"model.backbone.layer {layer!r} of {self.name} is never run.")
         return {layer: captured[layer].float() for layer in self.layers}
 
-    def _capture(self, layer: str, module: str, inputs: bool) -> None:
-        """Have each pass keep the pooled output of `module`, or what enters it, as `layer`."""
+    def _capture(self, layer: str, module: str) -> None:
+        """Have each pass keep what `module` returns, or what enters it where `layer` is penultimate."""
         names = [name for name, _ in self.network.named_modules() if name]
         if module not in names:
             near = difflib.get_close_matches(module, names, n=3, cutoff=0.3) or names[-3:]
@@ -181,7 +162,7 @@ class FrozenBackbone(nn.Module):
             )
 
         def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            self._captured[layer] = self._pool(arguments[0] if inputs else output, layer)
+            self._captured[layer] = self._pool(arguments[0] if layer == PENULTIMATE else output, layer)
 
         self.network.get_submodule(module).register_forward_hook(hook)
 
@@ -193,47 +174,29 @@ class FrozenBackbone(nn.Module):
                 f"model.backbone.layer {layer!r} of {self.name} gives {shape}; it must give (images, neurons), "
                 f"tokens (images, tokens, neurons) or a map (images, neurons, height, width)."
             )
-        if self.pooling == "flatten":
+        if self.pooling == "flatten" or output.ndim == 2:
             return output.flatten(1).clone()
         if output.ndim == 3:  # tokens; class and register tokens come first and are no part of the image
             patches = getattr(getattr(self.network, "patch_embed", None), "num_patches", None)
             prefix = getattr(self.network, "num_prefix_tokens", 0)
             return output[:, 0 if len(output[0]) == patches else prefix :].mean(1)
-        if output.ndim == 4:
-            _, height, width, depth = output.shape
-            channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
-            if (height == width) != (width == depth):  # one pair of axes is square, as the images are: that is space
-                channels_last = height == width
-            return output.mean((1, 2) if channels_last else (2, 3))
-        return output.clone()
+        _, height, width, depth = output.shape
+        channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+        if (height == width) != (width == depth):  # one pair of axes is square, as the images are: that is space
+            channels_last = height == width
+        return output.mean((1, 2) if channels_last else (2, 3))
 
     def _modules_from_classifier_on(self) -> list[str]:
-        """Run the network once; return the linear or convolutional layer that runs last and all that ends after it.
+        """Run the network once; return the linear or convolutional layer that runs last, and all that ends after it."""
+        ended: list[nn.Module] = []
+        with register_module_forward_hook(lambda module, *_: ended.append(module)):
+            self._try(self.network)
+        last = max((i for i, each in enumerate(ended) if isinstance(each, nn.Linear | nn.Conv2d)), default=len(ended))
+        names = {module: name for name, module in self.network.named_modules()}
+        return [names[module] for module in ended[last:] if module in names]
 
-        Returns:
-            Names of modules in the order in which they end; empty if there is no such layer.
-        """
-        order: list[str] = []
-        hooks = [
-            module.register_forward_hook(lambda *_, name=name: order.append(name))
-            for name, module in self.network.named_modules()
-        ]
-        self._try(self.network)
-        for hook in hooks:
-            hook.remove()
-        weighted = [
-            place
-            for place, name in enumerate(order)
-            if isinstance(self.network.get_submodule(name), nn.Linear | nn.Conv2d)
-        ]
-        return order[weighted[-1] :] if weighted else []
-
-    def _try(self, run: Callable[[Tensor], T]) -> T:
-        """Return `run` of two blank images of the input size.
-
-        Raises:
-            MisconfigurationException: If the network cannot take images of this size.
-        """
+    def _try(self, run: Callable[[Tensor], Any]) -> Any:
+        """Return `run` of two blank images of the input size, or refuse a network that cannot take them."""
         size = tuple(self.preprocessing["input_size"])
         try:
             with torch.no_grad():

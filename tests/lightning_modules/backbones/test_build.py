@@ -32,7 +32,7 @@ from lightning_modules.backbones.build import PretrainedCfgOverlay, build, timm_
 def test_preprocessing_is_that_of_the_weights_under_the_overlay_and_known_before_building(name, overlay):
     expected = resolve_model_data_config(timm.create_model(name)) | overlay.given()
     assert timm_preprocessing(name, overlay) == expected
-    _, preprocessing = build(name, False, {}, overlay)
+    _, preprocessing, _ = build(name, False, {}, overlay)
     assert preprocessing == expected
 
 
@@ -71,7 +71,7 @@ def test_a_callable_needs_its_preprocessing(given):
 
 
 def test_a_callables_preprocessing_is_the_overlay_over_torchvisions():
-    _, preprocessing = build(path_of(random_net), False, {}, PLAIN)
+    _, preprocessing, _ = build(path_of(random_net), False, {}, PLAIN)
     half = (0.5, 0.5, 0.5)
     assert preprocessing == {
         **{"input_size": (3, 64, 64), "mean": half, "std": half},
@@ -93,7 +93,7 @@ def test_a_callable_with_random_weights_does_not_count_as_pretrained(function, k
 
 @pytest.mark.parametrize("function", [fixed_net, net_by_weights, net_by_flag])
 def test_a_callable_that_loads_its_weights_itself_counts_as_pretrained(function):
-    network, _ = build(path_of(function), True, {}, PLAIN)
+    network, _, _ = build(path_of(function), True, {}, PLAIN)
     expected = fixed_net().state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
 
