@@ -27,33 +27,7 @@ VTAB = (
 )
 """The 19 tasks of the Visual Task Adaptation Benchmark (Zhai et al., 2019), by group."""
 
-__all__ = [
-    "CIFAR10",
-    "CIFAR100",
-    "DTD",
-    "RESISC45",
-    "SUN397",
-    "SVHN",
-    "CLEVRCount",
-    "CLEVRDistance",
-    "Caltech101",
-    "DMLab",
-    "DSpritesLocation",
-    "DSpritesOrientation",
-    "DiabeticRetinopathy",
-    "Digits",
-    "Embeddings",
-    "EuroSAT",
-    "Flowers102",
-    "HuggingFaceImages",
-    "ImageFolder",
-    "ImageNet1k",
-    "ImageNetV2",
-    "KITTIDistance",
-    "OxfordIIITPet",
-    "PatchCamelyon",
-    "Places365",
-    "SmallNORBAzimuth",
-    "SmallNORBElevation",
-    "Task",
-]
+__all__ = ["CIFAR10", "CIFAR100", "DTD", "RESISC45", "SUN397", "SVHN", "CLEVRCount", "CLEVRDistance", "Caltech101"]
+__all__ += ["DMLab", "DSpritesLocation", "DSpritesOrientation", "DiabeticRetinopathy", "Digits", "Embeddings"]
+__all__ += ["EuroSAT", "Flowers102", "HuggingFaceImages", "ImageFolder", "ImageNet1k", "ImageNetV2", "KITTIDistance"]
+__all__ += ["OxfordIIITPet", "PatchCamelyon", "Places365", "SmallNORBAzimuth", "SmallNORBElevation", "Task"]

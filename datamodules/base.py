@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar, cast
+from typing import ClassVar, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -17,10 +17,13 @@ from datamodules.targets import Multiclass, Target
 from datamodules.transforms import AUGMENTATIONS, Preprocessing, evaluation, squashed
 
 SPLITS = ("train", "val", "test")
-LabelledT = TypeVar("LabelledT", bound=Labelled)
-PROTOCOLS = ("full", "vtab1k")
-VTAB1K = {"train": 800, "val": 200}
-"""Images that VTAB-1k takes of a split; all of test are kept (Zhai et al., 2019)."""
+PROTOCOLS: dict[str, dict[str, int]] = {"full": {}, "vtab1k": {"train": 800, "val": 200}}
+"""How many images are taken of a split, where not all are; VTAB-1k keeps all of test (Zhai et al., 2019)."""
+
+
+def class_names(task: str) -> tuple[str, ...]:
+    """Return the class names of a published task, in the order of their indices; `classes/` lists them."""
+    return tuple(Path(__file__).with_name("classes").joinpath(f"{task}.txt").read_text().splitlines())
 
 
 class Task(LightningDataModule, ABC):
@@ -75,16 +78,16 @@ class Task(LightningDataModule, ABC):
             augmentation = "none" if self.group in ("specialized", "structured") else "paper"
         if batch_size < 1:
             raise MisconfigurationException(f"data.batch_size is {batch_size}; it must be at least 1.")
-        if augmentation not in AUGMENTATIONS:
-            raise MisconfigurationException(
-                f"data.augmentation is {augmentation!r}; it must be one of {', '.join(sorted(AUGMENTATIONS))}."
-            )
+        for option, value, possible in (
+            ("augmentation", augmentation, sorted(AUGMENTATIONS)),
+            ("protocol", protocol, PROTOCOLS),
+        ):
+            if value not in possible:
+                raise MisconfigurationException(f"data.{option} is {value!r}; it must be one of {', '.join(possible)}.")
         if self.group == "structured" and augmentation != "none":
             raise MisconfigurationException(
                 f"data.augmentation is {augmentation!r}; {self.name} asks where things are, so it must be none."
             )
-        if protocol not in PROTOCOLS:
-            raise MisconfigurationException(f"data.protocol is {protocol!r}; it must be one of {', '.join(PROTOCOLS)}.")
         if num_workers is not None and num_workers < 0:
             raise MisconfigurationException(f"data.num_workers is {num_workers}; it must be at least 0.")
         if seed < 0:
@@ -120,8 +123,14 @@ class Task(LightningDataModule, ABC):
         """
         if not self.images:
             images = self._cut_missing(self.load())
-            if self.protocol == "vtab1k":
-                images |= {split: self._sample(images[split], split, size) for split, size in VTAB1K.items()}
+            for split, size in PROTOCOLS[self.protocol].items():
+                if len(images[split]) < size:
+                    raise MisconfigurationException(
+                        f"The {split} split of {self.name} has {len(images[split])} images, fewer than the {size} of "
+                        f"data.protocol {self.protocol}; take full."
+                    )
+                sample = stratified_split(images[split].labels, [size], self.seed)[1]
+                images[split] = images[split].subset(sample)
             for split in SPLITS:
                 self.target.check(images[split], split, self.name)
             self.images = images
@@ -139,12 +148,8 @@ class Task(LightningDataModule, ABC):
         kind = f"vectors of {self.width:,} values" if self.vectors else "images"
         return f"{self.label}: {sizes} {kind}, {self.target.describe()}"
 
-    def _cut_missing(self, images: Mapping[str, LabelledT]) -> dict[str, LabelledT]:
-        """Return all splits; those that are missing are seeded stratified parts of train, as large as `cut` says.
-
-        Raises:
-            MisconfigurationException: If a class is too small to give each of them its share.
-        """
+    def _cut_missing(self, images: Mapping[str, Labelled]) -> dict[str, Labelled]:
+        """Return all splits; those that are missing are seeded stratified parts of train, as large as `cut` says."""
         missing = {split: self.cut[split] for split in SPLITS if split not in images}
         if not missing:
             return dict(images)
@@ -159,20 +164,7 @@ class Task(LightningDataModule, ABC):
         found = {**images, **dict(zip(("train", *missing), map(train.subset, pieces), strict=True))}
         return {split: found[split] for split in SPLITS}
 
-    def _sample(self, images: LabelledT, split: str, size: int) -> LabelledT:
-        """Return a seeded stratified sample of a split."""
-        if len(images) < size:
-            raise MisconfigurationException(
-                f"The {split} split of {self.name} has {len(images)} images, fewer than the {size} of "
-                f"data.protocol vtab1k; take full."
-            )
-        return images.subset(stratified_split(images.labels, [size], self.seed)[1])
-
     # ------------------------------------------------------------------------------------------------- features
-
-    def serve(self, split: str, views: Sequence[Rows]) -> None:
-        """Let the loader of `split` yield these features from now on, one matrix per view, in place of images."""
-        self._features[split] = views
 
     def features(self, split: str) -> Sequence[Rows] | None:
         """Return the features that the loader of `split` yields, one matrix of shape (n, D) per view.
@@ -186,10 +178,7 @@ class Task(LightningDataModule, ABC):
     def extraction_loader(self, split: str, batches: Sequence[Sequence[int]], view: int | None) -> "DataLoader[Batch]":
         """Return a loader of exactly these batches of images, in this order, whatever the process.
 
-        Args:
-            split: The split.
-            batches: Indices of the images of each batch.
-            view: The epoch whose augmentation is applied; None for the clean view.
+        `batches` are indices into the split; images are augmented as in epoch `view`, or in the clean view where None.
         """
         requests = [Request(list(batch), len(batch), view or 0) for batch in batches]
         return self._loader(self._image_batches(split, augmented=view is not None), requests)
@@ -208,7 +197,7 @@ class Task(LightningDataModule, ABC):
 
     def train_dataloader(self) -> "DataLoader[Batch]":
         """Return shuffled batches of train: augmented images, or features."""
-        return self._split_loader("train", shuffle_seed=self.seed)
+        return self._split_loader("train", self.seed)
 
     def val_dataloader(self) -> "DataLoader[Batch]":
         """Return the validation split in order."""
@@ -218,9 +207,7 @@ class Task(LightningDataModule, ABC):
         """Return the test split in order."""
         return self._split_loader("test")
 
-    def predict_dataloader(self) -> "DataLoader[Batch]":
-        """Return the test split in order."""
-        return self._split_loader("test")
+    predict_dataloader = test_dataloader
 
     def _split_loader(self, split: str, shuffle_seed: int | None = None) -> "DataLoader[Batch]":
         requests = self._requests(split, shuffle_seed)
@@ -257,8 +244,7 @@ class Task(LightningDataModule, ABC):
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not batches.random:
             return 0  # the backbone uses every core; a worker beside it would hold up all its threads
-        images = batches.images
-        if isinstance(images, ArrayImages) and images.pixels[0].nbytes * len(images) < 2**20:
+        if isinstance(batches.images, ArrayImages) and batches.images.pixels.nbytes < 2**20:
             return 0  # transforming a handful of tiny images costs less than starting a process
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices if self.trainer else 1))

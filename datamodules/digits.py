@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.base import Task
@@ -40,6 +41,5 @@ class Digits(Task):
 
         pixels, values = load_digits(return_X_y=True)
         pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
-        indices = {digit: label for label, digit in enumerate(self.digits)}
-        kept = [i for i, value in enumerate(values) if value in indices]
-        return {"train": ArrayImages(pixels[kept], as_labels([indices[value] for value in values[kept]]))}
+        kept = np.isin(values, self.digits)
+        return {"train": ArrayImages(pixels[kept], as_labels([self.digits.index(value) for value in values[kept]]))}

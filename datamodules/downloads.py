@@ -1,79 +1,85 @@
-"""Tasks whose data are downloaded as published: each file once, checked by its MD5 sum, and unpacked."""
+"""Tasks whose data are downloaded as published: each file once, checked by its MD5 sum, and unpacked.
 
+A file that is missing, damaged or not what a task expects ends in a MisconfigurationException that names it.
+"""
+
+import codecs
+import pickle
 import shutil
 import tarfile
 import zipfile
-import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numpy._core.multiarray import _reconstruct
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_url
 
 from datamodules.base import Task
-from datamodules.images import FileImages, Images, as_labels, one_line
+from datamodules.images import FileImages, Images, as_labels, one_line, reading
 from datamodules.targets import Multiclass
 
 
 class Download(NamedTuple):
-    """One published file, and what is unpacked from it."""
+    """One published file, called on disk as in its address, and what is unpacked beside it."""
 
     url: str
-    md5: str | None
-    """None where none is published."""
-    file: Path
-    """Where it is downloaded to."""
-    unpacks: str | None = None
-    """The folder in the archive, unpacked beside it (`.` if files lie at its top); None for a file read as it is."""
-    within: str | None = None
-    """An archive in the archive that holds that folder, if there is one."""
-    contents: Sequence[Sequence[str]] = ()
-    """Names and MD5 sums of files in that folder, as far as they are published."""
+    md5: str | None  # None where none is published
+    unpacks: str | None = None  # folder in the archive (`.`: files lie at its top); None for a file read as it is
+    within: str | None = None  # an archive in the archive that holds that folder, if there is one
+    contents: Sequence[Sequence[str]] = ()  # names and MD5 sums of files in that folder, as far as they are published
 
-    def missing(self) -> Path | None:
-        """Return a file or folder that is missing or not as published; None where all are there."""
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return self.url.rpartition("/")[2]
+
+    def missing(self, folder: Path) -> Path | None:
+        """Return a file or folder that `folder` lacks, or that is not as published; None where all are there."""
         if self.unpacks is None:
-            return None if _is_intact(self.file, self.md5) else self.file
-        folder = self.file.parent / self.unpacks
-        if self.unpacks != "." and not folder.is_dir():
-            return folder
-        return next((folder / name for name, md5 in self.contents if not _is_intact(folder / name, md5)), None)
+            return None if _is_intact(folder / self.file, self.md5) else folder / self.file
+        unpacked = folder / self.unpacks
+        if self.unpacks != "." and not unpacked.is_dir():
+            return unpacked
+        return next((unpacked / name for name, md5 in self.contents if not _is_intact(unpacked / name, md5)), None)
 
-    def fetch(self) -> None:
-        """Download the file where it is not there yet, check it and unpack it."""
-        download_url(self.url, self.file.parent, self.file.name, self.md5)
+    def fetch(self, folder: Path) -> None:
+        """Download the file to `folder` where it is not there yet, check it and unpack it."""
+        download_url(self.url, folder, self.file, self.md5)
         if self.unpacks is not None:
-            unpack(self.file, self.unpacks, self.within)
+            unpack(folder / self.file, self.unpacks, self.within)
 
 
 class DownloadedTask(Task):
-    """A task whose images are downloaded to `root` on first use.
-
-    A concrete one lists in `downloads` the published files, and reads them in `read`.
-    """
+    """A task whose images are downloaded to `root` on first use; a concrete one lists the files and reads them."""
 
     target: Multiclass
-
-    @abstractmethod
-    def downloads(self) -> Sequence[Download]:
-        """Return the published files; all of them go into one folder."""
+    downloads: ClassVar[Sequence[Download]] = ()
+    """The published files."""
+    subfolder: ClassVar[str] = ""
+    """Folder below `root` that they are downloaded to, as torchvision does."""
 
     @abstractmethod
     def read(self) -> dict[str, Images]:
         """Read train and what else is published of val and test; all files are there."""
 
+    @property
+    def folder(self) -> Path:
+        """Where the published files are downloaded to and unpacked."""
+        return self.root / self.subfolder
+
     def prepare_data(self) -> None:
         """Download what is not there yet; a lock makes other processes wait that use the same folder.
 
         Raises:
-            MisconfigurationException: If that fails; the message says which files belong where.
+            MisconfigurationException: If that fails; the message says which files to put where.
         """
         missing = self._missing()
         if missing is None:
@@ -81,32 +87,21 @@ class DownloadedTask(Task):
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / f".{self.name}.lock"):
-                for download in self.downloads():
-                    if left := download.missing():
+                for download in self.downloads:
+                    if left := download.missing(self.folder):
                         missing = left
-                        download.fetch()
+                        download.fetch(self.folder)
         except (OSError, RuntimeError, HTTPException) as error:
-            raise MisconfigurationException(
-                f"{missing} is missing or altered and could not be downloaded ({one_line(error)}); "
-                f"{self._advice(missing)}"
-            ) from error
+            raise self._refusal(missing, f" and could not be downloaded ({one_line(error)})") from error
 
     def load(self) -> dict[str, Images]:
-        """Return the published splits.
-
-        Raises:
-            MisconfigurationException: If a file is missing, altered or corrupt; the message names it.
-        """
+        """Return the published splits, if all files are there as they were published."""
         if missing := self._missing():
-            raise MisconfigurationException(f"{missing} is missing or altered; {self._advice(missing)}")
+            raise self._refusal(missing)
         return self.read()
 
     def class_indices(self, values: Sequence[int] | np.ndarray, file: Path, first: int = 0) -> Tensor:
-        """Return class indices, shape (n,), of the numbers in `file`, where the first class has the number `first`.
-
-        Raises:
-            MisconfigurationException: If there are none, or one that belongs to no class; the message names the file.
-        """
+        """Return class indices, shape (n,), of the numbers in `file`, where the first class has the number `first`."""
         labels = as_labels(values) - first
         if not len(labels):
             raise MisconfigurationException(f"{file} holds no labels.")
@@ -119,110 +114,113 @@ class DownloadedTask(Task):
         return labels
 
     def named_class_indices(self, names: Sequence[str], file: Path, classes: Sequence[str] | None = None) -> Tensor:
-        """Return class indices, shape (n,), of the class names in `file`, which may name `classes` otherwise.
-
-        Raises:
-            MisconfigurationException: If there are none, or one that is no class; the message names the file.
-        """
-        indices = {name: index for index, name in enumerate(classes or self.target.classes)}
+        """Return class indices, shape (n,), of the class names in `file`, which may name `classes` otherwise."""
         if not names:
             raise MisconfigurationException(f"{file} holds no images.")
-        unknown = next((name for name in names if name not in indices), None)
-        if unknown is not None:
-            raise MisconfigurationException(f"{file} names the class {unknown!r}, which {self.name} has not.")
+        indices = {name: index for index, name in enumerate(classes or self.target.classes)}
+        for name in names:
+            if name not in indices:
+                raise MisconfigurationException(f"{file} names the class {name!r}, which {self.name} has not.")
         return as_labels([indices[name] for name in names])
 
     def class_folders(self, folder: Path, classes: Sequence[str] | None = None) -> FileImages:
-        """Return the images of a folder of classes, `<class>/<image>`, in the order of their names.
-
-        Raises:
-            MisconfigurationException: If a folder is no class; the message names it.
-        """
+        """Return the images of a folder of classes, `<class>/<image>`, in the order of their names."""
         found = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMG_EXTENSIONS)
         labels = self.named_class_indices([path.parent.name for path in found], folder, classes)
         return FileImages(folder, [str(path.relative_to(folder)) for path in found], labels)
 
-    def class_names(self, file: Path, number: int) -> list[str]:
-        """Return the class names in a file, one per line.
-
-        Raises:
-            MisconfigurationException: If there are more or fewer; the message names the file.
-        """
+    def read_class_names(self, file: Path, number: int) -> list[str]:
+        """Return the class names in a file, one per line; there must be `number` of them."""
         names = [line.strip() for line in read_lines(file) if line.strip()]
         if len(names) != number:
             raise MisconfigurationException(f"{file} names {len(names)} classes; {self.name} has {number}.")
         return names
 
-    @staticmethod
-    def image_files(folder: Path, names: Sequence[str], labels: Tensor) -> FileImages:
-        """Return the named images of a folder.
-
-        Raises:
-            MisconfigurationException: If one is not there; the message names it.
-        """
-        missing = next((name for name in names if not (folder / name).is_file()), None)
-        if missing is not None:
-            raise MisconfigurationException(
-                f"{folder / missing} is missing; delete {folder} to have it unpacked or downloaded again."
-            )
-        return FileImages(folder, names, labels)
-
     def _missing(self) -> Path | None:
-        return next((missing for download in self.downloads() if (missing := download.missing())), None)
+        return next((missing for download in self.downloads if (missing := download.missing(self.folder))), None)
 
-    def _advice(self, missing: Path) -> str:
-        downloads = self.downloads()
-        files = ", ".join(f"{download.file.name} from {download.url}" for download in downloads)
-        return (
-            f"put {files} into {downloads[0].file.parent}, or name the folder that holds "
+    def _refusal(self, missing: Path, reason: str = "") -> MisconfigurationException:
+        files = ", ".join(f"{download.file} from {download.url}" for download in self.downloads)
+        return MisconfigurationException(
+            f"{missing} is missing or altered{reason}; put {files} into {self.folder}, or name the folder that holds "
             f"{missing.relative_to(self.root).parts[0]} with --data.root."
         )
 
 
-def read_lines(file: Path) -> list[str]:
-    """Return the lines of a text file.
+def listed_images(folder: Path, names: Sequence[str], labels: Tensor) -> FileImages:
+    """Return the images of a folder that a list names; all must be there."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise MisconfigurationException(
+                f"{folder / name} is missing; delete {folder} to have it unpacked or downloaded again."
+            )
+    return FileImages(folder, names, labels)
 
-    Raises:
-        MisconfigurationException: If it cannot be read; the message names it.
-    """
-    try:
+
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file."""
+    with reading(file):
         return file.read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise MisconfigurationException(f"{file} cannot be read ({one_line(error)}).") from error
+
+
+def read_matlab(file: Path, name: str) -> np.ndarray:
+    """Return a variable of a MATLAB file."""
+    from scipy.io import loadmat  # here, as few tasks need what takes half a second to import
+
+    with reading(file):
+        return loadmat(file)[name]
+
+
+def read_pickle(path: Path) -> Any:
+    """Return the content of a pickle of NumPy arrays; one that holds code is refused, and the code never run.
+
+    Strings of Python 2 are decoded as Latin-1, as NumPy's bytes need.
+    """
+    with reading(path), path.open("rb") as file:
+        return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles arrays, as old and new versions of NumPy pickle them, and Python's own containers, nothing else."""
+
+    ALLOWED: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): codecs.encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it holds code, {f'{module}.{name}'!r}, which is never run")
+        return self.ALLOWED[module, name]
 
 
 def unpack(archive: Path, folder: str, within: str | None = None) -> None:
-    """Unpack one folder of a tar or zip archive beside it.
+    """Unpack one folder of a tar or zip archive beside it; `within` is an archive in the archive that holds it.
 
     It is unpacked under another name and then renamed, so that a folder of that name is complete; in one that is there
-    already, files are replaced. Only regular files are unpacked, no links and no devices.
-
-    Args:
-        archive: The file.
-        folder: The folder's path in the archive.
-        within: Path of an archive in the archive that holds the folder.
-
-    Raises:
-        MisconfigurationException: If the archive is damaged, lacks the folder, or holds a file that belongs outside.
+    already, files are replaced. Only regular files are unpacked, no links and no devices; an archive that holds a file
+    which belongs outside is refused.
     """
     if not hasattr(tarfile, "data_filter"):
         raise MisconfigurationException(
             f"This Python cannot unpack archives safely; take 3.11.4 or later, or unpack {archive} in {archive.parent}."
         )
     part, target = archive.with_name(f"{folder.replace('/', '_')}.part"), archive.parent / folder
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        _extract(archive, part)
-        if within:
-            _extract(part / within, part)
-        if target.is_dir():
-            for file in (part / folder).iterdir():
-                file.replace(target / file.name)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (part / folder).rename(target)
-    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise MisconfigurationException(f"{archive} cannot be unpacked ({one_line(error)}).") from error
+        with reading(archive, "cannot be unpacked"):
+            _extract(archive, part)
+            if within:
+                _extract(part / within, part)
+            if target.is_dir():
+                for file in (part / folder).iterdir():
+                    file.replace(target / file.name)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (part / folder).rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

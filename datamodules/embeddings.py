@@ -1,6 +1,8 @@
 """One's own vectors: representations that another program computed, with their labels, from files."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -10,36 +12,23 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from datamodules.base import SPLITS, Task
-from datamodules.readers import SEVERAL, array_names, check_file, read_labels, read_vectors
+from datamodules.images import Labelled
+from datamodules.readers import SEVERAL, check_file, open_arrays, read_labels, read_vectors
 from datamodules.targets import Multiclass
 
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 """Split words in files, and the splits that they stand for."""
-SPLIT_KEY = "split"
-"""Default name of the split words; such an array may be missing, one of another name must be there."""
 CHUNK = 4096
 """Rows that are checked or hashed at once, so that a file may be larger than memory."""
 
 
-class Vectors:
-    """Labelled rows of a matrix that are one split; copied only when they are read.
+@dataclass(eq=False)
+class Vectors(Labelled):
+    """Labelled rows of a matrix that are one split; copied only when they are read."""
 
-    Args:
-        file: File of the matrix.
-        matrix: All vectors of the file, shape (m, D), of one of `readers.DTYPES`.
-        rows: The rows of this split, shape (n,).
-        labels: Class index of each, shape (n,), int64.
-    """
-
-    def __init__(self, file: Path, matrix: Tensor, rows: Tensor, labels: Tensor) -> None:
-        self.file = file
-        self.matrix = matrix
-        self.rows = rows
-        self.labels = labels
-        self.shape = (len(rows), matrix.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    matrix: Tensor  # all vectors of the file, shape (m, D), of one of `readers.DTYPES`
+    rows: Tensor  # those of this split, shape (n,)
+    labels: Tensor
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Return the vectors at `indices`, shape (b, D), float32."""
@@ -47,7 +36,7 @@ class Vectors:
 
     def subset(self, indices: Tensor) -> "Vectors":
         """Return the vectors at `indices`, in that order."""
-        return Vectors(self.file, self.matrix, self.rows[indices], self.labels[indices])
+        return Vectors(self.matrix, self.rows[indices], self.labels[indices])
 
     def name(self, index: int) -> str:
         """Return the row of the vector in its file, from 0."""
@@ -55,26 +44,11 @@ class Vectors:
 
     def digest(self) -> str:
         """Return a hash of every value and label."""
-        seen = hashlib.blake2b(repr(self.shape).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((len(self), self.matrix.shape[1])).encode(), digest_size=16)
         for chunk in torch.arange(len(self)).split(CHUNK):
-            seen.update(self[chunk].numpy().data)
-        seen.update(self.labels.numpy().data)
-        return seen.hexdigest()
-
-    def check(self) -> None:
-        """Read every value once.
-
-        Raises:
-            MisconfigurationException: If one is not finite as float32; the message names its row and file.
-        """
-        for chunk in torch.arange(len(self)).split(CHUNK):
-            bad = (~self[chunk].isfinite()).nonzero()
-            if len(bad):
-                row, column = int(self.rows[chunk[bad[0, 0]]]), int(bad[0, 1])
-                raise MisconfigurationException(
-                    f"{self.file} holds {self.matrix[row, column].item()} in row {row}, column {column} (from 0); "
-                    f"every value must be finite as float32."
-                )
+            digest.update(self[chunk].numpy().data)
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
 
 
 class Embeddings(Task):
@@ -110,7 +84,7 @@ class Embeddings(Task):
         root: str | None = None,
         feature_key: str = "features",
         label_key: str = "labels",
-        split_key: str | None = SPLIT_KEY,
+        split_key: str | None = "split",
         **kwargs: Any,
     ) -> None:
         super().__init__(root or "", augmentation="none", num_workers=0, protocol="full", **kwargs)
@@ -142,22 +116,17 @@ class Embeddings(Task):
             MisconfigurationException: If an array is not there, or what the files hold does not fit together.
         """
         if self.feature_file and self.label_file:
-            parts = self._divide(self._read(self.feature_file, self.label_file), self.label_file)
+            parts = self._divide(self._read(self.feature_file, self.label_file), self.split_file or self.label_file)
         else:
             parts = {split: self._read(file, file) for split, file in self._split_files().items()}
         classes = np.unique(parts["train"].labels)
         self.target = Multiclass([str(value) for value in classes.tolist()])
         self.width = parts["train"].matrix.shape[1]
-        splits = {split: self._encode(split, part, classes) for split, part in parts.items()}
-        for vectors in splits.values():
-            vectors.check()
-        return splits
+        return {split: self._checked(split, part, classes) for split, part in parts.items()}
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load the splits, the first time, and serve the vectors as features."""
-        super().setup(stage)
-        for split, vectors in self.images.items():
-            self.serve(split, [cast(Vectors, vectors)])
+    def features(self, split: str) -> Sequence[Vectors]:
+        """Return the vectors of a split, which its loader yields."""
+        return [cast(Vectors, self.images[split])]
 
     def _split_files(self) -> dict[str, Path]:
         """Return the file of each split in `root`; at least that of train."""
@@ -181,26 +150,25 @@ class Embeddings(Task):
         labels = read_labels(label_file, self.label_key, "data.label_key", len(matrix), file)
         return _Part(file, matrix, np.arange(len(matrix)), labels)
 
-    def _divide(self, part: "_Part", label_file: Path) -> dict[str, "_Part"]:
-        """Return the rows of each split that the files name, or all of them as train where no file names splits."""
-        file, key = self.split_file or label_file, self.split_key
-        optional = self.split_file is None and key == SPLIT_KEY
-        if key is None or (optional and key not in array_names(file)):
+    def _divide(self, part: "_Part", file: Path) -> dict[str, "_Part"]:
+        """Return the rows of each split that the words in `file` name, or all of them as train where it has none."""
+        optional = self.split_file is None and self.split_key == "split"
+        if self.split_key is None or (optional and "split" not in open_arrays(file)[0]):
             return {"train": part}
-        words = read_labels(file, key, "data.split_key", len(part.rows), part.file)
+        words = read_labels(file, self.split_key, "data.split_key", len(part.rows), part.file)
         unknown = np.flatnonzero(~np.isin(words, list(SPLIT_NAMES)))
         if len(unknown):
             raise MisconfigurationException(
                 f"Row {unknown[0]} of {file} is of split {words[unknown[0]].item()!r}; it must be one of "
                 f"{', '.join(SPLITS)}."
             )
-        meant = np.array([SPLIT_NAMES[word] for word in words.tolist()])
-        if "train" not in meant:
+        named = np.array([SPLIT_NAMES[word] for word in words.tolist()])
+        if "train" not in named:
             raise MisconfigurationException(f"{file} has no row of split train.")
-        rows = {split: np.flatnonzero(meant == split) for split in SPLITS}
+        rows = {split: np.flatnonzero(named == split) for split in SPLITS}
         return {split: part._replace(rows=each, labels=part.labels[each]) for split, each in rows.items() if len(each)}
 
-    def _encode(self, split: str, part: "_Part", classes: np.ndarray) -> Vectors:
+    def _checked(self, split: str, part: "_Part", classes: np.ndarray) -> Vectors:
         """Return a split with class indices for labels; `classes` are the sorted labels of train."""
         if part.matrix.shape[1] != self.width:
             raise MisconfigurationException(
@@ -212,17 +180,22 @@ class Embeddings(Task):
                 f"Label {part.labels[unknown[0]].item()!r} of {split} (row {part.rows[unknown[0]]} of {part.file}) "
                 f"never occurs in train; every class must."
             )
-        labels = np.searchsorted(classes, part.labels)
-        return Vectors(part.file, part.matrix, torch.from_numpy(part.rows), torch.from_numpy(labels))
+        for rows in torch.from_numpy(part.rows).split(CHUNK):
+            bad = (~part.matrix[rows].float().isfinite()).nonzero()
+            if len(bad):
+                row, column = int(rows[bad[0, 0]]), int(bad[0, 1])
+                raise MisconfigurationException(
+                    f"{part.file} holds {part.matrix[row, column].item()} in row {row}, column {column} (from 0); "
+                    f"every value must be finite as float32."
+                )
+        labels = torch.from_numpy(np.searchsorted(classes, part.labels))
+        return Vectors(part.matrix, torch.from_numpy(part.rows), labels)
 
 
 class _Part(NamedTuple):
     """What files hold of one split, with labels as they are stored."""
 
     file: Path
-    matrix: Tensor
-    """All vectors of the file, shape (m, D)."""
-    rows: np.ndarray
-    """Rows of the split, shape (n,)."""
-    labels: np.ndarray
-    """Label of each, shape (n,), whole numbers or strings."""
+    matrix: Tensor  # all vectors of the file, shape (m, D)
+    rows: np.ndarray  # those of the split, shape (n,)
+    labels: np.ndarray  # whole numbers or strings, shape (n,)

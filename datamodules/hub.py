@@ -7,16 +7,17 @@ decoded when they are needed; no code of a data set is run.
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
 
 from datamodules.base import Task
-from datamodules.images import Images, as_labels, one_line, readable, to_rgb
+from datamodules.images import Images, as_labels, one_line, reading, to_rgb
 from datamodules.splits import Percent
 from datamodules.targets import Multiclass
 
@@ -33,28 +34,20 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 """Names of each split in folders, file names and on the Hub."""
+EMPTY: dict[str, Any] = {"bytes": b"", "path": None}  # what a cell without an image is read as
 
 
-class HubImages:
-    """Images in a column of a table, still encoded (PNG, JPEG, WebP, ...); decoded on access.
+@dataclass(eq=False)
+class HubImages(Images):
+    """Images in a column of a table, still encoded (PNG, JPEG, WebP, ...); decoded on access."""
 
-    Args:
-        rows: The table; the column holds the bytes of each image, or the path of its file.
-        column: The column's name.
-        labels: Class index of each image, shape (n,).
-    """
-
-    def __init__(self, rows: "Dataset", column: str, labels: Tensor) -> None:
-        self.rows = rows
-        self.column = column
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    rows: "Dataset"  # whose column holds the bytes of each image, or the path of its file
+    column: str
+    labels: Tensor
 
     def __getitem__(self, index: int) -> Image.Image:
-        cell = self.rows[index][self.column] or {"bytes": b"", "path": None}
-        with readable(self._name(cell, index)):
+        cell = self.rows[index][self.column] or EMPTY
+        with reading(cell["path"] or f"image {index}", "is not a readable image"):
             file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
             with Image.open(file) as image:
                 return to_rgb(image)
@@ -65,24 +58,20 @@ class HubImages:
 
     def name(self, index: int) -> str:
         """Return the name of the image's file, or the image's index."""
-        return self._name(self.rows[index][self.column], index)
+        return (self.rows[index][self.column] or EMPTY)["path"] or f"image {index}"
 
     def digest(self) -> str:
         """Return a hash of every label and encoded image; of images in files, as `FileImages` does."""
-        seen = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
+        digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
         for batch in self.rows.iter(256):
             for cell in batch[self.column]:
-                if cell and cell["bytes"] is None:
+                content = (cell or EMPTY)["bytes"]
+                if content is None:
                     status = Path(cell["path"]).stat()
-                    seen.update(f"{cell['path']}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+                    digest.update(f"{cell['path']}|{status.st_size}|{status.st_mtime_ns}\n".encode())
                 else:
-                    content = cell["bytes"] if cell else b""
-                    seen.update(len(content).to_bytes(8, "big") + content)
-        return seen.hexdigest()
-
-    @staticmethod
-    def _name(cell: dict[str, Any] | None, index: int) -> str:
-        return (cell and cell["path"]) or f"image {index}"
+                    digest.update(len(content).to_bytes(8, "big") + content)
+        return digest.hexdigest()
 
 
 class HubTask(Task):
@@ -103,38 +92,23 @@ class HubTask(Task):
         """Download what is not there yet, and make the copy with random access."""
         self._tables()
 
-    def load(self) -> Mapping[str, Images]:
-        """Return the published train and test images."""
-        return self.parts()
-
-    def relabel(self, labels: Tensor) -> Tensor:
-        """Return the class indices that published labels stand for; -1 for a label of no class."""
-        return labels
-
-    def parts(self) -> dict[str, HubImages]:
-        """Return the images of the repository's splits.
+    def load(self) -> dict[str, Images]:
+        """Return the images of the published splits.
 
         Raises:
-            MisconfigurationException: If they cannot be downloaded (the message says which files belong where), or a
-                label is of no class.
+            MisconfigurationException: If they cannot be had (the message says where to put them), or labels read.
         """
         source, tables = self._tables()
-        images = {}
+        images: dict[str, Images] = {}
         for split in self.published:
             rows, column, values, _ = _columns(tables[split], None, None, source)
-            if not all(isinstance(value, int) for value in values):
-                raise MisconfigurationException(
-                    f"{source} holds the label {values[0]!r} in {split}; it must be a number."
-                )
-            labels = self.relabel(as_labels(values))
-            outside = labels[(labels < 0) | (labels >= self.target.outputs)]
-            if len(outside):
-                raise MisconfigurationException(
-                    f"{source} holds the label {int(outside[0])} in {split}; the classes of {self.name} are 0 to "
-                    f"{self.target.outputs - 1}."
-                )
-            images[split] = HubImages(rows, column, labels)
+            with reading(source, f"holds labels in {split} that are no numbers"):
+                images[split] = HubImages(rows, column, self.relabel(as_labels(values)))
         return images
+
+    def relabel(self, labels: Tensor) -> Tensor:
+        """Return the class indices that published labels stand for."""
+        return labels
 
     def _tables(self) -> "tuple[str, DatasetDict]":
         """Return the folder or repository that holds the tar files, and their tables."""
@@ -142,14 +116,11 @@ class HubTask(Task):
         local = next((each for each in (folder, self.root) if any(each.glob(f"{last}/*.tar"))), None)
         source = str(local) if local else self.repository
         files = {split: f"{split}/*.tar" for split in self.published}
-        try:
-            return source, read(source, self.root, files)
-        except OSError as error:
-            raise MisconfigurationException(
-                f"{self.name} could not be had ({one_line(error)}); put {' and '.join(files.values())} from "
-                f"https://huggingface.co/datasets/{self.repository} into {folder}, or name the folder that holds "
-                f"{last}/ with --data.root."
-            ) from error
+        advice = (
+            f"put {' and '.join(files.values())} from https://huggingface.co/datasets/{self.repository} into {folder}, "
+            f"or name the folder that holds {last}/ with --data.root"
+        )
+        return source, read_tables(source, self.root, self.name, advice, files)
 
 
 class HuggingFaceImages(Task):
@@ -176,130 +147,105 @@ class HuggingFaceImages(Task):
             raise MisconfigurationException(f"data.name is {name!r}, but there is no such folder.")
 
     def prepare_data(self) -> None:
-        """Download what is not there yet, and make the copy with random access.
-
-        Raises:
-            MisconfigurationException: If that fails.
-        """
+        """Download what is not there yet, and make the copy with random access."""
         self._tables()
 
     def load(self) -> dict[str, Images]:
-        """Return the splits that are there.
+        """Return the splits that are there; a single one is train, whatever it is called.
 
         Raises:
-            MisconfigurationException: If the data set is not available, has no such column (the message names those it
-                has), or a label of a split never occurs in train.
+            MisconfigurationException: If the data set or a column cannot be had, or a label never occurs in train.
         """
+        tables = self._tables()
+        found = {split: tables[name] for split, names in SPLIT_NAMES.items() for name in names if name in tables}
+        if len(tables) == 1:
+            found = {"train": next(iter(tables.values()))}
+        if "train" not in found:
+            raise MisconfigurationException(
+                f"{self.source} has the splits {', '.join(tables)}; one of them must be train."
+            )
         columns = {
-            split: _columns(table, self.image_column, self.label_column, self.source)
-            for split, table in _by_split(self._tables(), self.source).items()
+            split: _columns(table, self.image_column, self.label_column, self.source) for split, table in found.items()
         }
-        names = columns["train"].classes
-        values = list(range(len(names))) if names else sorted(set(columns["train"].labels) - {None})
+        _, _, train_labels, names = columns["train"]
+        values = list(range(len(names))) if names else sorted(set(train_labels) - {None})
         classes = names or [str(value) for value in values]
         self.target = Multiclass(classes)
         indices = {value: label for label, value in enumerate(values)}
         images: dict[str, Images] = {}
         for split, (rows, column, labels, _) in columns.items():
-            unknown = next((label for label in labels if label not in indices), None)
-            if unknown is not None or None in labels:
+            unknown = [label for label in labels if label not in indices]
+            if unknown:
                 raise MisconfigurationException(
-                    f"The {split} split of {self.source} holds the label {unknown!r}; the classes of train are "
+                    f"The {split} split of {self.source} holds the label {unknown[0]!r}; the classes of train are "
                     f"{', '.join(classes[:10])}{', ...' if len(values) > 10 else ''}."
                 )
             images[split] = HubImages(rows, column, as_labels([indices[label] for label in labels]))
         return images
 
     def _tables(self) -> "DatasetDict":
-        try:
-            return read(self.source, self.root)
-        except OSError as error:
-            raise MisconfigurationException(
-                f"data.name is {self.source!r}, which could not be had ({one_line(error)}); it must be a data set of "
-                f"the Hugging Face Hub or a folder."
-            ) from error
+        advice = "it must be a data set of the Hugging Face Hub or a folder"
+        return read_tables(self.source, self.root, f"data.name is {self.source!r}, which", advice)
 
 
-class _Columns(NamedTuple):
-    """What a table holds of one split."""
-
-    rows: "Dataset"
-    """The table with the column of images alone, not decoded."""
-    column: str
-    labels: list[Any]
-    """Label of each image, whole numbers or strings."""
-    classes: list[str]
-    """Class names, where the table has them."""
-
-
-def read(source: str, root: Path, files: dict[str, str] | None = None) -> "DatasetDict":
+def read_tables(source: str, root: Path, what: str, advice: str, files: dict[str, str] | None = None) -> "DatasetDict":
     """Return the tables of a data set by split, with random access.
 
-    Args:
-        source: Name on the Hub, or a folder: of webdataset tars, of Parquet files, or of images by class.
-        root: Folder for downloads and copies, in `huggingface/`.
-        files: Patterns of the files of each split; None finds them.
+    `source` is a name on the Hub, where `files` may say which files are of each split, or a folder of webdataset tars,
+    Parquet files or images by class. Downloads and copies go to `huggingface/` below `root`.
 
     Raises:
-        OSError: If it is not there and cannot be downloaded.
-        MisconfigurationException: If it cannot be read; the message names it.
+        MisconfigurationException: If it cannot be read, or not be had; then the message is of `what`, with `advice`.
     """
     import datasets
 
+    cache, folder = root / "huggingface", Path(source).resolve()
     try:
-        cache = str(root / "huggingface")
-        if not Path(source).is_dir():
-            return datasets.load_dataset(source, data_files=files, cache_dir=cache)
+        if not folder.is_dir():
+            return datasets.load_dataset(source, data_files=files, cache_dir=str(cache))
         for kind, pattern in (("webdataset", "*.tar"), ("parquet", "*.parquet")):
-            found = sorted(
-                str(path.resolve()) for path in Path(source).rglob(pattern) if root / "huggingface" not in path.parents
-            )
-            if found:
-                return datasets.load_dataset(kind, data_files=_files_by_split(found, source), cache_dir=cache)
-        return datasets.load_dataset("imagefolder", data_dir=str(Path(source).resolve()), cache_dir=cache)
-    except OSError:
-        raise
+            if found := _files_by_split(folder, pattern, cache.resolve()):
+                return datasets.load_dataset(kind, data_files=found, cache_dir=str(cache))
+        return datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(cache))
+    except OSError as error:
+        raise MisconfigurationException(f"{what} could not be had ({one_line(error)}); {advice}.") from error
     except Exception as error:  # readers raise many kinds for a damaged archive
         reason = error.__cause__ or error
         raise MisconfigurationException(f"{source} cannot be read ({one_line(reason)}).") from error
 
 
-def _files_by_split(files: Sequence[str], source: str) -> dict[str, list[str]]:
+def _files_by_split(folder: Path, pattern: str, cache: Path) -> dict[str, list[str]]:
     """Return the files of each split, told by a word in their folder or name; files without one belong to train."""
     found: dict[str, list[str]] = {}
-    for file in files:
-        words = re.split(r"[^a-z]+", str(Path(file).relative_to(Path(source).resolve())).lower())
+    for file in sorted(path for path in folder.rglob(pattern) if cache not in path.parents):
+        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
         split = next((split for split, names in SPLIT_NAMES.items() if set(names) & set(words)), "train")
-        found.setdefault(split, []).append(file)
+        found.setdefault(split, []).append(str(file))
     return found
 
 
-def _by_split(tables: "DatasetDict", source: str) -> "dict[str, Dataset]":
-    """Return the tables under our names of splits; a single one is train, whatever it is called."""
-    found = {s: tables[name] for s, names in SPLIT_NAMES.items() for name in names if name in tables}
-    if len(tables) == 1:
-        found = {"train": next(iter(tables.values()))}
-    if "train" not in found:
-        raise MisconfigurationException(f"{source} has the splits {', '.join(tables)}; one of them must be train.")
-    return found
+def _columns(
+    table: "Dataset", image_column: str | None, label_column: str | None, source: str
+) -> "tuple[Dataset, str, list[Any], list[str]]":
+    """Return the encoded images of a table, their column, labels and class names; columns given as None are found."""
+    import datasets
 
-
-def _columns(table: "Dataset", image_column: str | None, label_column: str | None, source: str) -> _Columns:
-    """Return the columns of images and labels, found where they are not named."""
-    from datasets import ClassLabel
-    from datasets import Image as Images
-
-    columns = list(table.features)
-    there = f"{source} has the columns {', '.join(name for name in columns if not name.startswith('__'))}"
+    kinds = table.features
+    there = f"{source} has the columns {', '.join(name for name in kinds if not name.startswith('__'))}"
     label, *keys = (label_column or "").split(".")
     for option, column in (("image_column", image_column), ("label_column", label)):
-        if column and column not in columns:
+        if column and column not in kinds:
             raise MisconfigurationException(f"data.{option} is {column!r}; {there}.")
-    image = image_column or next((name for name in columns if _holds_images(table.features[name])), None)
-    label = label or next((name for name in LABEL_COLUMNS if name in columns), "")
-    if image is None or not label:
-        option, kind = ("image_column", "images") if image is None else ("label_column", "labels")
-        raise MisconfigurationException(f"{there}, none of which is known to hold {kind}; name it with data.{option}.")
+    encoded = [  # other libraries write images to Parquet as bytes and a path
+        name
+        for name, kind in kinds.items()
+        if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
+    ]
+    image = image_column or (encoded[0] if encoded else "")
+    label = label or next((name for name in LABEL_COLUMNS if name in kinds), "")
+    if not image or not label:
+        option, what = ("label_column", "labels") if image else ("image_column", "images")
+        raise MisconfigurationException(f"{there}, none of which is known to hold {what}; name it with data.{option}.")
     values = list(table.select_columns([label])[label])
     if not keys and values and isinstance(values[0], dict):
         keys = [key for key in LABEL_KEYS if key in values[0]][:1]
@@ -307,24 +253,13 @@ def _columns(table: "Dataset", image_column: str | None, label_column: str | Non
         if not all(isinstance(value, dict) and key in value for value in values):
             raise MisconfigurationException(f"data.label_column is {label_column!r}; there is no {key!r} in {label}.")
         values = [value[key] for value in values]
-    if values and isinstance(values[0], str):
-        values = [value.strip() if isinstance(value, str) else value for value in values]
+    values = [value.strip() if isinstance(value, str) else value for value in values]
     if not values or not isinstance(values[0], int | str):
         raise MisconfigurationException(
             f"Column {label!r} of {source} holds {values[0] if values else 'nothing'!r:.60}; name the one that holds a "
             f"label, or `{label}.key`, with data.label_column."
         )
-    feature = table.features[label]
-    try:
-        rows = table.select_columns([image]).cast_column(image, Images(decode=False))
-    except Exception as error:
-        raise MisconfigurationException(f"Column {image!r} of {source} holds no images; {there}.") from error
-    classes = list(feature.names) if isinstance(feature, ClassLabel) and not keys else []
-    return _Columns(rows, image, values, classes)
-
-
-def _holds_images(feature: Any) -> bool:
-    """Return whether a column holds images, also as other libraries write them to Parquet: bytes and a path."""
-    from datasets import Image as Images
-
-    return isinstance(feature, Images) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    with reading(f"Column {image!r} of {source}", f"holds no images; {there}"):
+        rows = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    classes = list(kinds[label].names) if isinstance(kinds[label], datasets.ClassLabel) and not keys else []
+    return rows, image, values, classes

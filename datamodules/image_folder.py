@@ -22,7 +22,7 @@ class ImageFolder(Task):
         **kwargs: See `Task`.
 
     Raises:
-        MisconfigurationException: If there is no such folder.
+        MisconfigurationException: If there is no such folder or, on loading, it is not laid out so.
     """
 
     def __init__(self, root: str, **kwargs: Any) -> None:
@@ -34,11 +34,7 @@ class ImageFolder(Task):
             )
 
     def load(self) -> dict[str, Images]:
-        """Return the splits that are there.
-
-        Raises:
-            MisconfigurationException: If a folder is not laid out as above; the message names what is wrong.
-        """
+        """Return the splits that are there."""
         classes = _folders(self.root / "train")
         if len(classes) < 2:
             raise MisconfigurationException(
@@ -50,29 +46,25 @@ class ImageFolder(Task):
 
 def _read(folder: Path, classes: list[str]) -> FileImages:
     """Return the images of a split, whose folders must be the classes."""
-    found = _folders(folder)
-    if found != classes:
-        absent, unknown = set(classes) - set(found), set(found) - set(classes)
+    folders = _folders(folder)
+    if folders != classes:
+        absent, unknown = set(classes) - set(folders), set(folders) - set(classes)
         differences = [f"lacks {sorted(absent)[:5]}"] * bool(absent) + [f"adds {sorted(unknown)[:5]}"] * bool(unknown)
         raise MisconfigurationException(
             f"Classes must agree between splits: compared with train, {folder} {' and '.join(differences)}."
         )
     files, labels = [], []
     for label, name in enumerate(classes):
-        images = sorted(path for path in (folder / name).rglob("*") if _is_image(path, folder))
+        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        names = [path.relative_to(folder).as_posix() for path in found if not path.is_dir()]
+        images = [image for image in names if "/." not in image]  # no hidden files, as macOS leaves beside each image
         if not images:
             raise MisconfigurationException(
                 f"{folder / name} holds no images; known endings are {', '.join(IMG_EXTENSIONS)}."
             )
-        files += [str(path.relative_to(folder)) for path in images]
+        files += images
         labels += [label] * len(images)
     return FileImages(folder, files, as_labels(labels))
-
-
-def _is_image(path: Path, folder: Path) -> bool:
-    """Return whether a file's ending is an image's; hidden files, as macOS leaves beside each image, are none."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in IMG_EXTENSIONS and not hidden and not path.is_dir()
 
 
 def _folders(folder: Path) -> list[str]:

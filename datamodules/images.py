@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -13,47 +15,45 @@ from PIL import Image
 from torch import Tensor
 
 
-class Labelled(Protocol):
+class Labelled(ABC):
     """A labelled, ordered set of images or vectors."""
 
     labels: Tensor
     """Class index of each, shape (n,), int64."""
 
-    def __len__(self) -> int: ...
-
-    def subset(self, indices: Tensor) -> Self:
-        """Return those at `indices`, in that order."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Return what a user knows it by: its path, or its index in the array or file."""
-        ...
-
-    def digest(self) -> str:
-        """Return a hash that changes when the values, their order or their labels do."""
-        ...
-
-
-class Images(Labelled, Protocol):
-    """A labelled, ordered set of images with random access."""
-
-    def __getitem__(self, index: int) -> Image.Image:
-        """Return one image, RGB."""
-        ...
-
-
-class ArrayImages:
-    """Images held in memory as uint8, shape (n, H, W) for grey or (n, H, W, 3) for RGB; uint16 for 16-bit grey."""
-
-    def __init__(self, pixels: np.ndarray, labels: Tensor) -> None:
-        self.pixels = pixels
-        self.labels = labels
-
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
+    def subset(self, indices: Tensor) -> Self:
+        """Return those at `indices`, in that order."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return what a user knows it by: its path, or its index in the array or file."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return a hash that changes when the values, their order or their labels do."""
+
+
+class Images(Labelled):
+    """A labelled, ordered set of images with random access."""
+
+    @abstractmethod
     def __getitem__(self, index: int) -> Image.Image:
-        with readable(self.name(index)):
+        """Return one image, RGB."""
+
+
+@dataclass(eq=False)
+class ArrayImages(Images):
+    """Images held in memory as uint8, shape (n, H, W) for grey or (n, H, W, 3) for RGB; uint16 for 16-bit grey."""
+
+    pixels: np.ndarray
+    labels: Tensor
+
+    def __getitem__(self, index: int) -> Image.Image:
+        with reading(self.name(index), "is not a readable image"):
             return to_rgb(Image.fromarray(self.pixels[index]))
 
     def subset(self, indices: Tensor) -> "ArrayImages":
@@ -66,30 +66,23 @@ class ArrayImages:
 
     def digest(self) -> str:
         """Return a hash of every pixel and label."""
-        seen = hashlib.blake2b(repr(self.pixels.shape).encode(), digest_size=16)
-        seen.update(np.ascontiguousarray(self.pixels).data)
-        seen.update(self.labels.numpy().data)
-        return seen.hexdigest()
+        digest = hashlib.blake2b(repr(self.pixels.shape).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(self.pixels).data)
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
 
 
-class FileImages:
-    """Images read from files when they are asked for.
+@dataclass(eq=False)
+class FileImages(Images):
+    """Images read from files, named below `root`, when they are asked for; one that cannot be read is named then."""
 
-    Raises:
-        MisconfigurationException: On access to a file that holds no readable image; the message names it.
-    """
-
-    def __init__(self, root: Path, files: Sequence[str], labels: Tensor) -> None:
-        self.root = root
-        self.files = files
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.files)
+    root: Path
+    files: Sequence[str]
+    labels: Tensor
 
     def __getitem__(self, index: int) -> Image.Image:
         path = self.root / self.files[index]
-        with readable(str(path)), Image.open(path) as image:
+        with reading(path, "is not a readable image"), Image.open(path) as image:
             return to_rgb(image)
 
     def subset(self, indices: Tensor) -> "FileImages":
@@ -102,11 +95,11 @@ class FileImages:
 
     def digest(self) -> str:
         """Return a hash of every file's name, size, time of last change and label, without reading them."""
-        seen = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
         for file, label in zip(self.files, self.labels.tolist(), strict=True):
             status = (self.root / file).stat()
-            seen.update(f"{file}|{status.st_size}|{status.st_mtime_ns}|{label}\n".encode())
-        return seen.hexdigest()
+            digest.update(f"{file}|{status.st_size}|{status.st_mtime_ns}|{label}\n".encode())
+        return digest.hexdigest()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -118,7 +111,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         ValueError: If the pixels' range is unknown: floats, or whole numbers outside 0 to 65,535.
-        OSError: If the file is truncated; PIL raises other errors, too (see `readable`).
+        OSError: If the file is truncated; PIL raises other errors, too (see `reading`).
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range is unknown; store 8 or 16 bits a channel")
@@ -133,21 +126,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def readable(name: str) -> Iterator[None]:
-    """Turn whatever PIL raises into one line.
-
-    Raises:
-        MisconfigurationException: With `name` and the reason.
-    """
+def reading(name: object, failure: str = "cannot be read") -> Iterator[None]:
+    """Turn any error into a MisconfigurationException of one line: `name`, what is wrong with it, and the reason."""
     try:
         yield
-    except Exception as error:  # PIL raises many kinds for a damaged file
-        raise MisconfigurationException(f"{name} is not a readable image ({one_line(error)}).") from error
+    except MisconfigurationException:
+        raise
+    except Exception as error:  # readers raise many kinds
+        raise MisconfigurationException(f"{name} {failure} ({one_line(error)}).") from error
 
 
 def as_labels(values: Sequence[int] | np.ndarray) -> Tensor:
-    """Return class indices as an int64 tensor of shape (n,)."""
-    return torch.as_tensor(np.asarray(values), dtype=torch.int64)
+    """Return class indices as an int64 tensor of shape (n,), whatever the shape of an array."""
+    return torch.as_tensor(np.ravel(values).astype(np.int64))
 
 
 def one_line(error: BaseException) -> str:

@@ -6,31 +6,25 @@ from typing import ClassVar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.data import ImageNetInfo
 from torchvision import datasets
+from torchvision.datasets.places365 import Places365 as Published
 
-from datamodules.downloads import Download, DownloadedTask, read_lines
+from datamodules.downloads import Download, DownloadedTask, listed_images, read_lines
 from datamodules.hub import HubTask
-from datamodules.images import FileImages, Images
+from datamodules.images import FileImages, Images, reading
 from datamodules.splits import Percent
 from datamodules.targets import Multiclass
-
-ARCHIVES = tuple(file for file, _ in datasets.imagenet.ARCHIVE_META.values())
-"""The files of ImageNet."""
 
 
 class ImageNet1k(DownloadedTask):
     """1.3 million photographs in 1,000 classes (Russakovsky et al., 2015).
 
     The official 50,000 validation images are the test split; validation is a seeded stratified hundredth of the
-    1,281,167 training images. `root` holds `train/<synset>/` and `val/<synset>/`,
-    or the archives of image-net.org, which asks for an account.
+    1,281,167 training images. `root` holds `train/<synset>/` and `val/<synset>/`, or the archives of image-net.org,
+    which asks for an account.
     """
 
     name = "imagenet1k"
     cut: ClassVar = {"val": Percent(1, up=True)}
-
-    def downloads(self) -> list[Download]:
-        """Return nothing: only those with an account can download the archives."""
-        return []
 
     def prepare_data(self) -> None:
         """Unpack the archives where folders are not there yet."""
@@ -39,9 +33,10 @@ class ImageNet1k(DownloadedTask):
                 try:
                     datasets.ImageNet(str(self.root), part)
                 except (OSError, RuntimeError) as error:
+                    archives = ", ".join(file for file, _ in datasets.imagenet.ARCHIVE_META.values())
                     raise MisconfigurationException(
-                        f"{self.root / part} is missing; put {', '.join(ARCHIVES)} from https://image-net.org into "
-                        f"{self.root}, or name the folder that holds train/ and val/ with --data.root."
+                        f"{self.root / part} is missing; put {archives} from https://image-net.org into {self.root}, "
+                        f"or name the folder that holds train/ and val/ with --data.root."
                     ) from error
 
     def read(self) -> dict[str, Images]:
@@ -71,7 +66,7 @@ class ImageNetV2(ImageNet1k, HubTask):
 
     def read(self) -> dict[str, Images]:
         """Return ImageNet's training images, and the new ones as test."""
-        return {"train": self.part("train"), **self.parts()}
+        return {"train": self.part("train"), **HubTask.load(self)}
 
 
 class Places365(DownloadedTask):
@@ -83,31 +78,26 @@ class Places365(DownloadedTask):
 
     name = "places365"
     cut: ClassVar = {"val": Percent(1, up=True)}
-
-    def downloads(self) -> list[Download]:
-        """Return the lists, and the archives of small images."""
-        source = datasets.Places365
-        lists = [source._CATEGORIES_META, source._FILE_LIST_META["train-standard"], source._FILE_LIST_META["val"]]
-        archives = [(*source._DEVKIT_META["standard"], ".", lists)]
-        archives += [(*source._IMAGES_META["train-standard", True], "data_256", ())]
-        archives += [(*source._IMAGES_META["val", True], "val_256", ())]
-        return [
-            Download(source._BASE_URL + file, md5, self.root / file, unpacks, contents=contents)
-            for file, md5, unpacks, contents in archives
-        ]
+    lists = (Published._CATEGORIES_META, Published._FILE_LIST_META["train-standard"], Published._FILE_LIST_META["val"])
+    downloads = tuple(
+        Download(Published._BASE_URL + file, md5, unpacks, contents=contents)
+        for (file, md5), unpacks, contents in (
+            (Published._DEVKIT_META["standard"], ".", lists),
+            (Published._IMAGES_META["train-standard", True], "data_256", ()),
+            (Published._IMAGES_META["val", True], "val_256", ()),
+        )
+    )
 
     def read(self) -> dict[str, Images]:
         """Return the official training and validation images as train and test."""
-        categories, train, test = (self.root / name for name, _ in self.downloads()[0].contents)
-        lines = self.class_names(categories, 365)  # `/a/airfield 0`
+        categories, train, test = (self.root / name for name, _ in self.lists)
+        lines = self.read_class_names(categories, 365)  # `/a/airfield 0`
         self.target = Multiclass([line.split()[0][3:] for line in lines])
         return {"train": self._listed(train, "data_256"), "test": self._listed(test, "val_256")}
 
     def _listed(self, file: Path, folder: str) -> FileImages:
         """Return the images of a list with lines like `/a/airfield/00000001.jpg 0`: a path and the class index."""
-        try:
+        with reading(file, "is no list of images and classes"):
             names, labels = zip(*(line.strip("/").split() for line in read_lines(file)), strict=True)
             values = [int(label) for label in labels]
-        except ValueError as error:
-            raise MisconfigurationException(f"{file} is no list of images and classes ({error}).") from error
-        return self.image_files(self.root / folder, names, self.class_indices(values, file))
+        return listed_images(self.root / folder, names, self.class_indices(values, file))

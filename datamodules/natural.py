@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,36 +9,31 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision import datasets
 
-from datamodules.base import SPLITS
-from datamodules.downloads import Download, DownloadedTask, read_lines
-from datamodules.images import ArrayImages, FileImages, Images
-from datamodules.pickles import unpickle_arrays
+from datamodules.base import SPLITS, class_names
+from datamodules.downloads import Download, DownloadedTask, listed_images, read_lines, read_matlab, read_pickle
+from datamodules.images import ArrayImages, FileImages, Images, as_labels, reading
 from datamodules.splits import Percent, stratified_split
 from datamodules.targets import Multiclass
+
+
+def _cifar_archive(source: Any) -> tuple[Download]:
+    """Return the archive of CIFAR-10 or CIFAR-100; the MD5 sum of every file in it is known."""
+    contents = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+    return (Download(source.url, source.tgz_md5, source.base_folder, contents=contents),)
 
 
 class CIFAR10(DownloadedTask):
     """60,000 photographs of 32 x 32 pixels in 10 classes (Krizhevsky, 2009).
 
-    The official 10,000 test images are the test split; validation is a seeded stratified tenth of the 50,000 training
-    images, as large as the paper's.
+    Test is the official one; validation is a seeded stratified tenth of train, as large as the paper's.
     """
 
     name = "cifar10"
     cut: ClassVar = {"val": 0.1}
-    classes: ClassVar[Sequence[str]] = (
-        *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    )
+    classes = class_names("cifar10")
     source: Any = datasets.CIFAR10
+    downloads = _cifar_archive(datasets.CIFAR10)
     labels_key = "labels"
-
-    def downloads(self) -> list[Download]:
-        """Return the archive; the MD5 sum of every file in it is known."""
-        source = self.source
-        contents = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
-        return [
-            Download(source.url, source.tgz_md5, self.root / source.filename, source.base_folder, contents=contents)
-        ]
 
     def read(self) -> dict[str, Images]:
         """Return the official training and test images."""
@@ -49,39 +43,23 @@ class CIFAR10(DownloadedTask):
         """Return the images of pickled batches; a row holds 1,024 red, then green, then blue values."""
         pixels, labels = [], []
         for file, _ in files:
-            path = self.root / self.source.base_folder / file
-            batch = unpickle_arrays(path)
-            try:
+            path = self.folder / self.source.base_folder / file
+            batch = read_pickle(path)
+            with reading(path, "is no batch of CIFAR images"):
                 labels.append(self.class_indices(batch[self.labels_key], path))
                 rows = batch["data"].astype(np.uint8, casting="safe")
                 pixels.append(rows.reshape(len(labels[-1]), 3, 32, 32))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise MisconfigurationException(f"{path} is no batch of CIFAR images ({error}).") from error
         return ArrayImages(np.concatenate(pixels).transpose(0, 2, 3, 1), torch.cat(labels))
 
 
 class CIFAR100(CIFAR10):
-    """60,000 photographs of 32 x 32 pixels in 100 fine classes (Krizhevsky, 2009).
-
-    The official 10,000 test images are the test split; validation is a seeded stratified tenth of the 50,000 training
-    images.
-    """
+    """60,000 photographs of 32 x 32 pixels in 100 fine classes (Krizhevsky, 2009), split as `CIFAR10` is."""
 
     name = "cifar100"
     group = "natural"
-    classes = (
-        *("apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle"),
-        *("bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle"),
-        *("chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur"),
-        *("dolphin", "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard"),
-        *("lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain"),
-        *("mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck"),
-        *("pine_tree", "plain", "plate", "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road", "rocket"),
-        *("rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider", "squirrel"),
-        *("streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor"),
-        *("train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm"),
-    )
+    classes = class_names("cifar100")
     source = datasets.CIFAR100
+    downloads = _cifar_archive(datasets.CIFAR100)
     labels_key = "fine_labels"
 
 
@@ -94,62 +72,44 @@ class Flowers102(DownloadedTask):
     name = "flowers102"
     group = "natural"
     classes = tuple(datasets.Flowers102.classes)
-
-    def downloads(self) -> list[Download]:
-        """Return the archive of images, their labels, and the splits."""
-        source, folder = datasets.Flowers102, self.root / "flowers-102"
-        return [
-            Download(source._download_url_prefix + name, md5, folder / name, unpacks)
-            for (name, md5), unpacks in (
-                (source._file_dict["image"], "jpg"),
-                (source._file_dict["label"], None),
-                (source._file_dict["setid"], None),
-            )
-        ]
+    subfolder = "flowers-102"
+    downloads = tuple(
+        Download(datasets.Flowers102._download_url_prefix + file, md5, "jpg" if file.endswith(".tgz") else None)
+        for file, md5 in datasets.Flowers102._file_dict.values()
+    )
 
     def read(self) -> dict[str, Images]:
         """Return the official splits; images are numbered from 1, and so are classes."""
-        archive, labels_file, splits_file = (download.file for download in self.downloads())
-        labels = self.class_indices(_numbers(labels_file, "labels"), labels_file, first=1)
+        labels_file, splits_file = self.folder / "imagelabels.mat", self.folder / "setid.mat"
+        labels = self.class_indices(read_matlab(labels_file, "labels"), labels_file, first=1)
         images: dict[str, Images] = {}
         for split, key in (("train", "trnid"), ("val", "valid"), ("test", "tstid")):
-            numbers = _numbers(splits_file, key)
+            numbers = as_labels(read_matlab(splits_file, key))
             outside = numbers[(numbers < 1) | (numbers > len(labels))]
             if len(outside):
                 raise MisconfigurationException(
                     f"{splits_file} lists image {outside[0]}; {labels_file.name} has labels for 1 to {len(labels)}."
                 )
-            names = [f"image_{number:05d}.jpg" for number in numbers]
-            images[split] = self.image_files(archive.with_name("jpg"), names, labels[torch.from_numpy(numbers - 1)])
+            names = [f"image_{number:05d}.jpg" for number in numbers.tolist()]
+            images[split] = listed_images(self.folder / "jpg", names, labels[numbers - 1])
         return images
 
 
 class OxfordIIITPet(DownloadedTask):
     """7,349 photographs of pets in 37 breeds (Parkhi et al., 2012).
 
-    The official 3,669 test images are the test split; validation is a seeded stratified tenth of the official 3,680
-    images for training and validation.
+    Test is the official one; validation is a seeded stratified tenth of the official 3,680 images for train and val.
     """
 
     name = "oxford_iiit_pet"
     group = "natural"
     cut: ClassVar = {"val": 0.1}
-    classes = (
-        *("Abyssinian", "American Bulldog", "American Pit Bull Terrier", "Basset Hound", "Beagle", "Bengal", "Birman"),
-        *("Bombay", "Boxer", "British Shorthair", "Chihuahua", "Egyptian Mau", "English Cocker Spaniel"),
-        *("English Setter", "German Shorthaired", "Great Pyrenees", "Havanese", "Japanese Chin", "Keeshond"),
-        *("Leonberger", "Maine Coon", "Miniature Pinscher", "Newfoundland", "Persian", "Pomeranian", "Pug", "Ragdoll"),
-        *("Russian Blue", "Saint Bernard", "Samoyed", "Scottish Terrier", "Shiba Inu", "Siamese", "Sphynx"),
-        *("Staffordshire Bull Terrier", "Wheaten Terrier", "Yorkshire Terrier"),
+    classes = class_names("oxford_iiit_pet")
+    subfolder = "oxford-iiit-pet"
+    downloads = tuple(
+        Download(url, md5, unpacks)
+        for (url, md5), unpacks in zip(datasets.OxfordIIITPet._RESOURCES, ("images", "annotations"), strict=True)
     )
-
-    def downloads(self) -> list[Download]:
-        """Return the archive of images and that of annotations."""
-        folder = self.root / "oxford-iiit-pet"
-        return [
-            Download(url, md5, folder / Path(url).name, unpacks)
-            for unpacks, (url, md5) in zip(("images", "annotations"), datasets.OxfordIIITPet._RESOURCES, strict=True)
-        ]
 
     def read(self) -> dict[str, Images]:
         """Return the official images for training and validation as train, and those for test."""
@@ -157,8 +117,7 @@ class OxfordIIITPet(DownloadedTask):
 
     def _listed(self, part: str) -> FileImages:
         """Return the images of a list with lines like `Abyssinian_100 1 1 1`: name, breed, species, breed of it."""
-        folder = self.root / "oxford-iiit-pet"
-        file = folder / "annotations" / f"{part}.txt"
+        file = self.folder / "annotations" / f"{part}.txt"
         names, breeds = [], []
         for number, line in enumerate(read_lines(file), start=1):
             match = re.fullmatch(r"(\w+) (\d+) \d+ \d+", line.strip())
@@ -168,7 +127,7 @@ class OxfordIIITPet(DownloadedTask):
                 )
             names.append(f"{match[1]}.jpg")
             breeds.append(int(match[2]))
-        return self.image_files(folder / "images", names, self.class_indices(breeds, file, first=1))
+        return listed_images(self.folder / "images", names, self.class_indices(breeds, file, first=1))
 
 
 class Caltech101(DownloadedTask):
@@ -181,34 +140,16 @@ class Caltech101(DownloadedTask):
     name = "caltech101"
     group = "natural"
     cut: ClassVar = {"val": 0.1}
-    classes = (
-        *("BACKGROUND_Google", "Faces", "Faces_easy", "Leopards", "Motorbikes", "accordion", "airplanes", "anchor"),
-        *("ant", "barrel", "bass", "beaver", "binocular", "bonsai", "brain", "brontosaurus", "buddha", "butterfly"),
-        *("camera", "cannon", "car_side", "ceiling_fan", "cellphone", "chair", "chandelier", "cougar_body"),
-        *("cougar_face", "crab", "crayfish", "crocodile", "crocodile_head", "cup", "dalmatian", "dollar_bill"),
-        *("dolphin", "dragonfly", "electric_guitar", "elephant", "emu", "euphonium", "ewer", "ferry", "flamingo"),
-        *("flamingo_head", "garfield", "gerenuk", "gramophone", "grand_piano", "hawksbill", "headphone", "hedgehog"),
-        *("helicopter", "ibis", "inline_skate", "joshua_tree", "kangaroo", "ketch", "lamp", "laptop", "llama"),
-        *("lobster", "lotus", "mandolin", "mayfly", "menorah", "metronome", "minaret", "nautilus", "octopus", "okapi"),
-        *("pagoda", "panda", "pigeon", "pizza", "platypus", "pyramid", "revolver", "rhino", "rooster", "saxophone"),
-        *("schooner", "scissors", "scorpion", "sea_horse", "snoopy", "soccer_ball", "stapler", "starfish"),
-        *("stegosaurus", "stop_sign", "strawberry", "sunflower", "tick", "trilobite", "umbrella", "watch"),
-        *("water_lilly", "wheelchair", "wild_cat", "windsor_chair", "wrench", "yin_yang"),
-    )
+    classes = class_names("caltech101")
+    subfolder = "caltech101"
     url = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"
-    md5 = "3138e1922a9193bfa496528edbbc45d0"
-    per_class = 30
-    """Images of each class for training and validation."""
-
-    def downloads(self) -> list[Download]:
-        """Return the archive; another one in it holds the images."""
-        folder, within = "101_ObjectCategories", "caltech-101/101_ObjectCategories.tar.gz"
-        return [Download(self.url, self.md5, self.root / "caltech101" / "caltech-101.zip", folder, within)]
+    within = "caltech-101/101_ObjectCategories.tar.gz"
+    downloads = (Download(url, "3138e1922a9193bfa496528edbbc45d0", "101_ObjectCategories", within),)
 
     def read(self) -> dict[str, Images]:
         """Return 30 images of each class as train, and the others as test."""
-        images = self.class_folders(self.root / "caltech101" / "101_ObjectCategories")
-        each = dict.fromkeys(images.labels.unique().tolist(), self.per_class)
+        images = self.class_folders(self.folder / "101_ObjectCategories")
+        each = dict.fromkeys(images.labels.unique().tolist(), 30)
         test, train = (images.subset(piece) for piece in stratified_split(images.labels, [each], self.seed))
         return {"train": train, "test": test}
 
@@ -218,59 +159,43 @@ class DTD(DownloadedTask):
 
     name = "dtd"
     group = "natural"
-    classes = (
-        *("banded", "blotchy", "braided", "bubbly", "bumpy", "chequered", "cobwebbed", "cracked", "crosshatched"),
-        *("crystalline", "dotted", "fibrous", "flecked", "freckled", "frilly", "gauzy", "grid", "grooved"),
-        *("honeycombed", "interlaced", "knitted", "lacelike", "lined", "marbled", "matted", "meshed", "paisley"),
-        *("perforated", "pitted", "pleated", "polka-dotted", "porous", "potholed", "scaly", "smeared", "spiralled"),
-        *("sprinkled", "stained", "stratified", "striped", "studded", "swirly", "veined", "waffled", "woven"),
-        *("wrinkled", "zigzagged"),
-    )
-
-    def downloads(self) -> list[Download]:
-        """Return the archive."""
-        source, folder = datasets.DTD, self.root / "dtd"
-        return [Download(source._URL, source._MD5, folder / Path(source._URL).name, "dtd")]
+    classes = class_names("dtd")
+    subfolder = "dtd"
+    downloads = (Download(datasets.DTD._URL, datasets.DTD._MD5, "dtd"),)
 
     def read(self) -> dict[str, Images]:
         """Return the official splits; a list has lines like `banded/banded_0002.jpg`."""
-        folder = self.root / "dtd" / "dtd"
         images: dict[str, Images] = {}
         for split in SPLITS:
-            file = folder / "labels" / f"{split}1.txt"
+            file = self.folder / "dtd" / "labels" / f"{split}1.txt"
             names = read_lines(file)
-            images[split] = self.image_files(
-                folder / "images", names, self.named_class_indices([name.partition("/")[0] for name in names], file)
-            )
+            labels = self.named_class_indices([name.partition("/")[0] for name in names], file)
+            images[split] = listed_images(self.folder / "dtd" / "images", names, labels)
         return images
 
 
 class SVHN(DownloadedTask):
     """99,289 photographs of house numbers of 32 x 32 pixels, in 10 classes of digits (Netzer et al., 2011).
 
-    The official 26,032 test images are the test split; validation is a seeded stratified tenth of the 73,257 training
-    images.
+    Test is the official one; validation is a seeded stratified tenth of the 73,257 training images.
     """
 
     name = "svhn"
     group = "natural"
     cut: ClassVar = {"val": Percent(10, up=True)}
     classes = tuple("0123456789")
-
-    def downloads(self) -> list[Download]:
-        """Return the file of each part."""
-        parts = datasets.SVHN.split_list
-        return [Download(parts[part][0], parts[part][2], self.root / parts[part][1]) for part in ("train", "test")]
+    downloads = tuple(
+        Download(url, md5) for url, _, md5 in (datasets.SVHN.split_list[part] for part in ("train", "test"))
+    )
 
     def read(self) -> dict[str, Images]:
-        """Return the official training and test images."""
-        train, test = (self._part(download.file) for download in self.downloads())
-        return {"train": train, "test": test}
-
-    def _part(self, file: Path) -> ArrayImages:
-        """Return the images of a file: an array (32, 32, 3, n), and labels 1 to 10, where 10 is the digit 0."""
-        digits = self.class_indices(_numbers(file, "y") % 10, file)
-        return ArrayImages(np.ascontiguousarray(_variable(file, "X").transpose(3, 0, 1, 2)), digits)
+        """Return the official parts, each a file of an array (32, 32, 3, n) and labels 1 to 10: 10 is the digit 0."""
+        images: dict[str, Images] = {}
+        for part in ("train", "test"):
+            file = self.folder / f"{part}_32x32.mat"
+            digits = self.class_indices(read_matlab(file, "y") % 10, file)
+            images[part] = ArrayImages(np.ascontiguousarray(read_matlab(file, "X").transpose(3, 0, 1, 2)), digits)
+        return images
 
 
 class SUN397(DownloadedTask):
@@ -283,34 +208,12 @@ class SUN397(DownloadedTask):
     name = "sun397"
     group = "natural"
     cut: ClassVar = {"val": Percent(10), "test": Percent(20)}
-
-    def downloads(self) -> list[Download]:
-        """Return the archive."""
-        source = datasets.SUN397
-        return [Download(source._DATASET_URL, source._DATASET_MD5, self.root / "SUN397.tar.gz", "SUN397")]
+    downloads = (Download(datasets.SUN397._DATASET_URL, datasets.SUN397._DATASET_MD5, "SUN397"),)
 
     def read(self) -> dict[str, Images]:
         """Return all images as train; `ClassName.txt` has lines like `/a/apartment_building/outdoor`."""
-        folder = self.root / "SUN397"
-        self.target = Multiclass([name[3:] for name in self.class_names(folder / "ClassName.txt", 397)])
+        folder = self.folder / "SUN397"
+        self.target = Multiclass([name[3:] for name in self.read_class_names(folder / "ClassName.txt", 397)])
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("sun_*.jpg"))
         labels = self.named_class_indices([file[2 : file.rindex("/")] for file in files], folder)
-        return {"train": self.image_files(folder, files, labels)}
-
-
-def _variable(file: Path, name: str) -> np.ndarray:
-    """Return a variable of a MATLAB file."""
-    from scipy.io import loadmat  # here, as few tasks need what takes half a second to import
-
-    try:
-        return loadmat(file)[name]
-    except Exception as error:  # a damaged file may raise anything
-        raise MisconfigurationException(f"{file} cannot be read ({error!r}).") from error
-
-
-def _numbers(file: Path, name: str) -> np.ndarray:
-    """Return a variable of a MATLAB file as a flat array of int64."""
-    try:
-        return _variable(file, name).ravel().astype(np.int64)
-    except (TypeError, ValueError) as error:
-        raise MisconfigurationException(f"{file} cannot be read ({error!r}).") from error
+        return {"train": FileImages(folder, files, labels)}

@@ -1,4 +1,7 @@
-"""Read arrays by name from .npy, .npz, safetensors and Parquet files; nothing pickled is loaded."""
+"""Read arrays by name from .npy, .npz, safetensors and Parquet files; nothing pickled is loaded.
+
+A file or array that is not there, damaged or of another kind ends in a MisconfigurationException that names it.
+"""
 
 import fnmatch
 from collections.abc import Callable, Sequence
@@ -13,68 +16,48 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import safe_open
 from torch import Tensor
 
-from datamodules.images import one_line
+from datamodules.images import reading
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8)
 """How vectors may be stored."""
 DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
-Reader = Callable[[Path], tuple[Sequence[str], Callable[[str], Any]]]
-"""Opens a file; returns the names of its arrays (none where it holds a single one) and what reads one of them."""
+Arrays = tuple[Sequence[str], Callable[[str], Any]]
+"""The names of a file's arrays (none where it holds a single one), and what reads one of them."""
 
 
 def check_file(file: Path) -> None:
-    """Check that a file is there and of a known format, without opening it.
-
-    Raises:
-        MisconfigurationException: If it is not.
-    """
+    """Refuse a file that is not there or of no known format, without opening it."""
     if file.suffix not in READERS:
         raise MisconfigurationException(f"{file} is of no known format; give one of {', '.join(READERS)}.")
     if not file.is_file():
         raise MisconfigurationException(f"There is no file {file}.")
 
 
-def array_names(file: Path) -> Sequence[str]:
-    """Return the names of the arrays in a file, none for .npy.
-
-    Raises:
-        MisconfigurationException: If the file is not there or cannot be read.
-    """
-    return _open(file)[0]
+def open_arrays(file: Path) -> Arrays:
+    """Return the names of the arrays in a file, none for .npy, and a function that reads one of them."""
+    check_file(file)
+    with reading(file):
+        return READERS[file.suffix](file)
 
 
 def read_array(file: Path, key: str, option: str) -> Any:
-    """Return the array or tensor called `key`, or the only one of a .npy file.
+    """Return the array or tensor called `key`, or the only one of a .npy file; `option` is what names it.
 
-    Args:
-        file: The file.
-        key: Name of the array; in Parquet, also a pattern of columns that become the columns of a matrix.
-        option: The option that chooses the name.
-
-    Raises:
-        MisconfigurationException: If file or array are not there, damaged or pickled; the message names them.
+    In Parquet, `key` may be a pattern of columns that become the columns of a matrix.
     """
-    names, read = _open(file)
+    names, read = open_arrays(file)
     if names and key not in names and not (file.suffix == ".parquet" and fnmatch.filter(names, key)):
         more = f", ... ({len(names)})" if len(names) > 10 else ""
         raise MisconfigurationException(
             f"{file} has no {key!r}; it holds {', '.join(names[:10])}{more}: name one with {option}."
         )
-    try:
+    with reading(f"{key!r} of {file}"):
         return read(key)
-    except MisconfigurationException:
-        raise
-    except Exception as error:  # readers raise many kinds for a damaged file
-        raise MisconfigurationException(f"{key!r} of {file} cannot be read ({one_line(error)}).") from error
 
 
 def read_vectors(file: Path, key: str) -> Tensor:
-    """Return a matrix of vectors, shape (n, D), of one of `DTYPES`; mapped into memory where the format allows.
-
-    Raises:
-        MisconfigurationException: If it is of another type or shape, or cannot be read.
-    """
+    """Return a matrix of vectors, shape (n, D), of one of `DTYPES`; mapped into memory where the format allows."""
     matrix = read_array(file, key, "data.feature_key")
     if isinstance(matrix, np.ndarray):
         native = np.ascontiguousarray(matrix, matrix.dtype.newbyteorder("="))  # stays mapped where nothing changes
@@ -92,11 +75,7 @@ def read_vectors(file: Path, key: str) -> Tensor:
 
 
 def read_labels(file: Path, key: str, option: str, number: int, features: Path) -> np.ndarray:
-    """Return whole numbers or strings, shape (number,), one for each vector of `features`.
-
-    Raises:
-        MisconfigurationException: If they are of another type or number, or cannot be read.
-    """
+    """Return whole numbers or strings, shape (number,), one for each vector of `features`."""
     labels = np.asarray(read_array(file, key, option))
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8")
@@ -111,34 +90,22 @@ def read_labels(file: Path, key: str, option: str, number: int, features: Path) 
     return labels
 
 
-def _open(file: Path) -> tuple[Sequence[str], Callable[[str], Any]]:
-    check_file(file)
-    try:
-        return READERS[file.suffix](file)
-    except Exception as error:
-        raise MisconfigurationException(f"{file} cannot be read ({one_line(error)}).") from error
-
-
-def _npy(file: Path) -> tuple[Sequence[str], Callable[[str], Any]]:
+def _npy(file: Path) -> Arrays:
     # Copy-on-write, as torch expects writable memory; nothing writes.
     return [], lambda _: np.load(file, mmap_mode="c", allow_pickle=False)
 
 
-def _npz(file: Path) -> tuple[Sequence[str], Callable[[str], Any]]:
-    def read(key: str) -> np.ndarray:
-        with np.load(file, allow_pickle=False) as arrays:
-            return arrays[key]
-
-    with np.load(file, allow_pickle=False) as arrays:
-        return list(arrays), read
+def _npz(file: Path) -> Arrays:
+    arrays = np.load(file, allow_pickle=False)  # reads an array when asked for it
+    return arrays.files, arrays.__getitem__
 
 
-def _safetensors(file: Path) -> tuple[Sequence[str], Callable[[str], Any]]:
+def _safetensors(file: Path) -> Arrays:
     tensors = safe_open(file, framework="pt")
     return list(tensors.keys()), tensors.get_tensor
 
 
-def _parquet(file: Path) -> tuple[Sequence[str], Callable[[str], Any]]:
+def _parquet(file: Path) -> Arrays:
     names = pyarrow.parquet.read_schema(file).names
 
     def read(key: str) -> np.ndarray:
@@ -173,7 +140,12 @@ def _arrow(column: pyarrow.ChunkedArray, source: str) -> np.ndarray:
     return values.reshape(len(lengths), -1)
 
 
-READERS: dict[str, Reader] = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path], Arrays]] = {
+    ".npy": _npy,
+    ".npz": _npz,
+    ".safetensors": _safetensors,
+    ".parquet": _parquet,
+}
 """Formats by ending; a new one is a function above and an entry here."""
 SEVERAL = tuple(ending for ending in READERS if ending != ".npy")
 """Formats that hold several arrays by name."""

@@ -1,7 +1,8 @@
 """VTAB's specialized tasks: satellite and medical images, in which colour and orientation carry meaning."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+from datamodules.base import class_names
 from datamodules.downloads import Download, DownloadedTask
 from datamodules.hub import HubTask
 from datamodules.images import Images
@@ -27,22 +28,18 @@ class EuroSAT(DownloadedTask):
     """
 
     name = "eurosat"
+    group = "specialized"
     cut: ClassVar = {"val": Percent(20), "test": Percent(20)}
-    group: Literal["specialized"] = "specialized"
-    classes = (
-        *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop"),
-        *("Residential", "River", "SeaLake"),
+    classes = class_names("eurosat")
+    subfolder = "eurosat"
+    url = (
+        "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip"
     )
-    url: ClassVar = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/"
-    md5: ClassVar = "c8fa014336c82ac7804f0398fcb19387"
-
-    def downloads(self) -> list[Download]:
-        """Return the archive."""
-        return [Download(f"{self.url}EuroSAT.zip", self.md5, self.root / "eurosat" / "EuroSAT.zip", "2750")]
+    downloads = (Download(url, "c8fa014336c82ac7804f0398fcb19387", "2750"),)
 
     def read(self) -> dict[str, Images]:
         """Return all images as train."""
-        return {"train": self.class_folders(self.root / "eurosat" / "2750")}
+        return {"train": self.class_folders(self.folder / "2750")}
 
 
 class RESISC45(HubTask):
@@ -51,15 +48,7 @@ class RESISC45(HubTask):
     name = "resisc45"
     group = "specialized"
     repository = "clip-benchmark/wds_vtab-resisc45"
-    classes = (
-        *("airplane", "airport", "baseball_diamond", "basketball_court", "beach", "bridge", "chaparral", "church"),
-        *("circular_farmland", "cloud", "commercial_area", "dense_residential", "desert", "forest", "freeway"),
-        *("golf_course", "ground_track_field", "harbor", "industrial_area", "intersection", "island", "lake", "meadow"),
-        *("medium_residential", "mobile_home_park", "mountain", "overpass", "palace", "parking_lot", "railway"),
-        *("railway_station", "rectangular_farmland", "river", "roundabout", "runway", "sea_ice", "ship", "snowberg"),
-        *("sparse_residential", "stadium", "storage_tank", "tennis_court", "terrace", "thermal_power_station"),
-        "wetland",
-    )
+    classes = class_names("resisc45")
 
 
 class DiabeticRetinopathy(HubTask):

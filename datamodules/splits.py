@@ -29,17 +29,11 @@ each class ({0: 30, 1: 30})."""
 
 
 def stratified_split(labels: Tensor, parts: Sequence[Part], seed: int) -> list[Tensor]:
-    """Cut a labelled set into a rest and seeded, disjoint parts that hold the same share of every class.
+    """Return a rest and seeded, disjoint parts of a labelled set that hold the same share of every class.
 
-    Args:
-        labels: Class index of each image, shape (n,).
-        parts: Size of each part, see `Part`. A number of images is shared out in proportion to the classes, by
-            largest remainder.
-        seed: The split depends on the labels and this number alone.
-
-    Returns:
-        Sorted indices into `labels`: first the rest, then one tensor per part. Shares are rounded to whole images
-        per class; a class gives every part at least one image as long as one remains in the rest.
+    Each is a tensor of sorted indices into `labels`, class indices of shape (n,), on which and on the seed alone they
+    depend. A number of images is shared out in proportion to the classes, by largest remainder. Shares are rounded to
+    whole images per class; a class gives every part at least one image as long as one remains in the rest.
     """
     counts = dict(zip(*(found.tolist() for found in labels.unique(return_counts=True)), strict=True))
     left = dict(counts)

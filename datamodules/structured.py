@@ -1,18 +1,17 @@
 """VTAB's structured tasks: what is where in an image, so images are resized without a crop and never augmented."""
 
 import json
+from bisect import bisect_left
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchvision import datasets
 
-from datamodules.downloads import Download, DownloadedTask, read_lines
+from datamodules.downloads import Download, DownloadedTask, listed_images, read_lines
 from datamodules.hub import HubTask
-from datamodules.images import FileImages, Images, as_labels
+from datamodules.images import FileImages, Images, as_labels, reading
 from datamodules.splits import Percent
 
 CLEVR_DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)
@@ -31,13 +30,10 @@ class CLEVRCount(DownloadedTask):
 
     name = "clevr_count"
     cut: ClassVar = {"val": Percent(10, up=True)}
-    group: Literal["structured"] = "structured"
+    group = "structured"
     classes = tuple(str(number) for number in range(3, 11))
-
-    def downloads(self) -> list[Download]:
-        """Return the archive."""
-        source, folder = datasets.CLEVRClassification, self.root / "clevr"
-        return [Download(source._URL, source._MD5, folder / Path(source._URL).name, "CLEVR_v1.0")]
+    subfolder = "clevr"
+    downloads = (Download(datasets.CLEVRClassification._URL, datasets.CLEVRClassification._MD5, "CLEVR_v1.0"),)
 
     def read(self) -> dict[str, Images]:
         """Return the official training and validation images as train and test."""
@@ -49,36 +45,28 @@ class CLEVRCount(DownloadedTask):
 
     def _part(self, part: str) -> FileImages:
         """Return the images of a part, in the order of its annotations."""
-        folder = self.root / "clevr" / "CLEVR_v1.0"
+        folder = self.folder / "CLEVR_v1.0"
         file = folder / "scenes" / f"CLEVR_{part}_scenes.json"
-        try:
+        with reading(file, "holds no annotations of scenes"):
             scenes = json.loads(file.read_text())["scenes"]
             names = [scene["image_filename"] for scene in scenes]
             labels = self.class_indices([self.label_of(scene["objects"]) for scene in scenes], file)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MisconfigurationException(f"{file} holds no annotations of scenes ({error!r}).") from error
-        return self.image_files(folder / "images" / part, names, labels)
+        return listed_images(folder / "images" / part, names, labels)
 
 
 class CLEVRDistance(CLEVRCount):
-    """CLEVR's scenes: how far is the closest object from the camera?
-
-    Splits are those of `CLEVRCount`.
-    """
+    """CLEVR's scenes, split as for `CLEVRCount`: how far is the closest object from the camera?"""
 
     name = "clevr_distance"
     classes = ("below 8", "8 to 8.5", "8.5 to 9", "9 to 9.5", "9.5 to 10", "above 10")
 
     def label_of(self, objects: list[dict[str, Any]]) -> int:
         """Return the class index of a scene; a third pixel coordinate is the distance."""
-        return _bin(min(thing["pixel_coords"][2] for thing in objects), CLEVR_DISTANCES)
+        return bisect_left(CLEVR_DISTANCES, min(thing["pixel_coords"][2] for thing in objects))
 
 
 class DMLab(HubTask):
-    """Frames of a 3D game of 360 x 480 pixels: is the closest reward good, and how far? (Beattie et al., 2016.)
-
-    In VTAB's splits.
-    """
+    """Frames of a 3D game in VTAB's splits: is the closest reward good, and how far? (Beattie et al., 2016.)"""
 
     name = "dmlab"
     group = "structured"
@@ -99,56 +87,50 @@ class KITTIDistance(DownloadedTask):
     """
 
     name = "kitti_distance"
-    group: Literal["structured"] = "structured"
+    group = "structured"
     classes = ("below 8 m", "8 to 20 m", "above 20 m", "no vehicle")
-
-    def downloads(self) -> list[Download]:
-        """Return the archives of images, of annotations, and of each image's drive."""
-        folder, url = self.root / "Kitti" / "raw", datasets.Kitti.data_url
-        parts = {"image_2": "training/image_2", "label_2": "training/label_2"}
-        files = [
-            Download(f"{url}data_object_{p}.zip", None, folder / f"data_object_{p}.zip", at) for p, at in parts.items()
-        ]
-        return [*files, Download(f"{url}devkit_object.zip", None, folder / "devkit_object.zip", "mapping")]
+    subfolder = "Kitti/raw"
+    downloads = tuple(
+        Download(f"{datasets.Kitti.data_url}{archive}.zip", None, unpacks)
+        for archive, unpacks in (
+            ("data_object_image_2", "training/image_2"),
+            ("data_object_label_2", "training/label_2"),
+            ("devkit_object", "mapping"),
+        )
+    )
 
     def read(self) -> dict[str, Images]:
         """Return the three splits; a seeded tenth of the drives each is for validation and test."""
-        folder = self.root / "Kitti" / "raw"
-        files = sorted((folder / "training" / "image_2").glob("*.png"))
-        labels = [self._label(folder / "training" / "label_2" / f"{file.stem}.txt") for file in files]
-        images = FileImages(files[0].parent, [file.name for file in files], self.class_indices(labels, folder))
-        of_image = self._drives(folder / "mapping")
-        drives = [of_image[int(file.stem)] for file in files]
+        folder = self.folder / "training" / "image_2"
+        files = sorted(path.name for path in folder.glob("*.png"))
+        labels = [self._label(self.folder / "training" / "label_2" / file.replace(".png", ".txt")) for file in files]
+        images = FileImages(folder, files, self.class_indices(labels, folder))
+        of_image = self._drives(self.folder / "mapping")
+        drives = [of_image[int(file.removesuffix(".png"))] for file in files]
         known = sorted(set(drives))
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        part = max(1, len(known) // 10)
-        chosen = {"train": order[2 * part :], "val": order[part : 2 * part], "test": order[:part]}
-        split_of = {known[drive]: split for split, numbers in chosen.items() for drive in numbers}
+        shuffled, part = [known[index] for index in order], max(1, len(known) // 10)
+        chosen = {"train": shuffled[2 * part :], "val": shuffled[part : 2 * part], "test": shuffled[:part]}
         return {
-            split: images.subset(as_labels([i for i, drive in enumerate(drives) if split_of[drive] == split]))
+            split: images.subset(as_labels([i for i, drive in enumerate(drives) if drive in chosen[split]]))
             for split in chosen
         }
 
     @staticmethod
     def _label(file: Path) -> int:
         """Return the class index of an annotation; its lines are 15 words, type first and depth z 14th."""
-        try:
+        with reading(file, "holds no annotation of objects"):
             objects = [line.split() for line in read_lines(file)]
-            return _bin(
-                min([float(words[13]) for words in objects if words[0] in VEHICLES], default=1000.0), KITTI_DISTANCES
-            )
-        except (IndexError, ValueError) as error:
-            raise MisconfigurationException(f"{file} holds no annotation of objects ({error}).") from error
+            distances = [float(words[13]) for words in objects if words[0] in VEHICLES]
+        return bisect_left(KITTI_DISTANCES, min(distances, default=1000.0))
 
     @staticmethod
     def _drives(folder: Path) -> list[str]:
         """Return the drive of each image: `train_rand.txt` holds its line in `train_mapping.txt`, counted from 1."""
         lines = read_lines(folder / "train_mapping.txt")
-        try:
+        with reading(folder, "does not say which drive each image is of"):
             numbers = " ".join(read_lines(folder / "train_rand.txt")).replace(",", " ").split()
             return [lines[int(number) - 1].split()[1] for number in numbers]
-        except (IndexError, ValueError) as error:
-            raise MisconfigurationException(f"{folder} does not say which drive each image is of ({error}).") from error
 
 
 class DSpritesLocation(HubTask):
@@ -165,14 +147,13 @@ class DSpritesLocation(HubTask):
 
     def relabel(self, labels: Tensor) -> Tensor:
         """Return the bin of each original value."""
-        inside = (labels >= 0) & (labels < self.values)
-        return torch.where(inside, labels * self.target.outputs // self.values, -1)
+        return labels * self.target.outputs // self.values
 
 
 class DSpritesOrientation(DSpritesLocation):
-    """dSprites' drawings: how is the sprite rotated, in 16 bins?
+    """dSprites' drawings, split as for `DSpritesLocation`: how is the sprite rotated, in 16 bins?
 
-    In VTAB's splits. The Hub's copy has the 40 angles of the original; VTAB merges two or three neighbours.
+    The Hub's copy has the 40 angles of the original; VTAB merges two or three neighbours.
     """
 
     name = "dsprites_orientation"
@@ -193,16 +174,8 @@ class SmallNORBAzimuth(HubTask):
 
 
 class SmallNORBElevation(SmallNORBAzimuth):
-    """SmallNORB's photographs: from which height?
-
-    Splits are those of `SmallNORBAzimuth`.
-    """
+    """SmallNORB's photographs, split as for `SmallNORBAzimuth`: from which height?"""
 
     name = "smallnorb_elevation"
     repository = "clip-benchmark/wds_vtab-smallnorb_label_elevation"
     classes = tuple(f"{degrees} degrees" for degrees in range(30, 75, 5))
-
-
-def _bin(value: float, bounds: tuple[float, ...]) -> int:
-    """Return the class of a value: the number of lower bounds below it."""
-    return int(np.searchsorted(bounds, value, side="left"))

@@ -18,18 +18,12 @@ from datamodules.images import Labelled
 class Target(ABC):
     """What is to be predicted of every image or vector."""
 
-    outputs: int
-    """Outputs of a probe, C."""
-    chance: float
-    """Expected metric of guessing."""
-    metric: ClassVar[str]
-    """Name of the headline metric: a column of `results.csv` and a part of the keys of logged metrics."""
-    measure: ClassVar[str]
-    """Name of the measure that counts it."""
-    label: ClassVar[str]
-    """What the metric is called in text and pictures."""
-    unit: ClassVar[str]
-    """Unit that the metric is shown in; for "%" a share is shown times 100."""
+    outputs: int  # of a probe, C
+    chance: float  # expected metric of guessing
+    metric: ClassVar[str]  # name of the headline metric: a column of `results.csv` and a part of logged metrics' keys
+    measure: ClassVar[str]  # name of the measure that counts it
+    label: ClassVar[str]  # what the metric is called in text and pictures
+    unit: ClassVar[str]  # unit that the metric is shown in; for "%" a share is shown times 100
 
     @abstractmethod
     def check(self, images: Labelled, split: str, task: str) -> None:
@@ -69,11 +63,7 @@ class Target(ABC):
 
 
 class Multiclass(Target):
-    """One class of several for each image; labels are class indices, the loss is cross-entropy.
-
-    Args:
-        classes: Class names in the order of their indices.
-    """
+    """One class of several for each image; labels are indices of `classes`, the names; the loss is cross-entropy."""
 
     metric = "accuracy"
     measure = "Accuracy"
@@ -89,9 +79,6 @@ class Multiclass(Target):
         """Refuse fewer than two classes, labels that are no classes, and a train split of one class.
 
         Classes without a training image are named, as no probe can learn them.
-
-        Raises:
-            MisconfigurationException: In these cases; the message names the task and, for a label, the image.
         """
         if self.outputs < 2:
             raise MisconfigurationException(
@@ -104,19 +91,18 @@ class Multiclass(Target):
                 f"The label of {images.name(index)} in {split} of {task} is {int(images.labels[index])}; it must be a "
                 f"class index from 0 to {self.outputs - 1}."
             )
-        absent = [self.classes[i] for i in (images.labels.bincount(minlength=self.outputs) == 0).nonzero()[:, 0]]
-        if split != "train" or not absent:
-            return
+        lacking = images.labels.bincount(minlength=self.outputs) == 0
+        absent = [self.classes[i] for i in lacking.nonzero()[:, 0]] if split == "train" else []
         if len(absent) == self.outputs - 1:
             raise MisconfigurationException(
                 f"All of train of {task} is of class {self.classes[int(images.labels[0])]!r}; a probe needs at least "
                 f"two classes."
             )
-        more = ", ..." if len(absent) > 5 else ""
-        rank_zero_info(
-            f"{len(absent)} of {self.outputs} classes of {task} are not in train, so that no probe can learn them: "
-            f"{', '.join(absent[:5])}{more}."
-        )
+        if absent:
+            rank_zero_info(
+                f"{len(absent)} of {self.outputs} classes of {task} are not in train, so that no probe can learn them: "
+                f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}."
+            )
 
     def matrix(self, labels: Tensor) -> Tensor:
         """Return one-hot labels, shape (B, C), float64."""
@@ -144,13 +130,8 @@ class Multiclass(Target):
 
 
 class RightAnswers(Metric):
-    """Counts the right answers of many probes, exactly and over processes.
+    """Counts the right answers of many probes, exactly and over processes."""
 
-    Args:
-        probes: P.
-    """
-
-    full_state_update = False
     right: Tensor
     images: Tensor
 

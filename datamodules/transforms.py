@@ -31,11 +31,10 @@ def paper(preprocessing: Preprocessing) -> Transform:
 
     The crop covers 8 to 100 % of the image and is resized to the backbone's input size.
     """
+    size, interpolation = preprocessing["input_size"][-2:], InterpolationMode(preprocessing["interpolation"])
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(
-                preprocessing["input_size"][-2:], interpolation=InterpolationMode(preprocessing["interpolation"])
-            ),
+            transforms.RandomResizedCrop(size, interpolation=interpolation),
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25),
             transforms.RandomRotation(degrees=2),
@@ -47,14 +46,9 @@ def paper(preprocessing: Preprocessing) -> Transform:
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Divide pixels by 255, subtract the mean and divide by the standard deviation of each channel.
 
-    Mean and deviation are repeated for a row of pixels: several times faster than broadcasting over three channels.
-
-    Args:
-        pixels: Images with their channels last, shape (B, H, W, C), uint8.
-        preprocessing: With `mean` and `std` of each channel.
-
-    Returns:
-        float32 of shape (B, C, H, W), channels last in memory, equal to torchvision's ToTensor and Normalize.
+    `pixels` have shape (B, H, W, C), uint8; the result is float32 of shape (B, C, H, W), channels last in memory, and
+    equals torchvision's ToTensor and Normalize. Mean and deviation are repeated for a row of pixels: several times
+    faster than broadcasting over three channels.
     """
     images, height, width, channels = pixels.shape
     mean, std = (torch.tensor(preprocessing[key]).repeat(width) for key in ("mean", "std"))

@@ -82,18 +82,19 @@ class Replica:
         self.archives.mkdir(exist_ok=True)
         self.random = np.random.default_rng(0)
         self.published, self.parts = {}, {}
-        self.of_source = getattr(self.task, "downloads", lambda task: [])
+        self.of_source = getattr(self.task, "downloads", ())
         self.sizes = WRITERS[name](self)
         for file, files in self.published.items():
             (self.archives / file).write_bytes(packed(file, files))
-        for download in self.downloads():
-            files = self.published[download.file.name]
+        self.folder = self.root / getattr(self.task, "subfolder", "")
+        for download in self.of_source:
+            files = self.published[download.file]
             if download.unpacks is None:
-                self.write({download.file: files})
+                self.write({self.folder / download.file: files})
                 continue
             files = files[download.within] if download.within else files
             inside = "" if download.unpacks == "." else f"{download.unpacks}/"
-            self.write({download.file.parent / p: data for p, data in files.items() if p.startswith(inside)})
+            self.write({self.folder / path: data for path, data in files.items() if path.startswith(inside)})
         if self.published:
             self.declare()
 
@@ -110,13 +111,9 @@ class Replica:
         pixels.resize((int(width), int(height))).save(file, kind, **options)
         return file.getvalue()
 
-    def downloads(self):
-        """Return what the task downloads according to its source."""
-        return self.of_source(self.task(root=str(self.root)))
-
     def folders(self):
         """Return the folder that each archive is unpacked to, by the archive's name."""
-        return {d.file.name: d.file.parent / d.unpacks for d in self.downloads() if d.unpacks}
+        return {d.file: self.folder / d.unpacks for d in self.of_source if d.unpacks}
 
     def file(self, name):
         """Return the path of an unpacked file."""
@@ -124,29 +121,21 @@ class Replica:
 
     def declare(self, address=NOWHERE):
         """Let the task look for the archives at an address, and take what is there now for what is published."""
-        sums = {}
-        for d in self.downloads():
-            there = {name: d.file.parent / d.unpacks / name for name, _ in d.contents}
-            inside = {name: md5(path.read_bytes()) for name, path in there.items() if path.is_file()}
-            file = self.archives / d.file.name if d.unpacks or not d.file.is_file() else d.file
-            sums[d.file.name] = d.md5 and md5(file.read_bytes()), inside
-
-        def downloads(task):
-            return [
-                d._replace(url=f"{address}/{d.file.name}", md5=sums[d.file.name][0])._replace(
-                    contents=[(name, sums[d.file.name][1].get(name, known)) for name, known in d.contents]
-                )
-                for d in self.of_source(task)
-            ]
-
+        downloads = []
+        for d in self.of_source:
+            there = {name: self.folder / d.unpacks / name for name, _ in d.contents}
+            contents = [(n, md5(there[n].read_bytes()) if there[n].is_file() else known) for n, known in d.contents]
+            file = self.archives / d.file if d.unpacks or not (self.folder / d.file).is_file() else self.folder / d.file
+            known = d.md5 and md5(file.read_bytes())
+            downloads.append(d._replace(url=f"{address}/{d.file}", md5=known, contents=contents))
         self.monkeypatch.setattr(self.task, "downloads", downloads)
 
     def put_archives(self):
         """Leave only the archives, where they would be downloaded to."""
         shutil.rmtree(self.root)
-        for download in self.downloads():
-            download.file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.archives / download.file.name, download.file)
+        self.folder.mkdir(parents=True)
+        for download in self.of_source:
+            shutil.copy(self.archives / download.file, self.folder)
 
     def load(self, **arguments):
         task = self.task(root=str(self.root), **arguments)
@@ -367,7 +356,7 @@ def places(replica):
     lists = {"categories_places365.txt": "".join(f"{name} {i}\n" for i, name in enumerate(names))}
     lists["places365_train_standard.txt"] = "".join(f"{names[i % 4]}/{i:08d}.jpg {i % 4}\n" for i in range(100))
     lists["places365_val.txt"] = "".join(f"Places365_val_{i:08d}.jpg {i}\n" for i in range(5))
-    devkit, train, test = (download.file.name for download in replica.downloads())
+    devkit, train, test = (download.file for download in replica.of_source)
     replica.published = {
         devkit: {name: text.encode() for name, text in lists.items()},
         train: {f"data_256{names[i % 4]}/{i:08d}.jpg": replica.image() for i in range(100)},

@@ -64,12 +64,9 @@ def leftovers(folder):
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
-def test_files_come_from_an_address_into_one_folder_and_have_sums_where_such_are_published(name, tmp_path):
-    downloads = getattr(datamodules, name)(root=str(tmp_path)).downloads()
-    assert len({download.file.parent for download in downloads}) == 1
-    for download in downloads:
+def test_files_come_from_an_address_and_have_sums_where_such_are_published(name):
+    for download in getattr(datamodules, name).downloads:
         assert download.url.startswith(("http://", "https://"))
-        assert download.file.is_relative_to(tmp_path)
         for known in (download.md5, *(known for _, known in download.contents)):
             assert re.fullmatch("[0-9a-f]{32}", known) if name != "KITTIDistance" else known is None
 
@@ -78,11 +75,11 @@ def test_files_come_from_an_address_into_one_folder_and_have_sums_where_such_are
 def test_archives_put_where_the_message_says_are_enough(replica):
     files = everything(replica.root)
     shutil.rmtree(replica.root)
-    first, *_ = replica.downloads()
-    assert refusal(replica.task(root=str(replica.root)).setup).startswith(f"{first.missing()} is missing or altered;")
+    missing = replica.task.downloads[0].missing(replica.folder)
+    assert refusal(replica.task(root=str(replica.root)).setup).startswith(f"{missing} is missing or altered;")
     message = refusal(replica.load)
-    held = first.missing().relative_to(replica.root).parts[0]
-    assert f"into {first.file.parent}, or name the folder that holds {held} with --data.root" in message
+    held = missing.relative_to(replica.root).parts[0]
+    assert f"into {replica.folder}, or name the folder that holds {held} with --data.root" in message
     assert all(f"{name} from {NOWHERE}/{name}" in message for name in replica.published)
     replica.put_archives()
     replica.check(replica.load())
@@ -150,8 +147,9 @@ def test_what_an_interruption_left_is_not_believed(replica, server):
     part = folder.with_name(f"{folder.name}.part") / folder.name
     part.mkdir(parents=True)
     (part / "image_00001.jpg").write_bytes(b"half")
-    for download in replica.downloads():
-        download.file.write_bytes(download.file.read_bytes()[:-40])
+    for download in replica.of_source:
+        file = replica.folder / download.file
+        file.write_bytes(file.read_bytes()[:-40])
     replica.check(replica.load())
     assert b"half" not in [file.read_bytes() for file in folder.iterdir() if file.is_file()]
     assert not leftovers(replica.root)
@@ -249,8 +247,8 @@ def test_what_was_altered_or_lost_is_not_used_but_downloaded_again(replica, name
     assert f"{file} is missing or altered" in message
     assert f"{NOWHERE}/" in message
     assert f"{file} is missing or altered" in refusal(replica.task(root=str(replica.root)).setup)
-    for download in replica.downloads():
-        shutil.copy(replica.archives / download.file.name, download.file)
+    for download in replica.of_source:
+        shutil.copy(replica.archives / download.file, replica.folder)
     (file.parent / "notes.txt").write_text("mine")
     replica.check(replica.load())
     assert (file.parent / "notes.txt").read_text() == "mine"

@@ -119,11 +119,11 @@ def test_validation_and_test_see_timms_own_evaluation_view(augmentation):
             assert torch.equal(batch.inputs, expected) == (split != "train" or augmentation == "none")
 
 
-def test_loaders_yield_features_once_they_are_served_and_images_beside_them():
+def test_loaders_yield_features_once_these_are_extracted_and_images_beside_them():
     task = set_up(Digits([0, 1], batch_size=1000))
     (before,) = task.clean_loader("train")
     views = [torch.randn(len(task.images["train"]), 3) for _ in range(2)]
-    task.serve("train", views)
+    task.extract = {"train": views}.get
     assert task.features("train") is views
     (images,) = task.clean_loader("train")
     assert torch.equal(images.inputs, before.inputs)
