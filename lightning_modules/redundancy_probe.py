@@ -18,9 +18,8 @@ from lightning_modules.measures.measure import Batch, Context, Measure
 from lightning_modules.measures.suite import Suite
 from lightning_modules.probes import SGD, Solver
 from lightning_modules.probes.grid import Grid
-from lightning_modules.results.assemble import assemble
-from lightning_modules.results.predictions import Predictions
 from lightning_modules.results.results import Results
+from lightning_modules.results.tables import Predictions, assemble
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import PAPER_FRACTIONS, Plan, Probe, mean_by_fraction
 

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import torch
-from datamodules.targets import Multiclass
 
+from datamodules.targets import Multiclass
 from lightning_modules.measures import Batch, Context
 from lightning_modules.subsets.coordinates import Coordinates
 

@@ -1,5 +1,7 @@
 """Made-up tables of runs, as measures would leave them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import torch
@@ -7,6 +9,8 @@ import torch
 from lightning_modules.measures.accuracy import paired_difference
 from lightning_modules.measures.inequality import class_inequality
 
+ACCURACY = SimpleNamespace(metric="accuracy", label="accuracy", unit="%", chance=None)
+"""The target of these runs."""
 FULL = {"full": {1.0: [0.9]}}
 
 
@@ -17,9 +21,10 @@ def tables(val, test):
         for selection, by_fraction in (FULL | measured).items():
             for fraction, accuracies in by_fraction.items():
                 for seed, accuracy in enumerate(accuracies):
-                    row = {"selection": selection, "fraction": fraction, "seed": seed, "split": split}
+                    row = {"layer": "penultimate", "selection": selection, "fraction": fraction, "seed": seed}
+                    row["split"] = split
                     results.append(
-                        {"task": "made-up", "backbone": "net", "layer": "penultimate"}
+                        {"task": "made-up", "backbone": "net"}
                         | row
                         | {"neurons": int(100 * fraction), "width": 100, "images": 1000, "accuracy": accuracy}
                     )
@@ -45,7 +50,7 @@ def full_run():
     results = results.assign(**{name: values.numpy() for name, values in pairs.items()})
     found = {
         "results": pd.concat([results.assign(layer="layer<3>"), results], ignore_index=True),
-        "classes": pd.concat([classes.assign(layer="layer<3>"), classes.assign(layer="penultimate")]),
+        "classes": pd.concat([classes.assign(layer="layer<3>"), classes]),
     }
     found["results"].loc[found["results"]["layer"] == "layer<3>", "accuracy"] -= 0.1
     subset = {"layer": "penultimate", "selection": "random", "fraction": 0.1, "neurons": 10, "split": "test"}

@@ -6,51 +6,33 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-CONSTANT = 1e-12
-"""A neuron whose variance is at most this share of its squared mean counts as constant: float32 cannot tell."""
-
-ROWS = 512
-"""Rows that are collected before they are multiplied, so that small batches cost no more than large ones."""
-
-COLUMNS = 256
-"""Columns of X'X that are computed at once; what lies above their diagonal follows by symmetry."""
+CONSTANT = 1e-12  # share of its squared mean up to which a variance is none: float32 cannot tell
+ROWS = 512  # collected before they are multiplied, so that small batches cost no more than large ones
+COLUMNS = 256  # of X'X that are computed at once; what lies above their diagonal follows by symmetry
 
 
 class Moments:
     """Sums over images that give means, variances, principal components, CKA and ridge probes.
 
-    Everything is summed in float64, so in any order of images, batches and processes it is the same to rounding.
-
-    Args:
-        width: D.
-        classes: C.
-        outer: Whether to sum the D x D products of neurons too; `scatter` needs them.
-        shift: Shape (D,), subtracted from every row before it is multiplied, the same on all processes. It changes
-            rounding only, which matters where means are many times their spread.
-        device: Where the sums lie.
+    Everything is summed in float64, so in any order of images, batches and processes it is the same to rounding: of D
+    neurons (`width`) over the images and over each of C classes, and with `outer` the D x D products of neurons, too,
+    which `scatter` needs.
     """
 
-    def __init__(
-        self,
-        width: int,
-        classes: int,
-        *,
-        outer: bool = True,
-        shift: Tensor | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, width: int, classes: int, *, outer: bool = True, device: torch.device | str = "cpu") -> None:
         self.width = width
-        self.shift = (torch.zeros(width) if shift is None else shift).to(device, torch.float64)
+        zeros = torch.zeros((), dtype=torch.float64, device=device)
         self.sums = {
-            "counts": self.shift.new_zeros(classes),
-            "totals": self.shift.new_zeros(classes, width),
-            "products": self.shift.new_zeros((width, width) if outer else (width,)),
+            "counts": zeros.new_zeros(classes),
+            "totals": zeros.new_zeros(classes, width),
+            "products": zeros.new_zeros((width, width) if outer else (width,)),
         }
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add images: features of shape (b, D), labels of shape (b,)."""
-        self._waiting.append((features.to(self.shift.device), labels.to(self.shift.device)))
+        device = self.sums["counts"].device
+        self._waiting.append((features.to(device), labels.to(device)))
         if sum(len(labels) for _, labels in self._waiting) >= ROWS:
             self._flush()
 
@@ -64,10 +46,10 @@ class Moments:
             features, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             self._waiting = []
             for rows, of_rows in zip(features.split(ROWS), labels.split(ROWS), strict=True):
-                self._add(rows.double() - self.shift, of_rows)
+                self._add(rows.double(), of_rows)
 
     def _add(self, rows: Tensor, labels: Tensor) -> None:
-        """Add shifted float64 rows, shape (b, D)."""
+        """Add float64 rows, shape (b, D)."""
         targets = one_hot(labels.long(), len(self.sums["counts"])).double()
         self.sums["counts"] += targets.sum(0)
         self.sums["totals"] += targets.t() @ rows  # a product, as adding by index is in no fixed order on a GPU
@@ -95,42 +77,37 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """Mean of every neuron, shape (D,)."""
-        return self.shift + self._offset
+        return self._sum("totals").sum(0) / self.count
 
     @property
     def class_means(self) -> Tensor:
         """Mean of every neuron over each class, shape (C, D); not a number for a class without images."""
-        return self.shift + self._sum("totals") / self.counts.unsqueeze(1)
+        return self._sum("totals") / self.counts.unsqueeze(1)
 
     @property
     def squares(self) -> Tensor:
-        """Sum of every neuron's squared distance from the shift, shape (D,): what rounding is relative to."""
+        """Sum of every neuron's squares, not centred, shape (D,): what rounding is relative to."""
         products = self._sum("products")
         return products if products.ndim == 1 else products.diagonal()
 
     @property
     def variance(self) -> Tensor:
         """Population variance of every neuron, shape (D,); exactly zero for one that never changes."""
-        variance = self.squares / self.count - self._offset.square()
+        variance = self.squares / self.count - self.mean.square()
         return variance.masked_fill(variance <= CONSTANT * self.mean.square(), 0)
 
     @property
     def scatter(self) -> Tensor:
         """Centred X'X, shape (D, D): symmetric, with zeros for neurons that never change."""
         lower = self._sum("products").tril()
-        scatter = lower + lower.tril(-1).t() - self.count * self._offset.outer(self._offset)
+        scatter = lower + lower.tril(-1).t() - self.count * self.mean.outer(self.mean)
         changes = (self.variance > 0).double()
         return scatter * changes * changes.unsqueeze(1)
 
     @property
     def cross(self) -> Tensor:
         """Centred X'Y with one-hot labels Y, shape (D, C)."""
-        return (self._sum("totals") - self.counts.unsqueeze(1) * self._offset).t()
-
-    @property
-    def _offset(self) -> Tensor:
-        """The mean from the shift."""
-        return self._sum("totals").sum(0) / self.count
+        return (self._sum("totals") - self.counts.unsqueeze(1) * self.mean).t()
 
 
 def rounding(terms: int) -> float:

@@ -8,16 +8,5 @@ from lightning_modules.measures.layer_ranks import LayerRanks
 from lightning_modules.measures.measure import Batch, Column, Context, Measure, Picture
 from lightning_modules.measures.neighbours import Neighbours
 
-__all__ = [
-    "CKA",
-    "Accuracy",
-    "Batch",
-    "Column",
-    "Context",
-    "Ensembles",
-    "Inequality",
-    "LayerRanks",
-    "Measure",
-    "Neighbours",
-    "Picture",
-]
+__all__ = ["CKA", "Accuracy", "Batch", "Column", "Context", "Ensembles"]
+__all__ += ["Inequality", "LayerRanks", "Measure", "Neighbours", "Picture"]

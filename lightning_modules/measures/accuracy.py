@@ -1,27 +1,20 @@
 """Accuracy: right answers of every probe, by class and beside the full layer's, and the loss, all exact."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_modules.measures.measure import Batch, Column, Context, Measure, Picture
+from lightning_modules.measures.measure import Batch, Context, Measure, Picture
+from lightning_modules.results import Column, Results
 from lightning_modules.subsets.plan import references
 
-if TYPE_CHECKING:
-    from lightning_modules.results.results import Results
-
-NORMAL_95 = 1.959963984540054
-"""The standard normal's quantile at 97.5 %."""
-TABLE_CLASSES = 40
-"""Classes that the report's table has room for."""
-PICTURE_CLASSES = 30
-"""Classes that the heat map has room for."""
+NORMAL_95 = 1.959963984540054  # the standard normal's quantile at 97.5 %
+TABLE_CLASSES = 40  # that the report's table has room for
+PICTURE_CLASSES = 30  # that the heat map has room for
 
 
 class ClassCounts(Measure):
@@ -46,19 +39,13 @@ class ClassCounts(Measure):
 class Accuracy(ClassCounts):
     """Accuracy and mean loss of every probe, and its difference to the full layer's probe on the same images.
 
-    Gives the table `classes`: images and right answers by probe and class. It is always measured, at no cost to speak
-    of.
+    Gives the table `classes`: images and right answers by probe and class. Always measured, at no cost to speak of.
     """
 
     columns = (
-        Column("images"),
         Column("accuracy", "accuracy", "%", digits=1, logged=True),
-        Column("loss"),
-        Column("gained"),
-        Column("lost"),
         Column("difference", "difference", "points", digits=1, limits=("difference_low", "difference_high")),
-        Column("difference_low"),
-        Column("difference_high"),
+        *map(Column, ("images", "loss", "gained", "lost", "difference_low", "difference_high")),
     )
     table = "classes"
     loss: Tensor
@@ -88,95 +75,74 @@ class Accuracy(ClassCounts):
 
         `gained` are images that the probe gets right and the full layer's probe does not, `lost` the reverse.
         """
-        images = self.images.sum()
+        images, names = self.images.sum(), self.context.target.classes
+        probes = pd.DataFrame(list(self.context.probes))[["layer", "selection", "fraction", "seed"]]
+        classes = probes.loc[probes.index.repeat(len(names))].reset_index(drop=True)
+        classes["split"] = self.split
+        classes["class"] = list(names) * len(probes)
+        classes["images"] = self.images.cpu().repeat(len(probes)).numpy()
+        classes["correct"] = self.correct.cpu().numpy().ravel()
         return {
-            "images": images.expand(len(self.correct)),
+            "images": images.expand(len(probes)),
             "accuracy": self.correct.sum(1).double() / images,
             "loss": self.loss / images,
             "gained": self.gained,
             "lost": self.lost,
             **paired_difference(self.gained, self.lost, images),
-            "classes": self._classes(),
+            "classes": classes,
         }
 
-    def _classes(self) -> pd.DataFrame:
-        """Return images and right answers by probe and class."""
-        probes, names = self.context.probes, self.context.target.classes
-        keys = ("layer", "selection", "fraction", "seed")
-        return pd.DataFrame(
-            {
-                **{key: np.repeat([getattr(probe, key) for probe in probes], len(names)) for key in keys},
-                "split": self.split,
-                "class": list(names) * len(probes),
-                "images": np.tile(self.images.cpu().numpy(), len(probes)),
-                "correct": self.correct.cpu().numpy().ravel(),
-            }
-        )
-
     def shown(self, results: Results, split: str) -> dict[str, pd.DataFrame]:
-        """Return the points that those classes lose which lose most, a column per fraction, for the first selection."""
-        losses = results.class_losses(split)
-        if losses.empty:
+        """Return the classes that lose most and the points they lose, a column per fraction, by the first selection."""
+        first, points = _points_lost(results.class_losses(split))
+        if first.empty:
             return {}
-        first = _first_selection(losses)
-        first = first[first["class"].isin(first["class"].unique()[:TABLE_CLASSES])]
-        wide = first.pivot_table(index="class", columns="fraction", values="lost", sort=False).sort_index(axis=1)
-        words = (100 * wide).map("{:.1f}".format).rename(columns="{:.3g}".format)
         full = first.drop_duplicates("class").set_index("class")
+        words = points[:TABLE_CLASSES].map("{:.1f}".format).rename(columns="{:.3g}".format)
         words.insert(0, "full (%)", (100 * full["full_accuracy"]).map("{:.1f}".format))
         words.insert(0, "test images", full["images"].astype(str))
         return {"Classes that lose most": words.reset_index().rename_axis(columns=None)}
 
     def pictures(self, results: Results, split: str) -> dict[str, Picture]:
         """Draw a heat map of the points that each class loses, by the first selection of the first layer."""
-        from matplotlib.figure import Figure
-
         from lightning_modules.reporting import figures
 
-        losses = results.class_losses(split)
-        if losses.empty:
+        first, points = _points_lost(results.class_losses(split))
+        if first.empty:
             return {}
-        rows = _first_selection(losses)
-        names, fractions = list(dict.fromkeys(rows["class"])), sorted(rows["fraction"].unique())
-        shown = names[:PICTURE_CLASSES]
-        lost = rows.pivot_table(index="class", columns="fraction", values="lost").loc[shown, fractions]
-        values = 100 * lost.to_numpy()
-        figure = Figure(figsize=(2.6 + 0.55 * len(fractions), 1.6 + 0.27 * len(shown)), layout="constrained")
+        shown = points[:PICTURE_CLASSES]
+        figure = Figure(figsize=(2.6 + 0.55 * shown.shape[1], 1.6 + 0.27 * len(shown)), layout="constrained")
         axes = figure.subplots()
-        bound = max(1.0, float(np.abs(values).max()))
-        image = axes.imshow(values, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
+        bound = max(1.0, float(shown.abs().max(axis=None)))
+        image = axes.imshow(shown, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto")
+        for (row, column), value in np.ndenumerate(shown):
             ink = "white" if abs(value) > 0.6 * bound else "black"
             axes.text(column, row, f"{value:z.0f}", ha="center", va="center", fontsize=7, color=ink)
-        axes.set_xticks(range(len(fractions)), list(map(figures.short, fractions)), fontsize=8, rotation=45)
-        axes.set_yticks(range(len(shown)), [str(name) for name in shown], fontsize=8)
-        axes.set_xlabel(f"fraction of neurons ({rows['selection'].iloc[0]})")
+        axes.set_xticks(range(shown.shape[1]), list(map(figures.short, shown)), fontsize=8, rotation=45)
+        axes.set_yticks(range(len(shown)), list(map(str, shown.index)), fontsize=8)
+        axes.set_xlabel(f"fraction of neurons ({first['selection'].iloc[0]})")
         figure.colorbar(image, label="points lost to the full layer")
-        layer = f", {rows['layer'].iloc[0]}" if losses["layer"].nunique() > 1 else ""
-        some = f", the {len(shown)} of {len(names)} classes that lose most" if len(shown) < len(names) else ""
+        layer = f", {first['layer'].iloc[0]}" if len(results.layers) > 1 else ""
+        some = f", the {len(shown)} of {len(points)} classes that lose most" if len(shown) < len(points) else ""
         figure.suptitle(f"{results.title}{layer}{some}", fontsize=10)
         caption = "Points of test accuracy that each class loses to the full layer, mean over subsets; those that lose "
         return {"classes": Picture(figure, f"{caption}most on top.")}
 
 
-def _first_selection(losses: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the first selection of the first layer."""
-    return losses[(losses[["layer", "selection"]] == losses.iloc[0][["layer", "selection"]]).all(axis=1)]
+def _points_lost(losses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the first layer's and selection's rows, and their points lost: a row per class, a column per fraction."""
+    if losses.empty:
+        return losses, losses
+    first = losses[(losses[["layer", "selection"]] == losses.iloc[0][["layer", "selection"]]).all(axis=1)]
+    wide = first.pivot_table(index="class", columns="fraction", values="lost", sort=False)
+    return first, 100 * wide.sort_index(axis=1)
 
 
 def paired_difference(gained: Tensor, lost: Tensor, images: Tensor) -> dict[str, Tensor]:
-    """Return the difference in accuracy to the full layer on the same images, with its 95 % interval.
+    """Return the difference in accuracy to the full layer on the same images and its 95 % limits, float64, by column.
 
     The interval is that of Agresti and Min (2005): Wald's, after half an image was added to each of the four cells
     (both right, gained, lost, both wrong), so that it has a width where no image changed sides.
-
-    Args:
-        gained: Images that the probe has right and the full layer wrong.
-        lost: The reverse.
-        images: All images.
-
-    Returns:
-        `difference`, (gained - lost) / images, and its limits `difference_low` and `difference_high`, float64.
     """
     gained, lost, images = gained.double(), lost.double(), images.double()
     centre = (gained - lost) / (images + 2)

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from lightning_modules.features.moments import Moments
 from lightning_modules.measures.layer_ranks import LayerRanks
-from lightning_modules.measures.measure import Column
+from lightning_modules.results import Column
 from lightning_modules.subsets.bases import Ordering
 
-NOTHING = 1e-24
-"""A subset with less than this share of the full layer's HSIC with itself holds nothing but rounding."""
+NOTHING = 1e-24  # a subset with less than this share of the full layer's HSIC with itself holds rounding alone
 
 
 class CKA(LayerRanks):
@@ -22,55 +21,43 @@ class CKA(LayerRanks):
     images of D neurons in float64, and D^2 numbers of memory.
     """
 
-    columns = (
-        Column("cka", "CKA", logged=True, drawn=True),
-        Column("cka_debiased", "CKA, debiased", drawn=True),
-    )
+    columns = (Column("cka", "CKA", logged=True, drawn=True), Column("cka_debiased", "CKA, debiased", drawn=True))
     panel = "CKA with the full layer"
     panel_limits = (0, 1.03)
 
     def compute(self) -> Mapping[str, Tensor | pd.DataFrame]:
         """Sum over processes and return the columns, and the table of layers."""
-        found = dict(super().compute())
-        columns = [torch.full((len(self.context.probes),), torch.nan, dtype=torch.float64) for _ in self.columns]
-        for layer in self.context.coordinates.widths:
-            sums = self.moments(layer)
-            assert isinstance(sums, DebiasedCKA)
-            by_subset = linear_cka(sums, sums.orderings[:-1]), sums.compute()
-            for values, of_layer in zip(columns, by_subset, strict=True):
-                for group, of_group in zip(self.context.coordinates.of_layer(layer), of_layer, strict=True):
-                    values[list(group.probes)] = of_group.cpu()
-        return found | {column.name: values for column, values in zip(self.columns, columns, strict=True)}
+        table, coordinates = super().compute(), self.context.coordinates
+        plain, debiased = (torch.zeros(len(self.context.probes), dtype=torch.float64) for _ in self.columns)
+        for layer, sums in self.sums.items():
+            found = coordinates.of_layer(layer), linear_cka(sums, sums.orderings[:-1]), sums.compute()
+            for group, of_group, of_group_debiased in zip(*found, strict=True):
+                plain[list(group.probes)] = of_group.cpu()
+                debiased[list(group.probes)] = of_group_debiased.cpu()
+        return {**table, "cka": plain, "cka_debiased": debiased}
 
-    def begin(self, layer: str) -> Moments:
-        """Return empty sums of a layer; its orderings may only be known when a split is measured."""
+    def begin(self, layer: str, width: int) -> Moments:
+        """Return empty sums of a layer."""
         coordinates = self.context.coordinates
         orderings = [coordinates.ordering(group) for group in coordinates.of_layer(layer)]
-        width, classes = coordinates.widths[layer], len(self.context.target.classes)
-        return DebiasedCKA(width, classes, orderings, device=self.context.device)
+        return DebiasedCKA(width, len(self.context.target.classes), orderings, device=self.context.device)
 
 
 def linear_cka(moments: Moments, orderings: Sequence[Ordering]) -> list[Tensor]:
-    """Return the linear CKA of subsets with the full layer (Kornblith et al., 2019).
+    """Return the linear CKA of subsets with the full layer (Kornblith et al., 2019), shape (m,) per ordering, float64.
 
-    |Z'X|_F^2 / (|Z'Z|_F |X'X|_F) of the centred coordinates Z of the subset and the centred representations X.
-
-    Returns:
-        One float64 tensor per ordering, shape (m,); not a number for a subset that never changes.
+    |Z'X|_F^2 / (|Z'Z|_F |X'X|_F) of the centred coordinates Z of the subset and the centred representations X. Not a
+    number for a subset that never changes.
     """
     scatter = moments.scatter
     results = []
     for ordering in orderings:
         masks = ordering.masks().to(scatter)
-        with_full, within = _traces(ordering, scatter, masks)
+        halfway = ordering.coordinates(scatter)  # X'Z, and so all of Z'Z
+        with_full = halfway.square().sum(0) @ masks
+        within = _leading(ordering.coordinates(halfway.t()).square(), masks)
         results.append(with_full / (within * scatter.square().sum()).sqrt())
     return results
-
-
-def _traces(ordering: Ordering, products: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |Z'X|_F^2 and |Z'Z|_F^2 for each size, shape (m,), from X'X."""
-    halfway = ordering.coordinates(products)
-    return halfway.square().sum(0) @ masks, _leading(ordering.coordinates(halfway.t()).square(), masks)
 
 
 def _leading(matrix: Tensor, masks: Tensor) -> Tensor:
@@ -90,12 +77,6 @@ class DebiasedCKA(Moments):
         1'KL1 = sum_i (z_i's_Z - q_iS) (x_i's_X - q_i), with s the sums over images,
 
     which expand into second moments and sums of q_iS, q_iS^2, q_iS q_i and q_iS x_i.
-
-    Args:
-        width: D.
-        classes: C.
-        orderings: The subsets.
-        device: Where the sums lie.
     """
 
     def __init__(
@@ -104,31 +85,24 @@ class DebiasedCKA(Moments):
         super().__init__(width, classes, device=device)
         # The full layer is one more subset, the last.
         self.orderings = [*orderings, Ordering(torch.arange(width), [width])]
-        self._masks = [ordering.masks().to(self.shift) for ordering in self.orderings]
-        subsets = sum(len(ordering.sizes) for ordering in self.orderings)
-        self.sums["norms"] = self.shift.new_zeros(subsets)
-        self.sums["norms_squared"] = self.shift.new_zeros(subsets)
-        self.sums["norms_with_full"] = self.shift.new_zeros(subsets)
-        self.sums["weighted"] = self.shift.new_zeros(width, subsets)
+        zeros = self.sums["counts"].new_zeros(sum(len(ordering.sizes) for ordering in self.orderings))
+        self._masks = [ordering.masks().to(zeros) for ordering in self.orderings]
+        self.sums |= {name: zeros.clone() for name in ("norms", "norms_squared", "norms_with_full")}
+        self.sums["weighted"] = zeros.new_zeros(width, len(zeros))
 
     def _add(self, rows: Tensor, labels: Tensor) -> None:
         super()._add(rows, labels)
-        norms = torch.cat(
-            [
-                ordering.coordinates(rows).square() @ masks
-                for ordering, masks in zip(self.orderings, self._masks, strict=True)
-            ],
-            1,
-        )
+        subsets = zip(self.orderings, self._masks, strict=True)
+        norms = torch.cat([ordering.coordinates(rows).square() @ masks for ordering, masks in subsets], 1)
         self.sums["norms"] += norms.sum(0)
         self.sums["norms_squared"] += norms.square().sum(0)
         self.sums["norms_with_full"] += norms.t() @ norms[:, -1]
         self.sums["weighted"] += rows.t() @ norms
 
     def compute(self) -> list[Tensor]:
-        """Return the debiased CKA, one float64 tensor per ordering, shape (m,).
+        """Return the debiased CKA, shape (m,) per ordering, float64; it may be negative.
 
-        It may be negative. Not a number for a subset that never changes, and for fewer than four images.
+        Not a number for a subset that never changes, and for fewer than four images.
         """
         lower = self._sum("products").tril()
         products = lower + lower.tril(-1).t()
@@ -139,10 +113,8 @@ class DebiasedCKA(Moments):
         results, start = [], 0
         for ordering, masks in zip(self.orderings, self._masks, strict=True):
             part = slice(start, start := start + len(ordering.sizes))
-            norms, squared, with_full = (
-                self.sums[name][part] for name in ("norms", "norms_squared", "norms_with_full")
-            )
-            weighted = self.sums["weighted"][:, part]
+            names = ("norms", "norms_squared", "norms_with_full", "weighted")
+            norms, squared, with_full, weighted = (self.sums[name][..., part] for name in names)
             z = ordering.coordinates(total.unsqueeze(0)).squeeze(0)  # s_Z of the largest subset; masks give the rest
             own = ordering.square(products)
             of_subset = z.square() @ masks - norms

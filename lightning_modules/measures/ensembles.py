@@ -1,9 +1,6 @@
 """Ensembles: what the probes of several subsets say together, beside one probe on as many neurons."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -11,13 +8,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_modules.measures.measure import Batch, Context, Measure, Picture
+from lightning_modules.results import Results
 from lightning_modules.subsets import plan
 from lightning_modules.subsets.selections import FULL
 
-if TYPE_CHECKING:
-    from lightning_modules.results.results import Results
-
 RULES = ("mean_probability", "majority_vote")
+COLUMNS = ["layer", "selection", "fraction", "members", "neurons", "rule", "split", "images", "accuracy"]
+COLUMNS += ["single_fraction", "single_neurons", "single_accuracy"]
 
 
 class Ensembles(Measure):
@@ -46,12 +43,12 @@ class Ensembles(Measure):
         """Count a batch."""
         self.images += len(batch.labels)
         self.single += (batch.predicted == batch.labels).sum(1)
-        for place, members in enumerate(self.members):
+        for index, members in enumerate(self.members):
             mean = self.context.solver.probabilities(batch.logits[members]).mean(0)
             votes = one_hot(batch.predicted[members], len(mean)).sum(0).t()  # (C, B)
             leading = mean.masked_fill(votes < votes.amax(0), -torch.inf)
-            self.correct[place, 0] += (mean.argmax(0) == batch.labels).sum()
-            self.correct[place, 1] += (leading.argmax(0) == batch.labels).sum()
+            self.correct[index, 0] += (mean.argmax(0) == batch.labels).sum()
+            self.correct[index, 1] += (leading.argmax(0) == batch.labels).sum()
 
     def compute(self) -> Mapping[str, pd.DataFrame]:
         """Return the table; the single probe beside an ensemble is the full layer's where none has as many neurons."""
@@ -65,24 +62,11 @@ class Ensembles(Measure):
             of_layer = single[single["layer"] == probe.layer]
             alike = of_layer[(of_layer["selection"] == probe.selection) & (of_layer["neurons"] == neurons)]
             beside = of_layer[of_layer["selection"] == FULL] if alike.empty else alike
+            of_single = (beside["fraction"].iloc[0], beside["neurons"].iloc[0], beside["accuracy"].mean())
             for rule, count in zip(RULES, correct, strict=True):
-                rows.append(
-                    {
-                        "layer": probe.layer,
-                        "selection": probe.selection,
-                        "fraction": probe.fraction,
-                        "members": len(members),
-                        "neurons": neurons,
-                        "rule": rule,
-                        "split": self.split,
-                        "images": images,
-                        "accuracy": count / images,
-                        "single_fraction": beside["fraction"].iloc[0],
-                        "single_neurons": beside["neurons"].iloc[0],
-                        "single_accuracy": beside["accuracy"].mean(),
-                    }
-                )
-        return {"ensembles": pd.DataFrame(rows)} if rows else {}
+                subsets = (probe.layer, probe.selection, probe.fraction, len(members), neurons)
+                rows.append([*subsets, rule, self.split, images, count / images, *of_single])
+        return {"ensembles": pd.DataFrame(rows, columns=COLUMNS)} if rows else {}
 
     def lines(self, rows: pd.DataFrame) -> dict[str, pd.Series]:
         """Return the accuracy by rule."""
@@ -99,24 +83,17 @@ class Ensembles(Measure):
         rows = results.table(self.table, split)
         if rows.empty:
             return {}
-        groups = list(rows.groupby(["layer", "selection"], sort=False).groups)
+        series = rows["members"].astype(str) + " probes, " + rows["rule"].str.replace("_", " ")
+        groups = rows.assign(series=series).groupby(["layer", "selection"], sort=False)
         figure, panels = figures.panels(len(groups), results.title)
-        names = [f"{m} probes, {r.replace('_', ' ')}" for m, r in zip(rows["members"], rows["rule"], strict=True)]
-        rows = rows.assign(series=names)
-        styles = figures.styles(["single", *names])
-        options: dict[str, Any] = {"linewidth": 1.3, "markersize": 4.5}
-        for axes, (layer, selection) in zip(panels, groups, strict=True):
-            group = rows[(rows["layer"] == layer) & (rows["selection"] == selection)]
+        styles = figures.styles(["single", *series])
+        for axes, ((layer, selection), group) in zip(panels, groups, strict=True):
             single = group.drop_duplicates("single_neurons").sort_values("single_neurons")
-            accuracies = 100 * single["single_accuracy"]
-            axes.plot(single["single_neurons"], accuracies, label="one probe", **options | styles["single"])
-            for series, points in group.sort_values("neurons").groupby("series", sort=False):
-                axes.plot(points["neurons"], 100 * points["accuracy"], label=series, **options | styles[series])
-            figures.logarithmic(axes, [*group["neurons"], *group["single_neurons"]])
-            axes.set_xlabel("neurons together")
-            axes.set_ylabel(f"{split} accuracy (%)")
-            axes.set_ylim(bottom=0)
-            axes.set_title(f"{layer}, {selection}", fontsize=9, loc="left")
-        figures.legend(figure, panels[0])
+            figures.line(axes, single, styles["single"], "one probe", "single_accuracy", x="single_neurons", scale=100)
+            for name, points in group.sort_values("neurons").groupby("series", sort=False):
+                figures.line(axes, points, styles[name], name, "accuracy", x="neurons", scale=100)
+            figures.logarithmic_axis(axes, [*group["neurons"], *group["single_neurons"]], "neurons together")
+            figures.value_axis(axes, f"{split} accuracy (%)", f"{layer}, {selection}")
+        figures.legend(figure, panels)
         caption = "Several subsets' probes together, beside one probe that sees as many neurons."
         return {"ensembles": Picture(figure, caption)}

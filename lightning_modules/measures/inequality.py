@@ -1,27 +1,19 @@
 """How unequal a probe's accuracy is over classes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_modules.measures.accuracy import ClassCounts
-from lightning_modules.measures.measure import Column, Picture
+from lightning_modules.measures.measure import Picture
+from lightning_modules.results import Column, Results
 from lightning_modules.subsets.selections import FULL
-
-if TYPE_CHECKING:
-    from lightning_modules.results.results import Results
 
 
 class Inequality(ClassCounts):
-    """Gini coefficient, coefficient of variation and largest gap of the accuracy over classes, and its mean.
-
-    It counts right answers by class, at no cost to speak of.
-    """
+    """Gini coefficient, coefficient of variation and largest gap of the accuracy over classes, and its mean."""
 
     columns = (
         Column("mean_class_accuracy", "mean class accuracy", "%", digits=1),
@@ -32,10 +24,7 @@ class Inequality(ClassCounts):
 
     def compute(self) -> Mapping[str, Tensor]:
         """Return the columns; classes without images do not count."""
-        correct, images = self.correct.cpu().numpy(), self.images.cpu().numpy()
-        seen = images > 0
-        means = (correct[:, seen] / images[seen]).mean(1)
-        values = {"mean_class_accuracy": means, **class_inequality(correct, images)}
+        values = class_inequality(self.correct.cpu().numpy(), self.images.cpu().numpy())
         return {name: torch.from_numpy(value) for name, value in values.items()}
 
     def pictures(self, results: Results, split: str) -> dict[str, Picture]:
@@ -43,6 +32,7 @@ class Inequality(ClassCounts):
         from lightning_modules.reporting import figures
 
         rows, headline = results.rows[results.rows["split"] == split], results.headline
+        several = len(results.layers) > 1
         figure, grid = figures.grid(len(results.layers), 2, results.title)
         styles = figures.styles(rows.loc[rows["selection"] != FULL, "selection"])
         styles[FULL] = {"color": "black", "marker": "*", "markersize": 9}
@@ -55,38 +45,32 @@ class Inequality(ClassCounts):
                     label = "full layer" if selection == FULL else selection
                     axes.plot(headline.scale * points[headline.name], points[column], label=label, **options)
                 axes.set_xlabel(f"{split} {headline.heading}")
-                axes.set_ylabel(name)
-                axes.set_ylim(bottom=0)
                 axes.grid(visible=True, linewidth=0.4, alpha=0.5)
-            if len(results.layers) > 1:
-                panels[0].set_title(f"layer {layer}", fontsize=9, loc="left")
-        figures.legend(figure, grid[0][0])
+                figures.value_axis(axes, name, f"layer {layer}" if several and axes is panels[0] else "")
+        figures.legend(figure, grid.flat)
         caption = f"How unequal accuracy is over classes, against {headline.label}; a point is a probe. 0 is equal."
         return {"inequality": Picture(figure, caption)}
 
 
 def class_inequality(correct: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return how unequal accuracy is over classes, by three measures; 0 is equal.
+    """Return mean and inequality of the accuracy over classes, from right answers (..., C) and images (C,).
 
-    Classes without images do not count. Where no class is ever right all are equal.
-
-    Args:
-        correct: Right answers by class, shape (..., C).
-        images: Images by class, shape (C,).
+    Classes without images do not count. Where no class is ever right all are equal, which is 0.
 
     Returns:
-        `gini`, the Gini coefficient: the mean absolute difference between two classes over twice the mean;
-        `coefficient_of_variation`, the population's standard deviation over the mean; and `largest_gap`, the best
-        class less the worst; each of shape (...).
+        `mean_class_accuracy`; `gini`, the Gini coefficient: the mean absolute difference between two classes over twice
+        the mean; `coefficient_of_variation`, the population's standard deviation over the mean; and `largest_gap`, the
+        best class less the worst; each of shape (...).
     """
-    seen = np.asarray(images) > 0
-    accuracy = np.sort(np.asarray(correct, dtype=np.float64)[..., seen] / np.asarray(images, dtype=np.float64)[seen])
+    seen = images > 0
+    accuracy = np.sort(correct[..., seen] / images[seen])
     classes = accuracy.shape[-1]
     mean = accuracy.mean(-1)
     divisor = np.where(mean > 0, mean, 1.0)  # where the mean is 0 so is what it divides
     # Of sorted values, the i-th of C is the larger in i pairs and the smaller in C - 1 - i.
     differences = (accuracy * (2 * np.arange(classes) - classes + 1)).sum(-1)
     return {
+        "mean_class_accuracy": mean,
         "gini": differences / (classes**2 * divisor),
         "coefficient_of_variation": accuracy.std(-1) / divisor,
         "largest_gap": accuracy[..., -1] - accuracy[..., 0],

@@ -1,6 +1,8 @@
 """How many directions a layer uses: participation ratio and effective rank."""
 
 from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,57 +21,42 @@ class LayerRanks(Measure):
     table = "layers"
     second_moments = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sums: dict[str, Moments] = {}
+    @cached_property
+    def sums(self) -> dict[str, Any]:
+        """The sums of each layer, begun when a split is measured, as a subset may only be known then."""
+        return {layer: self.begin(layer, width) for layer, width in self.context.coordinates.widths.items()}
 
     def reset(self) -> None:
         """Start the sums anew."""
         super().reset()
-        self.sums = {}
+        self.__dict__.pop("sums", None)
 
     def update(self, batch: Batch) -> None:
         """Add a batch."""
         for layer, part in self.context.coordinates.by_layer(batch.inputs).items():
-            self.moments(layer).update(part, batch.labels)
+            self.sums[layer].update(part, batch.labels)
 
     def compute(self) -> Mapping[str, Tensor | pd.DataFrame]:
-        """Sum over processes and return the table of layers."""
+        """Sum over processes and return the table of layers.
+
+        Participation ratio is how many directions share the variance evenly: tr(C)^2 / |C|_F^2 of the covariance C.
+        """
         rows = []
-        for layer, width in self.context.coordinates.widths.items():
-            moments = self.moments(layer)
+        for layer, moments in self.sums.items():
             moments.reduce(self.context.reduce)
-            rows.append(
-                {
-                    "layer": layer,
-                    "width": width,
-                    "split": self.split,
-                    "images": int(moments.count),
-                    "participation_ratio": participation_ratio(moments),
-                    "effective_rank": effective_rank(moments),
-                }
-            )
-        return {"layers": pd.DataFrame(rows)}
+            scatter = moments.scatter
+            participation_ratio = float(scatter.trace().square() / scatter.square().sum())
+            rank = effective_rank(moments, scatter)
+            rows.append([layer, moments.width, self.split, int(moments.count), participation_ratio, rank])
+        columns = ["layer", "width", "split", "images", "participation_ratio", "effective_rank"]
+        return {"layers": pd.DataFrame(rows, columns=columns)}
 
-    def moments(self, layer: str) -> Moments:
-        """Return a layer's sums, begun where they are not."""
-        if layer not in self.sums:
-            self.sums[layer] = self.begin(layer)
-        return self.sums[layer]
-
-    def begin(self, layer: str) -> Moments:
+    def begin(self, layer: str, width: int) -> Moments:
         """Return empty sums of a layer."""
-        width, classes = self.context.coordinates.widths[layer], len(self.context.target.classes)
-        return Moments(width, classes, device=self.context.device)
+        return Moments(width, len(self.context.target.classes), device=self.context.device)
 
 
-def participation_ratio(moments: Moments) -> float:
-    """Return how many directions share the variance evenly: tr(C)^2 / |C|_F^2 of the covariance C; 1 to D."""
-    scatter = moments.scatter
-    return float(scatter.trace().square() / scatter.square().sum())
-
-
-def effective_rank(moments: Moments) -> float:
+def effective_rank(moments: Moments, scatter: Tensor) -> float:
     """Return RankMe (Garrido et al., ICML 2023): the exponential of the entropy of the normalised singular values.
 
     As published of the representations as they are, not centred; without the published 1e-7 beside every singular
@@ -77,7 +64,7 @@ def effective_rank(moments: Moments) -> float:
     zero count as zero.
     """
     mean, count = moments.mean, moments.count
-    eigenvalues = torch.linalg.eigvalsh(moments.scatter + count * mean.outer(mean)).flip(0)[: int(count)]
+    eigenvalues = torch.linalg.eigvalsh(scatter + count * mean.outer(mean)).flip(0)[: int(count)]
     eigenvalues = eigenvalues[eigenvalues > rounding(moments.width) * eigenvalues[0]]
     shares = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
     return float(torch.special.entr(shares).sum().exp())

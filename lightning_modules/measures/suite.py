@@ -12,35 +12,34 @@ from lightning_modules.measures.measure import Batch, Context, Measure
 
 
 class Suite(list[Measure]):
-    """Measures that see the same batches.
-
-    Args:
-        measures: One or a list; None is CKA and Inequality.
-        clean: Whether the probes train on clean features, which are kept.
+    """Measures that see the same batches: one or a list, None is CKA and Inequality.
 
     Raises:
-        MisconfigurationException: If two would write the same column or table, or one needs clean features.
+        MisconfigurationException: If two would write the same column or table, or one needs features of the clean view
+            and the probes train on others.
     """
 
     def __init__(self, measures: Measure | Sequence[Measure] | None, clean: bool) -> None:
-        if measures is None:
-            measures = [CKA(), Inequality()]
-        super().__init__([measures] if isinstance(measures, Measure) else measures)
-        owners: dict[str, Measure] = {}
+        given = [CKA(), Inequality()] if measures is None else measures
+        super().__init__([given] if isinstance(given, Measure) else given)
+        writers: dict[str, str] = {}
         for measure in self:
-            tables = [f"{measure.table}.csv"] if measure.table else []
-            for name in [*(column.name for column in measure.columns), *tables]:
-                if owners.setdefault(name, measure) is not measure:
-                    both = f"{type(owners[name]).__name__} and {type(measure).__name__}"
-                    raise MisconfigurationException(f"model.measures: {both} would both write {name}; leave one out.")
-        for measure in self:
+            kind = type(measure).__name__
+            names = [column.name for column in measure.columns]
+            names += [f"{measure.table}.csv"] if measure.table else []
+            for name in names:
+                if name in writers:
+                    raise MisconfigurationException(
+                        f"model.measures: {writers[name]} and {kind} would both write {name}; leave one out."
+                    )
+                writers[name] = kind
             if measure.needs_clean_features and not clean:
                 raise MisconfigurationException(
-                    f"model.measures lists {type(measure).__name__}, which needs model.features clean; leave one out."
+                    f"model.measures lists {kind}, which needs model.features clean; leave one out."
                 )
 
     def setup(self, context: Context) -> None:
-        """Let all measures know the run that they belong to."""
+        """Let all measures know their run."""
         for measure in self:
             measure.setup(context)
             measure.reset()  # states that were added from one tensor are tensors of their own from here on

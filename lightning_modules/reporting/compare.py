@@ -1,8 +1,7 @@
 """Runs together: the redundancy table like the paper's Table 1, joined results, the frontier and curves by task."""
 
 import glob
-from collections.abc import Mapping
-from importlib.resources import files as package_files
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,19 +9,23 @@ import pandas as pd
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.files import atomic, writing
+from lightning_modules.files import writing
 from lightning_modules.reporting import compare_figures, figures
-from lightning_modules.results.redundancy import group_means
-from lightning_modules.results.results import Results
+from lightning_modules.reporting.report import write_table
+from lightning_modules.results import Results
 from lightning_modules.subsets.selections import FULL
 
-RECIPE = ("solver", "features")
-"""Columns that must be the same in all runs."""
-SETTINGS = (("standardise",), ("solver", "init_args", "keep"))
-"""Settings of the model that must be, by where they stand in its configuration."""
-REFERENCES = package_files("lightning_modules.reporting") / "reference"
+MUST_AGREE = {
+    "solver": "solver",
+    "features": "features",
+    "images": "number of test images of {task}",
+    "augmentation": "augmentation of {task}",  # colour or orientation is what some tasks ask for
+    "width": "width of {backbone}, layer {layer}",
+}
+"""Columns of results.csv that must be the same in all runs, and of what they are."""
+SETTINGS = ("model.init_args.standardise", "model.init_args.solver.init_args.keep")  # as much, of config.yaml
+REFERENCES = Path(__file__).with_name("reference")
 """Curves and redundancies that the paper's authors measured, from their notebooks (nvedant07/invariances_in_reps)."""
-REFERENCE_COLUMNS = ("pretraining", "task", "fraction", "accuracy_mean", "accuracy_std")
 ADVICE = "name another folder with --output"
 TABLE, JOINED, GROUPS = "dr_table.csv", "results.csv", "groups.csv"
 
@@ -39,7 +42,7 @@ def compare(
     Args:
         runs: Folders of runs, or patterns; each with a results.csv.
         output: Folder to write to: dr_table.csv, results.csv, frontier.png and curves.png (and .svg).
-        delta: Share of the full layer's accuracy that is to be kept.
+        delta: Share of the full layer's metric that is to be kept.
         rule: How the fraction that is enough is found; nearest is that of the paper's table.
         reference: What others measured: curves to draw behind (resnet50_imagenet1k, resnet50_harder_tasks,
             resnet50_dropout), redundancies to print beside ours (dr_table, the paper's), or a CSV file of either form.
@@ -49,22 +52,26 @@ def compare(
     """
     if not 0 < delta <= 1:
         raise MisconfigurationException(f"--delta is {delta:g}; it must be above 0, at most 1.")
-    read = {folder: _read(folder) for folder in _folders(runs)}
+    read = {folder: Results.read(folder) for folder in _folders(runs)}
     _check_comparable(read)
     joined = pd.concat({str(folder): run.tables["results"] for folder, run in read.items()}, names=["run", None])
-    cells, curves = _cells(read, delta, rule)
-    theirs = _reference(reference, list(cells["task"].unique())) if reference else None
-    curves_behind = theirs if theirs is not None and "fraction" in theirs else None
-    table = _table(cells)
-    if theirs is not None and curves_behind is None:
-        table = _beside(table, theirs)
+    cells = _cells(read, delta, rule)
+    table, curves_behind = _table(cells), None
+    if reference:
+        curves_behind = _reference(reference, list(cells["task"].unique()))
+        if "fraction" not in curves_behind:
+            table, curves_behind = _beside(table, curves_behind), None
+    curves = {}
+    for cell in cells.to_dict("records"):
+        means = read[cell["run"]].curve("test")
+        of_cell = (means["layer"] == cell["layer"]) & means["selection"].isin([cell["selection"], FULL])
+        curves[cell["task"], cell["series"]] = means[of_cell]
     print(f"\nDiffused redundancy, DR({delta:g}), by the {rule} rule\n\n{_words(table)}\n")
     headline = next(iter(read.values())).headline
     with writing(output, ADVICE):
         output.mkdir(parents=True, exist_ok=True)
-        for name, rows in ((TABLE, table), (JOINED, joined.reset_index("run"))):
-            with atomic(output / name) as file:
-                rows.to_csv(file, index=False)
+        write_table(table, output / TABLE)
+        write_table(joined.reset_index("run"), output / JOINED)
         written = figures.save(compare_figures.frontier(cells, headline, delta), output / "frontier")
         written += figures.save(compare_figures.tasks(curves, headline, curves_behind, delta), output / "curves")
     for file in (output / TABLE, output / JOINED, *written):
@@ -74,27 +81,42 @@ def compare(
 def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule: str) -> None:
     """Add to a comparison the means over groups of tasks, of each backbone: print them, and write groups.csv.
 
-    Args:
-        groups: Group of the task of each run, by the run's folder.
-        output: Where `compare` wrote.
-        delta: As for `compare`.
-        rule: As for `compare`.
+    Arguments as of `compare`, with the group of each run's task by the run's folder.
 
     Raises:
         MisconfigurationException: If it cannot be written.
     """
-    runs: dict[str, list[tuple[str, Results]]] = {}
-    for folder, group in groups.items():
-        results = Results.read(folder)
-        runs.setdefault(str(results.rows["backbone"].iloc[0]), []).append((group, results))
-    means = {backbone: group_means(each, delta, rule) for backbone, each in runs.items()}
-    table = pd.concat(means, names=["backbone", None]).reset_index("backbone")
+    table = group_means([(group, Results.read(folder)) for folder, group in groups.items()], delta, rule)
     same = [name for name in ("backbone", "layer", "selection") if table[name].nunique() == 1]
     print(f"\nMeans over tasks, redundancy is DR({delta:g}) by the {rule} rule\n")
     print(f"{_words(table.drop(columns=same))}\n")
-    with writing(output, ADVICE), atomic(output / GROUPS) as file:
-        table.to_csv(file, index=False)
+    with writing(output, ADVICE):
+        write_table(table, output / GROUPS)
     print(f"  {output / GROUPS}")
+
+
+def group_means(runs: Iterable[tuple[str, Results]], delta: float, rule: str) -> pd.DataFrame:
+    """Return what backbones reach on the average task of each group, from runs with their tasks' groups.
+
+    Returns:
+        One row per backbone, group in the order of the runs and `all`, layer and selection: `backbone`, `group`,
+        `layer`, `selection`, `tasks`, `redundancy`, `full_<metric>` and, for each fraction, `<metric>_<fraction>`; on
+        test, means over tasks of means over seeds. Missing where it was not measured on every one of the tasks.
+    """
+    keys, tables = ["layer", "selection"], []
+    for group, results in runs:
+        metric, means = results.headline.name, results.curve("test")
+        full = means[means["selection"] == FULL].set_index("layer")["mean"].rename(f"full_{metric}")
+        by_fraction = means[means["selection"] != FULL].pivot(index=keys, columns="fraction", values="mean")
+        by_fraction = by_fraction.rename(columns=f"{metric}_{{:g}}".format)
+        found = results.redundancy("test", (delta,)).query("rule == @rule").assign(tasks=1)
+        found = found[[*keys, "tasks", "redundancy"]].join(full, on="layer").join(by_fraction, on=keys)
+        backbone = results.rows["backbone"].iloc[0]
+        tables += [found.assign(backbone=backbone, group=name) for name in (group, "all")]
+    table = pd.concat(tables).sort_values("group", key=lambda names: names == "all", kind="stable")
+    groups = table.groupby(["backbone", "group", *keys], sort=False)
+    means = groups.agg(lambda column: column.mean(skipna=False)).assign(tasks=groups["tasks"].sum()).reset_index()
+    return means.sort_values("backbone", key=lambda names: pd.factorize(names)[0], kind="stable", ignore_index=True)
 
 
 def _folders(runs: list[str]) -> list[Path]:
@@ -120,137 +142,70 @@ def _folders(runs: list[str]) -> list[Path]:
     return list(found.values())
 
 
-def _read(folder: Path) -> Results:
-    """Return a finished run.
-
-    Raises:
-        MisconfigurationException: If its results are none, lack what is needed, or are not finished.
-    """
-    results = Results.read(folder)
-    if not (results.rows["split"] == "test").any():
-        raise MisconfigurationException(f"{folder / JOINED} has no rows of the test split; finish the run.")
-    return results
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """Return those of `SETTINGS` that a run's config.yaml has, by their last key."""
-    found = {}
-    for keys in SETTINGS:
-        try:
-            value = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
-            for key in keys:
-                value = value[key]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):  # older runs, and files of others, have none
-            continue
-        found[keys[-1]] = value
-    return found
-
-
-def _check_comparable(read: dict[Path, Results]) -> None:
-    """Refuse runs whose numbers mean different things; what a run does not say is no reason.
-
-    Raises:
-        MisconfigurationException: If metric or recipe differ, a task has other test images, a backbone's layer
-            another width, or two runs measured the same.
-    """
-    said: dict[tuple[str, ...], tuple[str, Path]] = {}
+def _check_comparable(read: Mapping[Path, Results]) -> None:
+    """Refuse runs whose numbers mean different things, or that measured the same; what is not stated is no reason."""
+    stated: dict[str, tuple[str, Path]] = {}
+    measured: dict[str, Path] = {}
     for folder, run in read.items():
-        facts: list[tuple[tuple[str, ...], Any]] = [((name,), value) for name, value in _settings(folder).items()]
-        facts.append((("metric",), run.headline.name))
         test = run.rows[run.rows["split"] == "test"]
-        for name in RECIPE:
-            if name in test:
-                facts += [((name,), value) for value in test[name].dropna().unique()]
-        # Tasks have augmentations of their own: colour or orientation is what some ask for.
-        for keys, column in (
-            (("task",), "images"),
-            (("task",), "augmentation"),
-            (("backbone", "layer"), "width"),
-        ):
-            if column in test:
-                for value in test[[*keys, column]].drop_duplicates().to_dict("records"):
-                    facts.append(((column, *(str(value[key]) for key in keys)), value[column]))
-        for (layer, selection), _ in test[test["selection"] != FULL].groupby(["layer", "selection"], sort=False):
-            cell = (str(test["backbone"].iloc[0]), str(layer), str(selection), str(test["task"].iloc[0]))
-            facts.append((("cell", *cell), folder))
-        for key, value in facts:
-            value = str(value)
-            before, where = said.setdefault(key, (value, folder))
-            if before != value:
-                raise MisconfigurationException(_difference(key, where, before, folder, value))
+        if test.empty:
+            raise MisconfigurationException(f"{folder / JOINED} has no rows of the test split; finish the run.")
+        facts = [*_settings(folder), ("metric", run.headline.name)]
+        for column in test.columns.intersection(list(MUST_AGREE)):
+            rows = test[["task", "backbone", "layer", column]].dropna().drop_duplicates().to_dict("records")
+            facts += [(MUST_AGREE[column].format_map(row), row[column]) for row in rows]
+        for what, value in facts:
+            before, where = stated.setdefault(what, (str(value), folder))
+            if before != str(value):
+                raise MisconfigurationException(
+                    f"Not comparable: the {what} is {before} in {where}, but {value} in {folder}; "
+                    f"compare runs that agree in it."
+                )
+        subsets = test.loc[test["selection"] != FULL, ["selection", "backbone", "layer", "task"]].drop_duplicates()
+        for row in subsets.to_dict("records"):
+            what = "{selection} subsets of {backbone}, layer {layer}, on {task}".format_map(row)
+            if measured.setdefault(what, folder) != folder:
+                raise MisconfigurationException(
+                    f"{measured[what]} and {folder} both measure {what}; leave one of them out."
+                )
 
 
-def _difference(key: tuple[str, ...], one: Path, before: str, other: Path, now: str) -> str:
-    """Return in one line why two runs cannot stand in one table."""
-    kind, *names = key
-    if kind == "cell":
-        backbone, layer, selection, task = names
-        return (
-            f"{one} and {other} both measure {selection} subsets of {backbone}, layer {layer}, on {task}; "
-            f"leave one of them out."
-        )
-    of = (
-        {
-            "images": f"number of test images of {names[0]}",
-            "augmentation": f"augmentation of {names[0]}",
-            "width": f"width of {', layer '.join(names)}",
-        }
-        if names
-        else {}
-    )
-    return (
-        f"Not comparable: the {of.get(kind, kind)} is {before} in {one}, but {now} in {other}; "
-        f"compare runs that agree in it."
-    )
+def _settings(folder: Path) -> list[tuple[str, Any]]:
+    """Return those of `SETTINGS` that a run's config.yaml has, by their last key."""
+    try:
+        config = pd.json_normalize(yaml.safe_load((folder / "config.yaml").read_text()))
+    except (OSError, yaml.YAMLError, NotImplementedError, TypeError):  # older runs, and files of others, have none
+        return []
+    return [(key.rpartition(".")[2], config[key].iloc[0]) for key in SETTINGS if key in config]
 
 
-def _cells(
-    read: dict[Path, Results], delta: float, rule: str
-) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:
-    """Return what was measured by task and representation: redundancies, and curves with a full row each.
-
-    A representation is called by its backbone, and by layer and selection where there are several in all.
-    """
+def _cells(read: Mapping[Path, Results], delta: float, rule: str) -> pd.DataFrame:
+    """Return redundancies by run, layer and selection; `series` is what the three are called, as far as they differ."""
     tables = []
     for folder, run in read.items():
-        found, means = run.redundancy("test", (delta,)), run.curve("test")
-        found = found[found["rule"] == rule]
+        means = run.curve("test")
         full = means[means["selection"] == FULL].set_index("layer")["mean"]
         width = run.rows.groupby("layer")["width"].first() if "width" in run.rows else pd.Series(dtype=float)
-        names = run.rows[["backbone", "task"]].iloc[0].to_dict()
+        found = run.redundancy("test", (delta,)).query("rule == @rule")
         found = found.assign(run=folder, full=found["layer"].map(full), width=found["layer"].map(width))
-        tables.append(found.assign(**names))
+        tables.append(found.assign(**run.rows[["backbone", "task"]].iloc[0]))
     cells = pd.concat(tables, ignore_index=True)
     several = [name for name in ("layer", "selection") if cells[name].nunique() > 1]
-    cells["series"] = cells[["backbone", *several]].astype(str).agg(", ".join, axis=1)
-    curves = {}
-    for cell in cells.to_dict("records"):
-        means = read[cell["run"]].curve("test")
-        of_cell = (means["layer"] == cell["layer"]) & means["selection"].isin([cell["selection"], FULL])
-        curves[cell["task"], cell["series"]] = means[of_cell]
-    return cells, curves
+    return cells.assign(series=cells[["backbone", *several]].astype(str).agg(", ".join, axis=1))
 
 
 def _table(cells: pd.DataFrame) -> pd.DataFrame:
     """Return redundancies with a row per backbone (layer and selection, where they differ), a column per task."""
     keys = ["backbone", *(name for name in ("layer", "selection") if cells[name].nunique() > 1)]
-    if cells["width"].notna().all():
-        keys.append("width")
-    rows = cells.assign(redundancy=cells["redundancy"].round(9))
-    if "width" in keys:
-        rows["width"] = rows["width"].astype(int)
-    table = rows.pivot_table(index=keys, columns="task", values="redundancy", sort=False)
-    return table[list(rows["task"].unique())].reset_index().rename_axis(columns=None)
+    keys += ["width"] if cells["width"].notna().all() else []
+    table = cells.round({"redundancy": 9}).pivot_table(index=keys, columns="task", values="redundancy", sort=False)
+    return table[list(cells["task"].unique())].reset_index().rename_axis(columns=None)
 
 
 def _beside(table: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with a column `<task>_reference` after each task that the reference has.
-
-    The reference's backbones may leave out the tag of the weights: `resnet50` is also `resnet50.a1_in1k`.
-    """
-    by_name = theirs.set_index("backbone")
+    """Return the table with a column `<task>_reference` after each task that the reference has."""
+    by_name = theirs.set_index("backbone")  # which may leave out the weights: resnet50 is also resnet50.a1_in1k
     rows = [name if name in by_name.index else name.partition(".")[0] for name in table["backbone"].astype(str)]
-    table = table.copy()
     for task in [column for column in table if column in by_name and column != "width"]:
         values = by_name[task].reindex(rows).to_numpy()
         table.insert(table.columns.get_loc(task) + 1, f"{task}_reference", values)
@@ -259,40 +214,31 @@ def _beside(table: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
 
 def _words(table: pd.DataFrame) -> str:
     """Return the table as text."""
-    words = table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)).replace("nan", "-")
-    left = table.columns.intersection(["group", "backbone", "layer", "selection"])
-    wide = {column: max(len(str(column)), *words[column].str.len()) for column in words}
-    lines = [dict(zip(words, words, strict=True)), *words.to_dict("records")]
-    return "\n".join(
-        "  ".join(f"{line[name]:<{wide[name]}}" if name in left else f"{line[name]:>{wide[name]}}" for name in words)
-        for line in lines
-    )
+    columns = []
+    for name, values in table.items():
+        words = [str(name), *(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values)]
+        words = ["-" if word == "nan" else word for word in words]
+        wide = max(map(len, words))
+        left = name in ("group", "backbone", "layer", "selection")
+        columns.append([word.ljust(wide) if left else word.rjust(wide) for word in words])
+    return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
 
 def _reference(name: str, tasks: list[str]) -> pd.DataFrame:
-    """Return the curves or redundancies of a reference, by the name of a shipped one or of a file.
-
-    Args:
-        name: A file with the columns `pretraining,task,fraction,accuracy_mean,accuracy_std`, or with `backbone` and one
-            of each task; or a shipped one's stem.
-        tasks: Of the runs.
-
-    Raises:
-        MisconfigurationException: If there is no such reference, or it has none of the tasks.
-    """
-    shipped = {Path(file.name).stem.removesuffix("_accuracy"): file for file in REFERENCES.iterdir()}
+    """Return the curves, or the redundancies by `backbone` with a column per task, of a shipped reference or a file."""
+    shipped = {file.stem.removesuffix("_accuracy"): file for file in REFERENCES.iterdir()}
     file = Path(name).expanduser()
     if name not in shipped and not file.is_file():
         raise MisconfigurationException(
             f"--reference is {name!r}; it must be a CSV file or one of {', '.join(sorted(shipped))}."
         )
-    with shipped.get(name, file).open() as stream:
-        try:
-            found = pd.read_csv(stream)
-        except ValueError as error:
-            raise MisconfigurationException(f"--reference {name} is no CSV file ({error}).") from error
+    try:
+        found = pd.read_csv(shipped.get(name, file))
+    except ValueError as error:
+        raise MisconfigurationException(f"--reference {name} is no CSV file ({error}).") from error
     is_table = "backbone" in found and "fraction" not in found
-    missing = [] if is_table else [column for column in REFERENCE_COLUMNS if column not in found]
+    needed = [] if is_table else ["pretraining", "task", "fraction", "accuracy_mean", "accuracy_std"]
+    missing = [column for column in needed if column not in found]
     if missing:
         raise MisconfigurationException(f"--reference {name} has no column {', '.join(missing)}.")
     has = list(found.columns) if is_table else list(found["task"].unique())

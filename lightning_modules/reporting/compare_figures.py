@@ -1,14 +1,11 @@
 """Pictures of several runs together: tasks side by side, and the redundancy-performance frontier."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lightning_modules.measures.measure import Column
 from lightning_modules.reporting import figures
-from lightning_modules.results.redundancy import frontier as best_of
+from lightning_modules.results import Column
 
 
 def tasks(
@@ -16,11 +13,8 @@ def tasks(
 ) -> Figure:
     """Draw tasks side by side: a panel for each, a line for each representation, reference curves behind them.
 
-    Args:
-        curves: Rows as `Results.curve` returns them with a full one, by task and representation.
-        headline: The metric of all runs.
-        reference: Rows of `task`, `pretraining`, `fraction`, `accuracy_mean`, `accuracy_std`, or none.
-        delta: Share of the full layer's metric, marked where there is a single representation.
+    Curves are rows as `Results.curve` returns them, by task and representation; of a reference, rows of `task`,
+    `pretraining`, `fraction`, `accuracy_mean`, `accuracy_std`. Delta is marked where there is a single representation.
     """
     names = list(dict.fromkeys(task for task, _ in curves))
     styles = figures.styles(name for _, name in curves)
@@ -29,10 +23,10 @@ def tasks(
         extent = [curve for (of, _), curve in curves.items() if of == task]
         if reference is not None:
             theirs = reference[reference["task"] == task]
-            for place, (name, rows) in enumerate(theirs.groupby("pretraining", sort=False)):
-                style = {"color": "gray", "marker": "+x1234"[place % 6], "linestyle": figures.LINES[place % 4]}
+            for index, (name, rows) in enumerate(theirs.groupby("pretraining", sort=False)):
+                style = {"color": "gray", "marker": "+x1234"[index % 6], "linestyle": figures.LINES[index % 4]}
                 label = f"reference: {name}"
-                figures.line(axes, rows, "accuracy_mean", "accuracy_std", style, label, scale=100)
+                figures.line(axes, rows, style, label, "accuracy_mean", "accuracy_std", scale=100)
                 extent.append(rows)
         for name, style in styles.items():
             if (task, name) in curves:
@@ -40,11 +34,9 @@ def tasks(
                 if len(styles) == 1:
                     figures.references(axes, rows, headline, delta, with_neurons=False)
                 rows = rows.drop_duplicates("fraction")
-                figures.line(axes, rows, "mean", "std", style, name, scale=headline.scale)
+                figures.line(axes, rows, style, name, "mean", "std", scale=headline.scale)
         figures.fraction_axis(axes, pd.concat(extent))
-        axes.set_ylabel(f"test {headline.heading}")
-        axes.set_ylim(bottom=0)
-        axes.set_title(task, fontsize=9, loc="left")
+        figures.value_axis(axes, f"test {headline.heading}", task)
     figures.legend(figure, panels)
     return figure
 
@@ -52,11 +44,7 @@ def tasks(
 def frontier(table: pd.DataFrame, headline: Column, delta: float) -> Figure:
     """Draw the full layer's metric against DR(delta), with the Pareto frontier of each task.
 
-    Args:
-        table: One row per task and representation: `task`, `series`, `redundancy`, `low` and `high` (its interval),
-            and `full`, the full layer's metric.
-        headline: The metric of all runs.
-        delta: Share of the full layer's metric that is kept.
+    The table has a row per task and representation (`series`): `redundancy`, its limits `low` and `high`, and `full`.
     """
     table = table.assign(full=headline.scale * table["full"])
     by_task = table["series"].nunique() > 1
@@ -65,9 +53,9 @@ def frontier(table: pd.DataFrame, headline: Column, delta: float) -> Figure:
     key = "series" if by_task else "task"
     styles = figures.styles(table[key])
     for axes, (task, rows) in zip(panels, groups, strict=True):
-        best = rows.iloc[best_of(rows["redundancy"].tolist(), rows["full"].tolist())]
+        best = pareto_frontier(rows)
         if len(best) > 1:
-            options: dict[str, Any] = {"color": "gray", "linestyle": "--", "linewidth": 1, "zorder": 1}
+            options: figures.Style = {"color": "gray", "linestyle": "--", "linewidth": 1, "zorder": 1}
             axes.step(best["redundancy"], best["full"], where="pre", label="Pareto frontier", **options)
         for row in rows.to_dict("records"):
             style = styles[row[key]] | {"linestyle": "", "markersize": 7, "elinewidth": 1, "capsize": 3}
@@ -81,3 +69,13 @@ def frontier(table: pd.DataFrame, headline: Column, delta: float) -> Figure:
         axes.grid(visible=True, linewidth=0.4, alpha=0.5)
     figures.legend(figure, panels)
     return figure
+
+
+def pareto_frontier(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that no other beats in both `redundancy` and `full`, redundancy ascending.
+
+    The redundancy-performance Pareto frontier (Nanda et al., 2023).
+    """
+    rows = rows.sort_values(["redundancy", "full"], ascending=False)
+    before = rows["full"].cummax().shift(fill_value=-np.inf)
+    return rows[rows["full"] > before][::-1]

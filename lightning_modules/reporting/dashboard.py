@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import netrc
 import os
 import sys
@@ -13,33 +12,29 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pandas as pd
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from lightning_modules.results.results import Results
+from lightning_modules.files import one_line
+from lightning_modules.results import Results
 from lightning_modules.subsets.selections import FULL
 
-FRACTION = "curve/fraction"
-"""The x axis of the curves."""
+FRACTION = "curve/fraction"  # the x axis of the curves
 
 
 def wandb_logger(name: str, folder: Path, resumed: bool = False, groups: dict[str, str] | None = None) -> WandbLogger:
     """Return the W&B logger of a run; without credentials or server it works offline, and says how to sync.
 
-    Args:
-        name: The run's name.
-        folder: The run's folder; W&B's files go to `wandb/` below it.
-        resumed: Whether the run goes on from a checkpoint; it then continues what the folder logged last.
-        groups: What runs are grouped by, the task and the backbone.
+    W&B's files go to `wandb/` in the run's folder; a resumed run continues what was logged there last. Runs are grouped
+    by the values of `groups`, the task and the backbone.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     mode = os.environ.get("WANDB_MODE")
-    if mode is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        absent = _absent()
-        if absent:
-            mode = "offline"
-            rank_zero_info(f"{absent}: logging offline; `wandb sync {folder}/wandb/offline-run-*` uploads it.")
+    if mode is None and rank_zero_only.rank == 0 and (absent := _absent()):  # type: ignore[attr-defined]
+        mode = "offline"
+        rank_zero_info(f"{absent}: logging offline; `wandb sync {folder}/wandb/offline-run-*` uploads it.")
     logged = sorted(folder.glob("wandb/run-*-*")) if resumed else []
     return WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "diffused-redundancy"),
@@ -54,10 +49,6 @@ def wandb_logger(name: str, folder: Path, resumed: bool = False, groups: dict[st
 def log_configuration(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
     """Give a run's configuration to its loggers; this starts the W&B run.
 
-    Args:
-        loggers: The Trainer's.
-        settings: As in `config.yaml`, and what runs can be grouped by.
-
     Raises:
         MisconfigurationException: If W&B does not take the run.
     """
@@ -67,9 +58,8 @@ def log_configuration(loggers: Sequence[Logger], settings: dict[str, Any]) -> No
         except Exception as error:  # W&B raises errors of several families, in its own words
             if not isinstance(logger, WandbLogger):
                 raise
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise MisconfigurationException(
-                f"W&B does not take the run ({reason}); `wandb login`, set WANDB_MODE=offline, or "
+                f"W&B does not take the run ({one_line(error)}); `wandb login`, set WANDB_MODE=offline, or "
                 f"say --trainer.logger false."
             ) from error
         if isinstance(logger, WandbLogger) and getattr(logger.experiment, "url", None):
@@ -77,13 +67,7 @@ def log_configuration(loggers: Sequence[Logger], settings: dict[str, Any]) -> No
 
 
 def log_report(loggers: Sequence[Logger], folder: Path, results: Results) -> None:
-    """Show the end of a run on W&B: everything measured over the fraction, tables, pictures, the report, the answer.
-
-    Args:
-        loggers: The Trainer's.
-        folder: The run's folder, with the report in it.
-        results: The run's.
-    """
+    """Show the end of a run on W&B: what was measured over the fraction, and from its folder what `report` wrote."""
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
             continue
@@ -106,8 +90,8 @@ def log_report(loggers: Sequence[Logger], folder: Path, results: Results) -> Non
         run.log(logged | {"report": wandb.Html(str(folder / "report.html"), inject=False)})
         for layer in summary["layers"]:
             prefix = f"{layer['layer']}/" if len(summary["layers"]) > 1 else ""
-            keys = ("answer", f"full_{results.headline.name}", "diffused_redundancy")
-            run.summary.update({f"{prefix}{key}": layer[key] for key in keys})
+            for key in ("answer", f"full_{results.headline.name}", "diffused_redundancy"):
+                run.summary[f"{prefix}{key}"] = layer[key]
 
 
 def _points(results: Results) -> dict[float, dict[str, float]]:
@@ -115,30 +99,23 @@ def _points(results: Results) -> dict[float, dict[str, float]]:
 
     Every selection's curve ends in the full layer.
     """
-    several = len(results.layers) > 1
-    points: dict[float, dict[str, float]] = {}
-
-    def plot(split: str, measure: str, layer: str, selection: str, fraction: float, value: float) -> None:
-        series = f"{layer}/{selection}" if several else selection
-        if math.isfinite(value):
-            points.setdefault(fraction, {}).setdefault(f"curve/{split}/{measure}/{series}", value)
-
-    metric = results.headline.name
+    metric, keys = results.headline.name, ["layer", "selection", "fraction", "split"]
+    lines = []
     for split in ("val", "test"):
-        curve = results.curve(split).rename(columns={"mean": metric, "std": f"{metric}_std"})
-        values = [name for name in curve if name not in ("layer", "selection", "fraction", "neurons", "seeds")]
-        full = {row["layer"]: row for row in curve[curve["selection"] == FULL].to_dict("records")}
-        rows = curve[curve["selection"] != FULL].to_dict("records")
-        for row in sorted(rows, key=lambda row: -row["fraction"]):
-            for name in values:
-                plot(split, name, row["layer"], row["selection"], row["fraction"], row[name])
-                if not name.endswith("_std"):
-                    plot(split, name, row["layer"], row["selection"], 1.0, full[row["layer"]][name])
+        curve = results.curve(split).assign(split=split).drop(columns=["neurons", "seeds"])
+        curve = curve.rename(columns={"mean": metric, "std": f"{metric}_std"})
+        subsets, full = curve[curve["selection"] != FULL], curve[curve["selection"] == FULL]
+        full = full.drop(columns=["selection", *(name for name in full if name.endswith("_std"))])
+        ends = subsets[["layer", "selection"]].drop_duplicates().merge(full, on="layer")
+        lines += pd.concat([subsets, ends]).drop_duplicates(keys).set_index(keys).items()
     for measure in results.measures:
         if measure.table in results.tables:
-            for name, line in measure.lines(results.tables[measure.table]).items():
-                for (layer, selection, fraction, split), value in line.items():
-                    plot(split, name, layer, selection, fraction, value)
+            lines += measure.lines(results.tables[measure.table]).items()
+    points: dict[float, dict[str, float]] = {}
+    for name, line in lines:
+        for (layer, selection, fraction, split), value in line.dropna().items():
+            series = f"{layer}/{selection}" if len(results.layers) > 1 else selection
+            points.setdefault(fraction, {})[f"curve/{split}/{name}/{series}"] = value
     return points
 
 
@@ -162,8 +139,8 @@ def _absent() -> str | None:
         return "No W&B credentials"
     try:
         urllib.request.urlopen(server, timeout=5)
-    except urllib.error.HTTPError:  # that is an answer
-        return None
+    except urllib.error.HTTPError:
+        pass  # that is an answer
     except (OSError, ValueError):
         return f"{server} cannot be reached"
     return None

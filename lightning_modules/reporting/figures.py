@@ -15,20 +15,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from lightning_modules.files import atomic
-from lightning_modules.measures.measure import Column, Measure, Picture
-from lightning_modules.results.results import Results
+from lightning_modules.measures.measure import Measure, Picture
+from lightning_modules.results import Column, Results
+from lightning_modules.results.answer import ANSWERED
 from lightning_modules.subsets.selections import FULL
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4A21")
 """Okabe and Ito's colours, told apart with every common form of colour blindness, and a dark brown."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 LINES = ("-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1)))
-FAINT: dict[str, Any] = {"alpha": 0.5, "markerfacecolor": "white", "linewidth": 1}
-"""How a panel's further columns are drawn."""
-FAINT_SELECTIONS = 3
-"""Selections up to which they have room."""
-Styles = dict[str, dict[str, Any]]
-"""How names are drawn."""
+Style = dict[str, Any]
+FAINT: Style = {"alpha": 0.5, "markerfacecolor": "white", "linewidth": 1}  # a panel's further columns
+FAINT_SELECTIONS = 3  # up to which they have room
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
@@ -40,82 +38,63 @@ def save(figure: Figure, path: Path) -> list[Path]:
     figure.set_layout_engine("none")
     for path in files:
         with atomic(path) as file, mpl.rc_context({"svg.hashsalt": path.stem}):
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(file, dpi=150, metadata=metadata)
+            figure.savefig(file, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     return files
 
 
-def pictures(results: Results, split: str, delta: float) -> dict[str, Picture]:
-    """Return what there is to show of a run, by the names of files.
-
-    Args:
-        results: The run's.
-        split: `val` or `test`.
-        delta: Share of the full layer's metric to mark.
-    """
-    found = {"curve": curve(results, split, delta)}
-    if len(results.layers) > 1:
-        found["layers"] = layers(results, split)
-    for measure in results.measures:
-        found |= measure.pictures(results, split)
-    return found
-
-
-def curve(results: Results, split: str, delta: float) -> Picture:
+def curve(results: Results, split: str) -> dict[str, Picture]:
     """Draw the headline metric against fraction, and beside it a panel for each measure with columns to draw.
 
-    A row per layer, a line per selection; arguments as for `pictures`.
+    A row per layer, a line per selection; the share of the plain answer is marked.
     """
     means, headline = results.curve(split), results.headline
     beside = [(measure, [c for c in measure.columns if c.drawn and c.name in means]) for measure in results.measures]
     beside = [(measure, columns) for measure, columns in beside if columns]
     figure, rows = grid(len(results.layers), 1 + len(beside), results.title)
     selections = styles(means.loc[means["selection"] != FULL, "selection"])
+    several = len(results.layers) > 1
     for (axes, *panels), layer in zip(rows, results.layers, strict=True):
         of_layer = means[means["layer"] == layer]
-        references(axes, of_layer, headline, delta, len(results.layers) == 1)
+        references(axes, of_layer, headline, ANSWERED, with_neurons=not several)
         if results.target.chance is not None:
             chance = headline.scale * results.target.chance
             axes.axhline(chance, color="gray", linewidth=1, linestyle=":", label="chance")
         for selection, style in selections.items():
             points = of_layer[of_layer["selection"] == selection]
-            if len(points):
-                label = seeds_label(selection, points)
-                line(axes, points, "mean", "std", style, label, scale=headline.scale)
+            line(axes, points, style, seeds_label(selection, points), "mean", "std", scale=headline.scale)
         fraction_axis(axes, means)
-        axes.set_ylabel(f"{split} {headline.heading}")
-        axes.set_ylim(bottom=0)
+        value_axis(axes, f"{split} {headline.heading}", f"layer {layer}" if several else "")
         for panel, (measure, columns) in zip(panels, beside, strict=True):
             _panel(panel, measure, columns, of_layer, selections)
             fraction_axis(panel, means)
-        if len(results.layers) > 1:
-            axes.set_title(f"layer {layer}", fontsize=9, loc="left")
-    legend(figure, rows[0][0])
+    legend(figure, rows[:, 0])
     also = "".join(f", and {measure.panel or columns[0].label}" for measure, columns in beside)
     caption = f"{headline.label.capitalize()} on the {split} split{also}{also and ','} against the fraction of neurons "
-    return Picture(figure, f"{caption}kept. Bands are one standard deviation over subsets.")
+    return {"curve": Picture(figure, f"{caption}kept. Bands are one standard deviation over subsets.")}
 
 
-def _panel(axes: Axes, measure: Measure, columns: list[Column], rows: pd.DataFrame, selections: Styles) -> None:
+def _panel(axes: Axes, measure: Measure, columns: list[Column], rows: pd.DataFrame, drawn: dict[str, Style]) -> None:
     """Draw a measure's columns of a layer's curve: the first with its spread, further ones faint, if there is room."""
-    first, *others = columns
-    others = others if len(selections) <= FAINT_SELECTIONS else []
-    for selection, style in selections.items():
+    first, *others = columns if len(drawn) <= FAINT_SELECTIONS else columns[:1]
+    for selection, style in drawn.items():
         points = rows[rows["selection"] == selection]
-        line(axes, points, first.name, f"{first.name}_std", style, scale=first.scale)
+        line(axes, points, style, "", first.name, f"{first.name}_std", scale=first.scale)
         for column in others:
-            line(axes, points, column.name, None, style | FAINT, scale=column.scale)
+            line(axes, points, style | FAINT, "", column.name, scale=column.scale)
     axes.set_ylabel(measure.panel or first.heading)
     if measure.panel_limits:
         axes.set_ylim(measure.panel_limits)
     if others:
-        for column, options in zip(columns, [{}, *[FAINT] * len(others)], strict=True):
+        for column in (first, *others):
+            options = {} if column is first else FAINT
             axes.plot([], [], color="gray", marker="o", markersize=4.5, label=column.label, **options)
         axes.legend(fontsize=8, loc="lower right")
 
 
-def layers(results: Results, split: str) -> Picture:
-    """Draw the headline metric against fraction for all layers in one panel per selection."""
+def layers(results: Results, split: str) -> dict[str, Picture]:
+    """Draw the headline metric against fraction for all layers, if there are several, in one panel per selection."""
+    if len(results.layers) == 1:
+        return {}
     means, headline = results.curve(split), results.headline
     selections = list(dict.fromkeys(means.loc[means["selection"] != FULL, "selection"]))
     figure, flat = panels(len(selections), results.title)
@@ -123,13 +102,11 @@ def layers(results: Results, split: str) -> Picture:
         for layer, style in styles(results.layers).items():
             rows = means[(means["layer"] == layer) & means["selection"].isin([selection, FULL])]
             label = f"{layer}, {rows['neurons'].max():,} neurons"
-            line(axes, rows.sort_values("fraction"), "mean", "std", style, label, scale=headline.scale)
+            line(axes, rows.sort_values("fraction"), style, label, "mean", "std", scale=headline.scale)
         fraction_axis(axes, means)
-        axes.set_title(selection, fontsize=9, loc="left")
-        axes.set_ylabel(f"{split} {headline.heading}")
-        axes.set_ylim(bottom=0)
-    legend(figure, flat[0])
-    return Picture(figure, f"{headline.label.capitalize()} of all layers in one picture.")
+        value_axis(axes, f"{split} {headline.heading}", selection)
+    legend(figure, flat)
+    return {"layers": Picture(figure, f"{headline.label.capitalize()} of all layers in one picture.")}
 
 
 def grid(rows: int, columns: int, title: str = "") -> tuple[Figure, np.ndarray]:
@@ -143,43 +120,37 @@ def grid(rows: int, columns: int, title: str = "") -> tuple[Figure, np.ndarray]:
 def panels(count: int, title: str = "") -> tuple[Figure, list[Axes]]:
     """Return a figure with so many axes, at most two in a row."""
     figure, axes = grid(-(-count // 2), min(2, count), title)
-    flat = [each for row in axes for each in row]
-    for unused in flat[count:]:
+    for unused in axes.flat[count:]:
         unused.set_visible(False)
-    return figure, flat[:count]
+    return figure, list(axes.flat[:count])
 
 
-def styles(names: Iterable[str]) -> Styles:
+def styles(names: Iterable[str]) -> dict[str, Style]:
     """Return how each name is drawn."""
     cycles = {"color": COLOURS, "marker": MARKERS, "linestyle": LINES}
     return {
-        name: {key: cycle[place % len(cycle)] for key, cycle in cycles.items()}
-        for place, name in enumerate(dict.fromkeys(names))
+        name: {key: cycle[index % len(cycle)] for key, cycle in cycles.items()}
+        for index, name in enumerate(dict.fromkeys(names))
     }
 
 
 def line(
-    axes: Axes,
-    rows: pd.DataFrame,
-    mean: str,
-    std: str | None,
-    style: dict[str, Any],
-    label: str | None = None,
-    scale: float = 1,
+    axes: Axes, rows: pd.DataFrame, style: Style, label: str, y: str, std: str = "", x: str = "fraction", scale: int = 1
 ) -> None:
-    """Draw a mean against fraction, with a band of one standard deviation to either side."""
-    values = scale * rows[mean]
-    axes.plot(rows["fraction"], values, label=label, **{"linewidth": 1.3, "markersize": 4.5} | style)
+    """Draw a column of rows against another, with a band of one standard deviation to either side, if it is named."""
+    values = scale * rows[y]
+    options: Style = {"linewidth": 1.3, "markersize": 4.5, "label": label}
+    axes.plot(rows[x], values, **options | style)
     if std:
         spread = scale * rows[std].fillna(0)
         band = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
-        axes.fill_between(rows["fraction"], values - spread, values + spread, **band)
+        axes.fill_between(rows[x], values - spread, values + spread, **band)
 
 
 def references(axes: Axes, rows: pd.DataFrame, headline: Column, delta: float, with_neurons: bool) -> None:
     """Mark the full layer's metric and the share `delta` of it; rows are those of a layer's curve."""
     full = rows[rows["selection"] == FULL].iloc[0]
-    label = f"full layer, {full['neurons']:,} neurons" if with_neurons and "neurons" in rows else "full layer"
+    label = f"full layer, {full['neurons']:,} neurons" if with_neurons else "full layer"
     value = headline.scale * full["mean"]
     axes.axhline(value, color="black", linewidth=1, label=label)
     axes.axhline(delta * value, color="black", linewidth=1, linestyle="--", label=f"{100 * delta:g} % of it")
@@ -191,36 +162,43 @@ def seeds_label(name: str, rows: pd.DataFrame) -> str:
     return f"{name}, mean ± std of {seeds} subsets" if seeds > 1 else str(name)
 
 
-def legend(figure: Figure, axes: Axes | Iterable[Axes]) -> None:
+def legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """Name what axes show, each name once, below all of them."""
     named: dict[str, Any] = {}
-    for each in [axes] if isinstance(axes, Axes) else axes:
+    for each in axes:
         for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     columns = 2 if figure.get_figwidth() < 8 else 3
     figure.legend(named.values(), named.keys(), fontsize=8, loc="outside lower center", ncols=columns)
 
 
+def value_axis(axes: Axes, label: str, title: str = "") -> None:
+    """Let the y axis begin at zero, and name it and the panel."""
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=9, loc="left")
+
+
 def fraction_axis(axes: Axes, rows: pd.DataFrame) -> None:
     """Scale fractions by logarithm, as what happens, happens below a tenth."""
-    logarithmic(axes, [1.0, *rows["fraction"]])
-    axes.set_xlabel("fraction of neurons")
+    logarithmic_axis(axes, [1.0, *rows["fraction"]], "fraction of neurons")
 
 
-def logarithmic(axes: Axes, values: Iterable[float]) -> None:
-    """Scale the x axis by logarithm, and name as many of its values as have room."""
-    axes.set_xscale("log")
+def logarithmic_axis(axes: Axes, values: Iterable[float], label: str) -> None:
+    """Scale the x axis by logarithm, and name it and as many of its values as have room."""
     found = sorted(set(values), reverse=True)
     ticks: list[float] = []
     for value in found:
         if not ticks or ticks[-1] / value > 1.7:
             ticks.append(value)
+    axes.set_xscale("log")
     axes.set_xticks(ticks)
     axes.set_xlim(found[-1] / 1.2, 1.1 * found[0])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.tick_params(axis="x", labelsize=8, rotation=45)
     axes.grid(visible=True, linewidth=0.4, alpha=0.5)
+    axes.set_xlabel(label)
 
 
 def short(value: float) -> str:

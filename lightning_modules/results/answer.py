@@ -1,7 +1,5 @@
 """The plain answer: how many neurons to keep, and what that costs."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.subsets.selections import FULL
@@ -9,11 +7,10 @@ from lightning_modules.subsets.selections import FULL
 if TYPE_CHECKING:
     from lightning_modules.results.results import Results
 
-ANSWERED = 0.9
-"""The share the plain answer is about; the paper's."""
+ANSWERED = 0.9  # the share that the plain answer is about; the paper's
 
 
-def answer(results: Results, layer: str, delta: float) -> dict[str, Any]:
+def answer(results: "Results", layer: str, delta: float) -> dict[str, Any]:
     """Say how many neurons of a layer to keep for a share `delta` of the full layer's metric, and what that costs.
 
     The fraction is chosen on validation, by the threshold rule over all selections; the loss is told on test.

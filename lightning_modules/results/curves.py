@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.measures.measure import Column
+from lightning_modules.results.tables import Column
 from lightning_modules.subsets.selections import FULL
 
 
@@ -21,11 +21,10 @@ def complete(results: pd.DataFrame) -> pd.DataFrame:
     rows = results if "layer" in results else results.assign(layer="penultimate")
     if "seed" not in rows:
         rows = rows.assign(seed=rows.groupby(["layer", "selection", "fraction", "split"]).cumcount())
-    for layer in rows["layer"].unique():
-        of_layer = rows[rows["layer"] == layer]
+    for layer, of_layer in rows.groupby("layer", sort=False):
+        entire = of_layer[of_layer["fraction"] == 1.0]
         if (of_layer["selection"] == FULL).any():
             continue
-        entire = of_layer[of_layer["fraction"] == 1.0]
         if entire.empty:
             raise MisconfigurationException(
                 f"There is no reference for {layer}: its results have neither a {FULL} row nor fraction 1."
@@ -35,14 +34,10 @@ def complete(results: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def curve(rows: pd.DataFrame, split: str, metric: str = "accuracy", columns: Sequence[Column] = ()) -> pd.DataFrame:
-    """Return the headline metric, and whatever else was measured, against fraction.
+def curve(rows: pd.DataFrame, split: str, metric: str, columns: Sequence[Column] = ()) -> pd.DataFrame:
+    """Return the headline metric, and those of further columns that were measured, against fraction.
 
-    Args:
-        rows: As `complete` returns them.
-        split: `val` or `test`.
-        metric: The column of the headline metric.
-        columns: Others to average, with their limits; those that are there.
+    Rows are as `complete` returns them.
 
     Returns:
         One row per layer, selection and fraction; layers in their order, in each the full layer first, fractions
@@ -63,12 +58,9 @@ def curve(rows: pd.DataFrame, split: str, metric: str = "accuracy", columns: Seq
         if name in rows and rows[name].notna().any():
             table[name] = groups[name].mean().to_numpy()
             table[f"{name}_std"] = groups[name].agg(_spread).to_numpy()
-    places = {"layer": list(table["layer"]), "selection": [FULL, *table["selection"]]}
-    order = {
-        column: {name: place for place, name in enumerate(dict.fromkeys(names))} for column, names in places.items()
-    }
+    orders = {"layer": list(table["layer"]), "selection": [FULL, *table["selection"]]}
     return table.sort_values(
-        ["layer", "selection", "fraction"], key=lambda c: c.map(order[c.name]) if c.name in order else c
+        ["layer", "selection", "fraction"], key=lambda c: c.map(orders[c.name].index) if c.name in orders else c
     )
 
 
@@ -78,27 +70,22 @@ def _spread(values: pd.Series) -> float:
 
 
 def class_losses(classes: pd.DataFrame, split: str) -> pd.DataFrame:
-    """Return what each class loses at each fraction, those that lose most first.
-
-    Args:
-        classes: Rows as in `classes.csv`.
-        split: `val` or `test`.
+    """Return what each class loses at each fraction of a split, from rows as in `classes.csv`; most lost first.
 
     Returns:
         One row per layer, selection, fraction and class with images: `layer`, `selection`, `fraction`, `class`,
         `images`, `accuracy` (mean over seeds), `full_accuracy`, and `lost`, the difference. Within a selection,
         classes are ordered by `lost` averaged over its fractions, descending, and fractions ascend.
     """
-    rows = classes if "layer" in classes else classes.assign(layer="penultimate")
-    rows = rows[(rows["split"] == split) & (rows["images"] > 0)]
+    rows = classes[(classes["split"] == split) & (classes["images"] > 0)]
     keys = ["layer", "selection", "fraction", "class"]
     means = rows.assign(accuracy=rows["correct"] / rows["images"]).groupby(keys, sort=False)
     table = means.agg(images=("images", "first"), accuracy=("accuracy", "mean")).reset_index()
     full = table[table["selection"] == FULL].set_index(["layer", "class"])["accuracy"].rename("full_accuracy")
     table = table[table["selection"] != FULL].join(full, on=["layer", "class"])
     table["lost"] = table["full_accuracy"] - table["accuracy"]
+    groups = table.groupby(["layer", "selection"], sort=False).ngroup()
     average = table.groupby(["layer", "selection", "class"], sort=False)["lost"].transform("mean")
-    place = table.groupby(["layer", "selection"], sort=False).ngroup()
-    order = pd.DataFrame({"place": place, "lost": -average.round(12), "class": table["class"].astype(str)})
-    order["fraction"] = table["fraction"]
-    return table.loc[order.sort_values(["place", "lost", "class", "fraction"]).index].reset_index(drop=True)
+    order = {"group": groups, "lost": -average.round(12), "class": table["class"].astype(str)}
+    positions = table[["fraction"]].assign(**order).sort_values([*order, "fraction"]).index
+    return table.loc[positions].reset_index(drop=True)

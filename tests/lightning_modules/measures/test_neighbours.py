@@ -29,7 +29,7 @@ def test_neighbours_are_scikit_learns_on_real_features(real_features, monkeypatc
         Ordering(torch.arange(1280), [25], orthogonal_projection(1280, 0)),
     ]
     wanted = nearest(queries.double().numpy(), gallery.double().numpy(), 10)
-    for group, found in zip(groups, neighbours_kept(queries, gallery, groups), strict=True):
+    for group, found in zip(groups, neighbours_kept(queries, gallery, groups, 10), strict=True):
         kept = [
             sum(len(set(a) & set(b)) for a, b in zip(wanted, nearest(part, stored, 10), strict=True))
             for part, stored in zip(subsets(queries, group), subsets(gallery, group), strict=True)

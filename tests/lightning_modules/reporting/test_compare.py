@@ -8,6 +8,11 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import SHARED
+from made_up import ACCURACY
+
+from lightning_modules.reporting.compare import group_means
+from lightning_modules.reporting.compare_figures import pareto_frontier
+from lightning_modules.results import Results
 
 REFERENCE = SHARED / "reference"
 
@@ -199,3 +204,37 @@ def test_mistakes_end_in_one_line(cli, tmp_path, arguments, said):
     assert status == 2
     assert said in err
     assert len(err.splitlines()) == 1
+
+
+def test_the_frontier_is_what_nothing_else_beats():
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 8, (2, 30))
+    beaten = [
+        any((x[j] >= x[i] and y[j] > y[i]) or (x[j] > x[i] and y[j] >= y[i]) for j in range(30)) for i in range(30)
+    ]
+    given = pareto_frontier(pd.DataFrame({"redundancy": x, "full": y}))
+    assert set(map(tuple, given.to_numpy())) == {(x[i], y[i]) for i in range(30) if not beaten[i]}
+    assert given["redundancy"].is_monotonic_increasing
+
+
+def test_group_means_weigh_tasks_alike_and_are_missing_where_a_task_was_not_measured():
+    def run(task, group, full, accuracies):
+        rows = [("full", 1.0, 0, full)]
+        rows += [("random", fraction, s, value) for fraction, values in accuracies.items() for s, value in values]
+        table = pd.DataFrame(rows, columns=["selection", "fraction", "seed", "accuracy"])
+        return group, Results(
+            {"results": table.assign(layer="penultimate", split="test", width=10, task=task, backbone="net")},
+            [],
+            ACCURACY,
+        )
+
+    one = run("one", "natural", 0.8, {0.1: [(0, 0.2), (1, 0.4), (2, 0.6)], 0.5: [(0, 0.72), (1, 0.72), (2, 0.72)]})
+    two = run("two", "structured", 0.5, {0.1: [(0, 0.45)], 0.5: [(0, 0.45)]})
+    three = run("three", "natural", 0.6, {0.1: [(0, 0.1)]})
+    table = group_means([one, two, three], 0.9, "threshold").set_index("group")
+    assert table.index.tolist() == ["natural", "structured", "all"]
+    assert table["tasks"].tolist() == [2, 1, 3]
+    np.testing.assert_allclose(table["full_accuracy"], [0.7, 0.5, 1.9 / 3])
+    np.testing.assert_allclose(table["redundancy"], [0.25, 0.9, 1.4 / 3])
+    np.testing.assert_allclose(table["accuracy_0.1"], [0.25, 0.45, 0.95 / 3])
+    np.testing.assert_allclose(table["accuracy_0.5"], [np.nan, 0.45, np.nan])

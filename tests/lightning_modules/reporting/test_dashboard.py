@@ -228,7 +228,7 @@ def test_a_resumed_run_continues_what_it_logged_online(tmp_path, resumed, versio
 
 def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, tmp_path):
     status, _, err = cli(
-        *(*SHORT, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=ridge"),
+        *(*SHORT, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=Ridge"),
         "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles]",
     )
     assert status == 0, err
@@ -252,6 +252,10 @@ def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, tmp_path
     for name in ("layers", "ensembles", "neighbours"):
         written = pd.read_csv(tmp_path / "runs" / "all" / f"{name}.csv")
         pd.testing.assert_frame_equal(logged.table(name), written, check_dtype=False)
+        if name == "ensembles":  # beside a probe of its own, with as many neurons
+            assert (written["single_neurons"] == written["neurons"]).all()
+        if name == "neighbours":  # of all test images, among all training images
+            assert written[["queries", "gallery", "neighbours"]].drop_duplicates().values.tolist() == [[179, 538, 5]]
     assert sum(name.startswith("pictures/") and name.endswith("/path") for row in logged.history for name in row) == 6
 
 

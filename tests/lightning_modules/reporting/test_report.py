@@ -2,15 +2,16 @@ import base64
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from made_up import CURVE, full_run, tables
+from made_up import ACCURACY, CURVE, full_run, tables
 
 from lightning_modules.measures import CKA, Accuracy, Ensembles, Inequality, Neighbours
 from lightning_modules.reporting import report
-from lightning_modules.results import Headline, Results
+from lightning_modules.results import Results
 
 MEASURES = [Accuracy(), CKA(), Inequality(), Neighbours(), Ensembles()]
 PICTURES = ("curve", "layers", "classes", "inequality", "neighbours", "ensembles")
@@ -20,7 +21,7 @@ PICTURES = ("curve", "layers", "classes", "inequality", "neighbours", "ensembles
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text("name: <script>alert(1)</script>\n")
-    return folder, report(folder, Results(full_run(), MEASURES), ["mind the <gap> & more"], {"fit": 1.0})
+    return folder, report(folder, Results(full_run(), MEASURES, ACCURACY), ["mind the <gap> & more"], {"fit": 1.0})
 
 
 class Page(HTMLParser):
@@ -79,7 +80,7 @@ def test_the_pages_tables_have_the_runs_numbers(written):
 
 def test_every_picture_is_there_in_both_formats_and_the_same_each_time(written, tmp_path):
     folder, printed = written
-    report(tmp_path, Results(full_run(), MEASURES), [], {})
+    report(tmp_path, Results(full_run(), MEASURES, ACCURACY), [], {})
     for name in PICTURES:
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         ElementTree.parse(folder / f"{name}.svg")
@@ -90,7 +91,7 @@ def test_every_picture_is_there_in_both_formats_and_the_same_each_time(written, 
         pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), full_run()[name].reset_index(drop=True))
     # A run that measures less leaves nothing of the one it replaces.
     (tmp_path / "notes.csv").write_text("what else a user keeps there")
-    report(tmp_path, Results(tables(CURVE, CURVE), [Accuracy()]), [], {})
+    report(tmp_path, Results(tables(CURVE, CURVE), [Accuracy()], ACCURACY), [], {})
     pictures = {f"{name}.{ending}" for name in ("curve", "classes") for ending in ("png", "svg")}
     assert {file.name for file in tmp_path.iterdir()} == pictures | {
         *("results.csv", "classes.csv", "summary.json", "report.html", "notes.csv"),
@@ -99,8 +100,8 @@ def test_every_picture_is_there_in_both_formats_and_the_same_each_time(written, 
 
 def test_text_and_pictures_call_the_metric_what_the_target_calls_it(tmp_path):
     found = {"results": tables(CURVE, CURVE)["results"].rename(columns={"accuracy": "map"})}
-    target = Headline("map", "mean average precision", "", 0.05)
-    printed = report(tmp_path, Results(found, target=target), [], {})
+    target = SimpleNamespace(metric="map", label="mean average precision", unit="", chance=0.05)
+    printed = report(tmp_path, Results(found, [], target), [], {})
     assert "net: test mean average precision on 1,000 images" in printed
     assert re.search(r"^random +0\.2 +20 +0\.820 ± 0\.024 +91\.1 %", printed, re.MULTILINE)
     assert (

@@ -29,7 +29,7 @@ def results(seeds=3):
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_a_curve_is_mean_and_spread_over_seeds_by_selection_and_fraction(split, seeds):
     table = results(seeds)
-    given = curve(complete(table), split)
+    given = curve(complete(table), split, "accuracy")
     rows = table[table["split"] == split].to_dict("records")
 
     def accuracies(selection, fraction):
@@ -61,15 +61,15 @@ def test_a_curve_does_not_depend_on_the_order_of_seeds():
     back = table.sort_values(["selection", "seed"], ascending=False)
     columns = ["selection", "fraction"]
     pd.testing.assert_frame_equal(
-        curve(complete(table), "test").sort_values(columns, ignore_index=True),
-        curve(complete(back), "test").sort_values(columns, ignore_index=True),
+        curve(complete(table), "test", "accuracy").sort_values(columns, ignore_index=True),
+        curve(complete(back), "test", "accuracy").sort_values(columns, ignore_index=True),
     )
 
 
 def test_a_curve_has_every_measure_that_is_there_with_its_spread():
     table = results().assign(cka=lambda t: t["accuracy"] ** 2, cka_debiased=np.nan, gini=0.25, low=0.2)
     columns = [Column(name, limits=("low",) if name == "gini" else ()) for name in ("cka", "cka_debiased", "gini")]
-    given = curve(complete(table), "test", columns=columns).set_index(["selection", "fraction"])
+    given = curve(complete(table), "test", "accuracy", columns).set_index(["selection", "fraction"])
     values = table.query("split == 'test' and selection == 'random' and fraction == 0.05")["cka"].to_numpy()
     assert given.loc[("random", 0.05), "cka"] == pytest.approx(values.mean())
     assert given.loc[("random", 0.05), "cka_std"] == pytest.approx(values.std())
@@ -82,7 +82,7 @@ def test_a_curve_has_every_measure_that_is_there_with_its_spread():
 def test_every_layer_is_divided_by_its_own_full_layer():
     one, two = results().assign(layer="one"), results().assign(layer="two")
     two["accuracy"] = two["accuracy"] / 2
-    given = curve(pd.concat([one, two]), "test")
+    given = curve(pd.concat([one, two]), "test", "accuracy")
     assert given["layer"].tolist() == ["one"] * 6 + ["two"] * 6
     np.testing.assert_allclose(given["mean"][:6].to_numpy(), 2 * given["mean"][6:].to_numpy())
     np.testing.assert_allclose(given["ratio"][:6].to_numpy(), given["ratio"][6:].to_numpy())
@@ -91,7 +91,7 @@ def test_every_layer_is_divided_by_its_own_full_layer():
 def test_without_a_full_row_fraction_one_is_the_full_layer_and_without_both_it_is_an_error():
     table = results().query("selection != 'first'")
     renamed = table.assign(selection="random")
-    given = curve(complete(renamed), "test")
+    given = curve(complete(renamed), "test", "accuracy")
     assert given.loc[given["selection"] == "full", "mean"].item() == pytest.approx(
         table.query("split == 'test' and selection == 'full'")["accuracy"].mean()
     )
@@ -110,7 +110,9 @@ def test_classes_that_lose_most_come_first_by_name():
         for name, values in by_class.items()
         for seed, correct in enumerate(values)
     ]
-    table = pd.DataFrame(rows).assign(split="test", images=lambda t: np.where(t["class"] == "owl", 0, 10))
+    table = pd.DataFrame(rows).assign(
+        split="test", layer="penultimate", images=lambda t: np.where(t["class"] == "owl", 0, 10)
+    )
     given = class_losses(table, "test")
     assert given[["class", "fraction"]].to_numpy().tolist() == [["dog", 0.1], ["dog", 0.5], ["cat", 0.1], ["cat", 0.5]]
     np.testing.assert_allclose(given["lost"], [0.5, 0.4, 0.2, 0.1])

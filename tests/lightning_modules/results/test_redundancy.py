@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_modules.results import Results
-from lightning_modules.results.redundancy import RULES, frontier, group_means, redundancy, sufficient_fraction
+from lightning_modules.results.redundancy import RULES, redundancy, sufficient_fraction
 
 GROWING = [0.1, 0.2, 0.4, 0.8], [0.5, 0.7, 0.9, 0.95]
 HUMP = [0.1, 0.2, 0.4, 0.8], [0.5, 0.92, 0.85, 0.97]
@@ -97,7 +96,7 @@ def test_intervals_are_those_of_all_ways_to_draw_seeds_jointly(rule):
             for seeds in itertools.product(range(4), repeat=4)
         ]
     )
-    row = redundancy(table, "test", [0.9]).set_index("rule").loc[rule]
+    row = redundancy(table, "test", [0.9], "accuracy").set_index("rule").loc[rule]
     assert row["redundancy"] == pytest.approx(
         1 - sufficient_fraction(list(by_seed), (by_seed.mean() / 0.9).tolist(), 0.9, rule)
     )
@@ -108,55 +107,27 @@ def test_intervals_are_those_of_all_ways_to_draw_seeds_jointly(rule):
 
 
 def test_intervals_need_three_seeds_and_no_global_state():
-    assert redundancy(few_seeds(2), "test", [0.9])[["low", "high"]].isna().all(axis=None)
+    assert redundancy(few_seeds(2), "test", [0.9], "accuracy")[["low", "high"]].isna().all(axis=None)
     np.random.seed(0)  # noqa: NPY002
-    once = redundancy(few_seeds(3), "test", [0.8, 0.9])
+    once = redundancy(few_seeds(3), "test", [0.8, 0.9], "accuracy")
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     np.random.seed(1)  # noqa: NPY002
-    pd.testing.assert_frame_equal(once, redundancy(few_seeds(3), "test", [0.8, 0.9]))
+    pd.testing.assert_frame_equal(once, redundancy(few_seeds(3), "test", [0.8, 0.9], "accuracy"))
     np.random.seed(0)  # noqa: NPY002
     assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
     assert once[["low", "high"]].notna().all(axis=None)
 
 
 def test_the_critical_mass_is_as_many_neurons_as_are_enough():
-    given = redundancy(few_seeds(3).assign(accuracy=lambda t: np.where(t["fraction"] < 0.2, 0.1, 0.9)), "test", [0.9])
+    given = redundancy(
+        few_seeds(3).assign(accuracy=lambda t: np.where(t["fraction"] < 0.2, 0.1, 0.9)), "test", [0.9], "accuracy"
+    )
     by_rule = given.set_index("rule")
     assert by_rule.loc["threshold", ["fraction", "neurons"]].tolist() == [0.2, 200]
     assert by_rule.loc["interpolated", "neurons"] == int(1000 * by_rule.loc["interpolated", "fraction"] + 1e-9)
 
 
 def test_where_the_full_layer_is_never_right_all_of_it_is_needed():
-    given = redundancy(few_seeds(3).assign(accuracy=0.0), "test", [0.9])
+    given = redundancy(few_seeds(3).assign(accuracy=0.0), "test", [0.9], "accuracy")
     assert (given["redundancy"] == 0).all()
     assert (given["low"] == 0).all()
-
-
-def test_the_frontier_is_what_nothing_else_beats():
-    random = np.random.default_rng(0)
-    x, y = random.integers(0, 8, (2, 30))
-    beaten = [
-        any((x[j] >= x[i] and y[j] > y[i]) or (x[j] > x[i] and y[j] >= y[i]) for j in range(30)) for i in range(30)
-    ]
-    given = frontier(x, y)
-    assert {(x[i], y[i]) for i in given} == {(x[i], y[i]) for i in range(30) if not beaten[i]}
-    assert list(x[given]) == sorted(x[given])
-
-
-def test_group_means_weigh_tasks_alike_and_are_missing_where_a_task_was_not_measured():
-    def run(task, group, full, accuracies):
-        rows = [("full", 1.0, 0, full)]
-        rows += [("random", fraction, s, value) for fraction, values in accuracies.items() for s, value in values]
-        table = pd.DataFrame(rows, columns=["selection", "fraction", "seed", "accuracy"])
-        return group, Results({"results": table.assign(layer="penultimate", split="test", width=10, task=task)})
-
-    one = run("one", "natural", 0.8, {0.1: [(0, 0.2), (1, 0.4), (2, 0.6)], 0.5: [(0, 0.72), (1, 0.72), (2, 0.72)]})
-    two = run("two", "structured", 0.5, {0.1: [(0, 0.45)], 0.5: [(0, 0.45)]})
-    three = run("three", "natural", 0.6, {0.1: [(0, 0.1)]})
-    table = group_means([one, two, three], 0.9, "threshold").set_index("group")
-    assert table.index.tolist() == ["natural", "structured", "all"]
-    assert table["tasks"].tolist() == [2, 1, 3]
-    np.testing.assert_allclose(table["full_accuracy"], [0.7, 0.5, 1.9 / 3])
-    np.testing.assert_allclose(table["redundancy"], [0.25, 0.9, 1.4 / 3])
-    np.testing.assert_allclose(table["accuracy_0.1"], [0.25, 0.45, 0.95 / 3])
-    np.testing.assert_allclose(table["accuracy_0.5"], [np.nan, 0.45, np.nan])

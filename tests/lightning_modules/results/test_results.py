@@ -3,19 +3,18 @@ import json
 import pandas as pd
 import pytest
 import torch
-from datamodules.targets import Multiclass
-from made_up import CURVE, full_run, tables
+from made_up import ACCURACY, CURVE, full_run, tables
 
+from datamodules.targets import Multiclass
 from lightning_modules.measures import CKA, Accuracy, Inequality
 from lightning_modules.results import Results
 from lightning_modules.results import results as module
-from lightning_modules.results.assemble import assemble
-from lightning_modules.results.predictions import Predictions
+from lightning_modules.results.tables import Predictions, assemble
 from lightning_modules.subsets.plan import Plan
 
 
 def answers(val, test):
-    return Results(tables(val, test)).answers("penultimate")
+    return Results(tables(val, test), [], ACCURACY).answers("penultimate")
 
 
 def test_validation_chooses_and_test_only_tells():
@@ -35,7 +34,7 @@ def test_validation_chooses_and_test_only_tells():
 def test_where_nothing_is_enough_all_neurons_are_kept():
     low = {"random": {0.1: [0.2], 0.5: [0.3]}}
     assert "keep all 100 neurons" in answers(low, low)[0.9]["text"]
-    (layer,) = Results(tables(low, low)).summary()["layers"]
+    (layer,) = Results(tables(low, low), [], ACCURACY).summary()["layers"]
     assert layer["diffused_redundancy"]["random"]["threshold"]["0.9"] == 0
 
 
@@ -46,7 +45,8 @@ def test_the_cheapest_of_several_selections_is_the_answer():
 
 
 def test_the_summary_has_every_layer_alike_with_intervals_and_critical_mass():
-    summary = json.loads(json.dumps(Results(full_run(), [Accuracy(), CKA(), Inequality()]).summary()))
+    results = Results(full_run(), [Accuracy(), CKA(), Inequality()], ACCURACY)
+    summary = json.loads(json.dumps(results.summary()))
     assert summary["target"] == {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None}
     first, last = summary["layers"]
     assert list(first) == list(last)
@@ -73,7 +73,7 @@ def test_curve_bootstrap_and_class_losses_are_computed_once(monkeypatch):
     counted(module.curves, "curve")
     counted(module.curves, "class_losses")
     counted(module, "redundancy")
-    results = Results(full_run(), [Accuracy(), CKA(), Inequality()])
+    results = Results(full_run(), [Accuracy(), CKA(), Inequality()], ACCURACY)
     for _ in range(2):
         results.summary()
         results.class_losses("test")
@@ -84,7 +84,7 @@ def test_curve_bootstrap_and_class_losses_are_computed_once(monkeypatch):
 
 
 def test_what_was_written_is_read_back(tmp_path):
-    results = Results(tables(CURVE, CURVE))
+    results = Results(tables(CURVE, CURVE), [], ACCURACY)
     results.rows.to_csv(tmp_path / "results.csv", index=False)
     read = Results.read(tmp_path)
     pd.testing.assert_frame_equal(read.redundancy("test"), results.redundancy("test"))

@@ -1,0 +1,96 @@
+"""The tables of a run: their columns, and how they come from what measures computed and probes decided."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lightning_modules.subsets.plan import Probe
+
+
+class Column(NamedTuple):
+    """A column of results.csv: one value per probe and split."""
+
+    name: str
+    label: str = ""  # for tables and pictures; empty for what stands in results.csv alone
+    unit: str = ""  # `%` for shares and `points` for differences of shares; both are shown times 100
+    digits: int = 3  # decimals shown
+    limits: tuple[str, ...] = ()  # columns with the limits of its interval, shown in place of its spread over seeds
+    logged: bool = False  # whether its mean over seeds is logged as <split>/<name>/<selection>/<fraction>
+    drawn: bool = False  # whether it is a line in the measure's panel beside the curve
+
+    @property
+    def scale(self) -> int:
+        """What values are multiplied by where they are shown."""
+        return 100 if self.unit in ("%", "points") else 1
+
+    @property
+    def heading(self) -> str:
+        """The label with the unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    def words(self, value: float, spread: float = math.nan) -> str:
+        """Return a value as it is shown, with its spread where that is known; nothing for a missing value."""
+        if math.isnan(value):
+            return ""
+        shown = f"{self.scale * value:{'+' if self.unit == 'points' else ''}.{self.digits}f}"
+        return shown if math.isnan(spread) else f"{shown} ± {self.scale * spread:.{self.digits}f}"
+
+
+def assemble(
+    probes: Sequence[Probe],
+    widths: Mapping[str, int],
+    measured: Mapping[str, Sequence[Mapping[str, Tensor | pd.DataFrame]]],
+    metric: str,
+    facts: Mapping[str, Any],
+) -> dict[str, pd.DataFrame]:
+    """Return the tables of a run by the names of their files, from what each measure computed, by split.
+
+    `facts` are further columns of `results`, one value for all P probes or P; `task` and `backbone` are among them.
+    """
+    known = pd.DataFrame(list(probes)).assign(width=[widths[probe.layer] for probe in probes])
+    tables: dict[str, list[pd.DataFrame]] = {"results": []}
+    for split, computed in measured.items():
+        values = {}
+        for name, value in (item for each in computed for item in each.items()):
+            if isinstance(value, Tensor):
+                values[name] = value.cpu().numpy()
+            else:
+                tables.setdefault(name, []).append(value)
+        rows = known.assign(**{"split": split, **facts, **values})
+        first = ["task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split"]
+        first += [name for name in ("images", metric, "loss") if name in values]
+        tables["results"].append(rows[list(dict.fromkeys([*first, *facts, *values]))])
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+
+
+class Predictions:
+    """Collects over processes what P probes decide for n images, as a task holds them: predictions.csv."""
+
+    def __init__(self, probes: Sequence[Probe], images: Any, target: Any, device: torch.device) -> None:
+        self.probes, self.images, self.target = probes, images, target
+        self.decisions = torch.zeros((len(probes), len(images)), dtype=torch.int64, device=device)
+
+    def update(self, logits: Tensor, indices: Tensor) -> None:
+        """Note what the probes decide, from logits of shape (P, C, B), for the images at `indices`, shape (B,)."""
+        self.decisions[:, indices] = self.target.decide(logits)
+
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Join the shares of all processes: each has zeros where the others have decisions."""
+        self.decisions = total(self.decisions)
+
+    def table(self) -> pd.DataFrame:
+        """Return one row per image: its name, its label, and what each probe decides.
+
+        A probe's column is `<selection>/<fraction>/<seed>`, after its layer where there are several.
+        """
+        several = len({probe.layer for probe in self.probes}) > 1
+        columns = {"image": [self.images.name(index) for index in range(len(self.images))]}
+        columns["label"] = self.target.name(self.images.labels)
+        for probe, decisions in zip(self.probes, self.decisions, strict=True):
+            layer = f"{probe.layer}/" if several else ""
+            columns[f"{layer}{probe.selection}/{probe.fraction:g}/{probe.seed}"] = self.target.name(decisions)
+        return pd.DataFrame(columns)
