@@ -23,11 +23,7 @@ SHARE = 0.05
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return a checkpoint; no code in it is run.
-
-    Raises:
-        MisconfigurationException: If the file is no checkpoint, is cut short, or has another `FORMAT`.
-    """
+    """Return a checkpoint, and run no code in it; refuse a file that is none, is cut short or has another `FORMAT`."""
     checkpoint = weights.read_torch(path, "checkpoint")
     number = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if number != FORMAT:
@@ -39,11 +35,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class Checkpoints(Checkpoint):
-    """Writes the state of a fit at the end of the first epoch, of later ones as `PAUSE` and `SHARE` allow, and last.
-
-    Args:
-        path: The one file that is written.
-    """
+    """Writes the state of a fit at the end of the first epoch, of later ones as `PAUSE` and `SHARE` allow, and last."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,19 +58,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Reads and writes checkpoints of this `FORMAT`; Lightning's own way of writing may leave half of one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            MisconfigurationException: If the disk does not take it; the checkpoint before it stays.
-        """
+        """Write a checkpoint; where the disk does not take it, the one before it stays, and the user is told."""
         content = io.BytesIO()
         torch.save(checkpoint | {"format": FORMAT}, content)
         path = Path(path)
-        with writing(path, "make room, and go on with --ckpt_path last"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(path.parent)
-            with atomic(path) as file:
-                file.write_bytes(content.getbuffer())
+        remove_unfinished(path.parent)
+        with writing(path, "make room, and go on with --ckpt_path last"), atomic(path) as file:
+            file.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         """Return a checkpoint, as `read` does."""

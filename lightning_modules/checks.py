@@ -40,15 +40,12 @@ def trainer(trainer: Trainer) -> None:
 def schedule(trainer: Trainer, steps: int) -> None:
     """Refuse a fit that would make no step, or keep no probe, at this many steps an epoch."""
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
-    if trainer.max_epochs == trainer.max_steps == -1 and not any(
-        isinstance(callback, Timer | EarlyStopping)
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    ):
+    ends = any(isinstance(callback, Timer | EarlyStopping) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if trainer.max_epochs == trainer.max_steps == -1 and not ends:
         raise MisconfigurationException(
             "trainer.max_epochs is -1, and nothing else ends the fit; give a number, max_steps or max_time."
         )
-    counts = ("max_epochs", "max_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
-    for name in counts:
+    for name in ("max_epochs", "max_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
         value = getattr(trainer, name)
         if isinstance(value, int | float) and (value == 0 or (value < 0 and not name.startswith("max_"))):
             raise MisconfigurationException(f"trainer.{name} is {value}; it must be above 0.")
@@ -65,24 +62,17 @@ def schedule(trainer: Trainer, steps: int) -> None:
 
 
 def memory(probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int]) -> None:
-    """Refuse a bank or second moments that do not fit into memory.
-
-    Args:
-        probes: The probes of a run; weights, gradients, momentum and kept weights take four bytes each.
-        outputs: C.
-        candidates: Number of banks.
-        squares: D of each layer whose second moments are summed, at eight bytes each and as much again to work with.
-    """
-    parameters = sum((probe.neurons + 1) * outputs for probe in probes)
-    needed = 4 * 4 * parameters * candidates
+    """Refuse a bank, or second moments of layers with these widths, that do not fit into memory."""
+    parameters = sum((probe.neurons + 1) * outputs for probe in probes) * candidates
+    needed = 4 * 4 * parameters  # with gradient, momentum and the weights that are kept
     available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > available:
         raise MisconfigurationException(
             f"The bank needs {needed / 1e9:,.1f} GB of memory ({len(probes)} probes x {candidates} candidates, "
-            f"{outputs} classes: {parameters * candidates:,} weights, with gradient, momentum and best), and "
+            f"{outputs} classes: {parameters:,} weights, with gradient, momentum and best), and "
             f"{available / 1e9:,.1f} GB are free; use fewer fractions, seeds or candidates."
         )
-    moments = sum(4 * 8 * width**2 for width in squares.values())
+    moments = sum(4 * 8 * width**2 for width in squares.values())  # of train and validation, and as much to work with
     if moments > available:
         raise MisconfigurationException(
             f"The second moments of {sum(squares.values()):,} neurons need {moments / 1e9:,.1f} GB of memory, and "

@@ -17,6 +17,7 @@ UNFINISHED = "unfinished"
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; it becomes `path` when all went well, and else disappears."""
     unfinished = path.with_name(f"{UNFINISHED}-{socket.gethostname()}-{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield unfinished
         unfinished.replace(path)
@@ -34,21 +35,12 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, advice: str) -> Iterator[None]:
-    """Say in one line what cannot be written, and what to do about it.
-
-    Args:
-        path: The file or folder that is written meanwhile.
-        advice: What to do where that fails, for example "name another folder with --output".
-
-    Raises:
-        MisconfigurationException: In place of an OSError.
-    """
+    """Turn an OSError into a MisconfigurationException that names the path and the advice, in one line."""
     try:
         yield
     except OSError as error:
-        raise MisconfigurationException(
-            f"{path} cannot be written ({error.strerror or one_line(error)}); {advice}."
-        ) from error
+        reason = error.strerror or one_line(error)
+        raise MisconfigurationException(f"{path} cannot be written ({reason}); {advice}.") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -27,23 +28,22 @@ def save(model: RedundancyProbe, checkpoint: dict[str, Any]) -> None:
 
 
 def load(model: RedundancyProbe, checkpoint: dict[str, Any]) -> list[Tensor]:
-    """Check that a checkpoint belongs to a model, and return the training losses of its epochs, shape (K, P) each.
+    """Return the training losses of a checkpoint's epochs, shape (K, P) each.
 
     Raises:
-        MisconfigurationException: If it does not, or its training has gone further than the one that resumes it.
+        MisconfigurationException: If it is of another run, or its training went further than the one that resumes it.
     """
-    theirs = checkpoint.get("probes")
-    if theirs is None:
+    saved = checkpoint.get("probes")
+    if saved is None:
         raise MisconfigurationException("The checkpoint holds no probes; name one that a fit of RedundancyProbe left.")
-    check(theirs["provenance"], of_probes(model))
-    losses = list(theirs["train_losses"])
+    check(saved["provenance"], of_probes(model))
+    losses = list(saved["train_losses"])
     if model.trainer.state.fn == "fit":
-        check(theirs["training"], of_training(model))
-        wanted = model.trainer.max_epochs or 0
-        if 0 < wanted < len(losses):
+        check(saved["training"], of_training(model))
+        wanted, done = model.trainer.max_epochs or 0, len(losses)
+        if 0 < wanted < done:
             raise MisconfigurationException(
-                f"trainer.max_epochs is {wanted}, but the checkpoint has gone through {len(losses)}; give "
-                f"{len(losses)} or more."
+                f"trainer.max_epochs is {wanted}, but the checkpoint has gone through {done}; give {done} or more."
             )
     return losses
 
@@ -81,16 +81,12 @@ def of_training(model: RedundancyProbe) -> dict[str, Any]:
     }
 
 
-def check(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise a MisconfigurationException that names the first difference of what checkpoint and run depend on."""
+def check(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a checkpoint that depends on something else than the run at hand; name the first difference."""
     for what, value in ours.items():
-        if theirs.get(what) != value:
+        if saved.get(what) != value:
+            there, here = (textwrap.shorten(str(each), 80, placeholder="...") for each in (saved.get(what), value))
             raise MisconfigurationException(
-                f"The checkpoint does not belong here: its {what} is {_short(theirs.get(what))}, not {_short(value)}; "
-                f"take the configuration of its own run."
+                f"The checkpoint does not belong here: its {what} is {there}, not {here}; take the configuration of "
+                f"its own run."
             )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

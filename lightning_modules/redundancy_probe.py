@@ -4,7 +4,6 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -55,7 +54,7 @@ class RedundancyProbe(LightningModule):
         seeds: int | list[int] = 5,
         selection: str | list[str] = "random",
         full_seeds: int | list[int] = 1,
-        solver: Solver = lazy_instance(SGD),  # noqa: B008 (solvers hold no state)
+        solver: Solver | None = None,
         features: Literal["clean", "off", False] | int = "clean",
         standardise: bool = False,
         measures: Measure | list[Measure] | None = None,
@@ -71,7 +70,7 @@ class RedundancyProbe(LightningModule):
         if backbone is None and self.features != "clean":
             raise MisconfigurationException(f"model.features is {features}, but vectors have no views; leave it clean.")
         self.backbone: Any = GivenVectors() if backbone is None else backbone
-        self.solver = solver
+        self.solver = SGD() if solver is None else solver
         self.standardise = standardise
         self.measures = Suite(measures, self.features == "clean")
         self.cache_dir = cache_dir
@@ -126,7 +125,8 @@ class RedundancyProbe(LightningModule):
             self.backbone.widths = {"none": task.width}
         elif task.vectors:
             raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
-        self.measures.insert(0, getattr(measures, task.target.measure)())
+        first = getattr(measures, task.target.measure)
+        self.measures[:] = [first(), *(each for each in self.measures if type(each) is not first)]
         self.probes = self.plan.probes(self.widths, any(measure.needs_comparison_probes for measure in self.measures))
 
     def setup(self, stage: str) -> None:

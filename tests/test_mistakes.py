@@ -17,13 +17,13 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import train
 from lightning_modules.checkpoints import FORMAT
 from lightning_modules.cli import run
+from lightning_modules.cli.parser import CONFIGS
 
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
-WEIGHTS = train.CONFIGS / "digits_0to4.safetensors"
+WEIGHTS = CONFIGS / "digits_0to4.safetensors"
 OVERLAY = "model.backbone.pretrained_cfg_overlay"
 ANY_CALLABLE = f"--{OVERLAY}={{input_size: [3, 32, 32], mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}}"
 
@@ -72,7 +72,7 @@ MISTAKES = {
     "bank larger than memory": (
         [
             "--model.seeds=10000",
-            *(f"--model.{name}={list(range(1, 51))}" for name in ("learning_rate", "weight_decay")),
+            *(f"--model.solver.{name}={list(range(1, 51))}" for name in ("learning_rate", "weight_decay")),
         ],
         "GB of memory (20001 probes x 2500 candidates",
         "use fewer fractions, seeds or candidates",
@@ -113,22 +113,36 @@ MISTAKES = {
     # Training.
     "no views": (["--model.features=0"], "model.features is 0", "clean, off or a number"),
     "unknown features": (["--model.features=cleen"], "model.features is cleen", "'clean'", "'off'"),
-    "unknown epoch to keep": (["--model.keep=bets"], "model.keep is bets; it must be 'best' or 'last'"),
-    "learning rate 0": (["--model.learning_rate=0"], "model.learning_rate is 0; it must be above 0"),
-    "negative learning rate": (["--model.learning_rate=[0.1,-1]"], "model.learning_rate is -1; it must be above 0"),
-    "learning rate that is no number": (["--model.learning_rate=.nan"], "model.learning_rate is nan", "above 0"),
-    "learning rate as a word": (["--model.learning_rate=fast"], "model.learning_rate is fast", "a number"),
-    "no learning rate": (["--model.learning_rate=[]"], "model.learning_rate", "at least one value"),
-    "learning rate twice": (["--model.learning_rate=[0.1,0.1]"], "model.learning_rate 0.1", "twice"),
-    "negative weight decay": (["--model.weight_decay=-1"], "model.weight_decay is -1; it must be 0 or more"),
-    "momentum 1": (["--model.momentum=1"], "model.momentum is 1; it must be from 0 to below 1"),
-    "gamma 0": (["--model.gamma=0"], "model.gamma is 0; it must be above 0"),
-    "step size 0": (["--model.step_size=0"], "model.step_size is 0; it must be at least 1"),
+    "unknown epoch to keep": (["--model.solver.keep=bets"], "model.solver.keep is bets; it must be 'best' or 'last'"),
+    "learning rate 0": (["--model.solver.learning_rate=0"], "model.solver.learning_rate is 0; it must be above 0"),
+    "negative learning rate": (
+        ["--model.solver.learning_rate=[0.1,-1]"],
+        "model.solver.learning_rate is -1; it must be above 0",
+    ),
+    "learning rate that is no number": (
+        ["--model.solver.learning_rate=.nan"],
+        "model.solver.learning_rate is nan",
+        "above 0",
+    ),
+    "learning rate as a word": (
+        ["--model.solver.learning_rate=fast"],
+        "model.solver.learning_rate is fast",
+        "a number",
+    ),
+    "no learning rate": (["--model.solver.learning_rate=[]"], "model.solver.learning_rate", "at least one value"),
+    "learning rate twice": (["--model.solver.learning_rate=[0.1,0.1]"], "model.solver.learning_rate 0.1", "twice"),
+    "negative weight decay": (
+        ["--model.solver.weight_decay=-1"],
+        "model.solver.weight_decay is -1; it must be 0 or more",
+    ),
+    "momentum 1": (["--model.solver.momentum=1"], "model.solver.momentum is 1; it must be from 0 to below 1"),
+    "gamma 0": (["--model.solver.gamma=0"], "model.solver.gamma is 0; it must be above 0"),
+    "step size 0": (["--model.solver.step_size=0"], "model.solver.step_size is 0; it must be at least 1"),
     "neither true nor false": (["--model.standardise=maybe"], "model.standardise is maybe", "true or false"),
     # The task.
     "unknown task": (["--data=Digit"], "--data is 'Digit'; did you mean Digits? It must be one of CIFAR10, CIFAR100"),
     "task that is none": (["--data=Task"], "--data is 'Task'; it must be one of CIFAR10, CIFAR100"),
-    "unknown model": (["--model=Probe"], "--model is 'Probe'; it must be one of Pretraining, RedundancyProbe"),
+    "unknown model": (["--model=Probe"], "--model is 'Probe'; it must be one of RedundancyProbe, Pretraining"),
     "task that is not there": (
         ["--data=nowhere.Task"],
         "--data is 'nowhere.Task', which cannot be imported",
@@ -220,7 +234,12 @@ MISTAKES = {
         "file/runs/quickstart cannot be written",
         "default_root_dir",
     ),
-    "cache below a file": (["--model.cache_dir=file/features"], "written to file/features", "--model.cache_dir"),
+    "cache below a file": (
+        ["--model.cache_dir=file/features"],
+        "file/features",
+        "cannot be written",
+        "--model.cache_dir",
+    ),
     "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "no checkpoint 'nowhere.ckpt'; give a file, or say last"),
 }
 
@@ -452,12 +471,12 @@ FOREIGN = {
     "interpolation": ([f"--{OVERLAY}.interpolation=bicubic"], "its preprocessing is"),
 }
 CHANGED = {
-    "learning rate": (["--model.learning_rate=0.2"], "its learning_rate and weight_decay is [[0.1, 0.0001]]"),
-    "momentum": (["--model.momentum=0.5"], "its momentum is 0.9, not 0.5"),
-    "step size": (["--model.step_size=10"], "its step_size is 20, not 10"),
+    "learning rate": (["--model.solver.learning_rate=0.2"], "its learning_rate and weight_decay is [[0.1, 0.0001]]"),
+    "momentum": (["--model.solver.momentum=0.5"], "its momentum is 0.9, not 0.5"),
+    "step size": (["--model.solver.step_size=10"], "its step_size is 20, not 10"),
     "batch size": (["--data.batch_size=32"], "its data.batch_size is 64, not 32"),
     "data seed": (["--data.seed=1"], "its data.seed is 0, not 1"),
-    "epoch to keep": (["--model.keep=last"], "its keep is best, not last"),
+    "epoch to keep": (["--model.solver.keep=last"], "its keep is best, not last"),
     "features": (["--model.features=off"], "its features is clean, not off"),
     "precision": (["--trainer.precision=bf16-mixed"], "its trainer.precision is 32-true, not bf16-mixed"),
     "fewer epochs than are done": (["--trainer.max_epochs=50"], "100", "50"),
@@ -688,7 +707,8 @@ def test_a_disk_too_full_for_the_features_leaves_a_finished_run_alone(cli, finis
     before = content(finished)
     with full_disk(20_000):
         answer = cli(*rerun("fit", "--overwrite=true", "--name=quickstart", "--model.cache_dir=full"))
-    assert "Features cannot be written to full/" in error_of(answer)
+    assert "full/" in error_of(answer)
+    assert "cannot be written (" in error_of(answer)
     assert "--model.cache_dir" in error_of(answer)
     assert content(finished) == before
     assert not half_written(tmp_path)
@@ -770,8 +790,8 @@ def test_a_folder_that_must_not_be_written_is_named_before_any_image_is_seen(cli
 
 def test_a_cache_that_must_not_be_written_is_named(cli, read_only):
     error = error_of(cli(*SHORT, f"--model.cache_dir={read_only}"))
-    assert f"Features cannot be written to {read_only}/" in error
-    assert "(Permission denied); name another folder with --model.cache_dir" in error
+    assert f"{read_only}/" in error
+    assert "cannot be written (Permission denied); name another folder with --model.cache_dir" in error
 
 
 # ----------------------------------------------------------------------------------------------------------- processes

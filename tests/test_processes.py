@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TORCHRUN, launch
+from lightning.pytorch import Trainer
 
+from datamodules import Digits
 from lightning_modules import FrozenBackbone, RedundancyProbe
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
@@ -94,19 +96,23 @@ def test_only_the_first_of_several_processes_speaks_and_logs(start, tmp_path):
 
 
 def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
-    model = RedundancyProbe(FrozenBackbone("test_resnet", weights="random"), num_classes=3, fractions=[0.5], seeds=2)
+    model = RedundancyProbe(FrozenBackbone("test_resnet", weights="random"), fractions=[0.5], seeds=2)
+    task = Digits([0, 1, 2], num_workers=0)
+    task.preprocessing = model.preprocessing
+    plain = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    Trainer(max_epochs=1, default_root_dir=tmp_path, **plain).fit(model, datamodule=task)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         sent = [parameter.numel() for parameter in parallel._module_parameters]
         assert parallel.modules_buffers == []
-        assert sum(sent) == sum(bank.weight.numel() + bank.bias.numel() for bank in model.banks)
+        assert sum(sent) == sum(bank.weight.numel() + bank.bias.numel() for bank in model.grid.banks)
     finally:
         torch.distributed.destroy_process_group()
 
 
 def test_two_processes_leave_the_files_of_one(start, tmp_path):
-    measures = ("--model.solver=ridge", "--model.selection=[random,pca,pca_least,fisher]")
+    measures = ("--model.solver=Ridge", "--model.selection=[random,pca,pca_least,fisher]")
     given = "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles]"
     command = (*SHORT, *measures, given, "--model.backbone.layer=[layer2,penultimate]", "--name=run")
     for processes in (1, 2):

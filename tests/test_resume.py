@@ -10,12 +10,14 @@ import pytest
 from lightning_modules.checkpoints import PAUSE, AtomicCheckpointIO
 
 PLAIN = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--data.num_workers=0")
-# Larger images than the network was made for, so that the look takes a while too.
+# Larger images than the network was made for, so that extraction takes a while too.
 SLOW = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.backbone.pretrained_cfg_overlay.input_size=[3,64,64]")
 SLOW += ("--model.features=2", "--data.augmentation=paper", "--trainer.max_epochs=40")
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, ["look"] * 2 + ["training"] * 3), (2, ["look", "training"])])
+@pytest.mark.parametrize(
+    ("processes", "kills"), [(1, ["extraction"] * 2 + ["training"] * 3), (2, ["extraction", "training"])]
+)
 def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_one_that_was_not(start, tmp_path, processes, kills):
     def fit(name):
         command = (*SLOW, f"--name={name}", f"--model.cache_dir={tmp_path / name}-features", "--ckpt_path=last")
@@ -23,7 +25,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_one_that_was_no
 
     def progress(phase):
         """What a life has reached: how many shards there are, or when the checkpoint was written."""
-        if phase == "look":
+        if phase == "extraction":
             return len(list(tmp_path.glob("killed-features/*/0*.safetensors")))
         return last.stat().st_mtime_ns if last.exists() else 0
 

@@ -204,7 +204,7 @@ def test_several_processes_of_a_launch_agree_and_the_first_compares(start, tmp_p
         (["--vary.data=[sweep_tasks.Gone]"], "None of the runs can be had; the lines above say why."),
         (["--vary.data=[DTDD]"], "vary.data holds 'DTDD'; did you mean DTD? It must be one of CIFAR10, "),
         (["--vary.data=[]"], "vary.data is empty; there is nothing to run."),
-        (["--vary.data={"], "--vary.data is {; it must be a list."),
+        (["--vary.data={"], "vary.data holds '{'; it must be one of CIFAR10, "),
         (["--vary.config=[cifar10_curv.yaml]"], "try cifar10_curve.yaml"),
         (["--name=mine"], "All runs would go to one folder; leave --name out."),
         (["--delta=2"], "--delta is 2; it must be above 0, at most 1."),

@@ -101,8 +101,9 @@ def test_the_papers_recipe_is_that_of_its_authors(cli, task, weight_decay, size)
     config = yaml.safe_load(out)
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
     assert (trainer["max_epochs"], trainer["check_val_every_n_epoch"]) == (100, 5)
-    assert (model["learning_rate"], model["momentum"], model["weight_decay"]) == (0.1, 0.9, weight_decay)
-    assert (model["step_size"], model["gamma"], model["keep"]) == (20, 0.1, "best")
+    assert model["solver"]["class_path"].endswith(".SGD")
+    solver = {"learning_rate": 0.1, "momentum": 0.9, "step_size": 20, "gamma": 0.1, "keep": "best"}
+    assert model["solver"]["init_args"] == solver | {"weight_decay": weight_decay}
     assert (model["features"], data["augmentation"], data["batch_size"]) == ("off", "paper", 256)
     assert (model["standardise"], model["selection"], model["seeds"]) == (False, "random", [1, 2, 3, 4, 5])
     tenths = [0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 0.9]
@@ -127,8 +128,10 @@ def test_a_run_begins_with_what_it_will_do_as_resolved(cli, tmp_path, monkeypatc
     assert status == 0, err
     block = dict(re.findall(r"^([a-z ]+?)  +(\S.*)$", err, re.MULTILINE))
     assert block["task"].startswith("digits: 538 train, 179 val, 179 test images, 5 classes")
-    assert "resnet18-random" in block["backbone"]
-    assert "penultimate" in block["layer"]
+    assert block["backbone"].startswith("resnet18, random weights, layer penultimate (512 neurons), 3 x 32 x 32")
+    assert block["features"] == "clean view, extracted once"
+    assert block["solver"].startswith("SGD (learning_rate 0.1, ")
+    assert block["measures"] == "Accuracy, CKA, Inequality"
     assert "random x 2 fractions x 2 seeds" in block["probes"]
     assert block["own code"] == "own_callbacks.Silent"
     assert block["folder"] == "runs/debug"
@@ -202,7 +205,7 @@ def test_quickstart_summary_agrees_with_its_results(quickstart):
     assert redundancy["threshold"]["0.9"] == pytest.approx(1 - min(f for f, r in ratios.items() if r >= 0.9))
     assert redundancy["nearest"]["0.9"] == pytest.approx(1 - min(ratios, key=lambda f: (abs(ratios[f] - 0.9), f)))
     assert set(run["versions"]) >= {"torch", "lightning", "timm"}
-    assert run["seconds"]["fit"] > run["seconds"]["look"] > 0
+    assert run["seconds"]["fit"] > run["seconds"]["extraction"] > 0
 
 
 def test_quickstart_logs_to_wandb_offline(quickstart):
@@ -214,7 +217,9 @@ def test_quickstart_logs_to_wandb_offline(quickstart):
 def test_the_checkpoint_holds_probes_and_indices_but_no_backbone(quickstart):
     checkpoint = torch.load(quickstart[0] / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any("backbone" in key for key in checkpoint["state_dict"])
-    assert {"banks.0.weight", "kept.0.weight", "kept_accuracy", "kept_epoch"} <= set(checkpoint["state_dict"])
+    assert {"grid.banks.0.weight", "grid.kept.0.weight", "grid.kept_score", "grid.kept_epoch"} <= set(
+        checkpoint["state_dict"]
+    )
     for probe, indices in zip(checkpoint["probes"]["probes"], checkpoint["probes"]["indices"], strict=True):
         if probe[0] == "random":
             expected = torch.randperm(384, generator=torch.Generator().manual_seed(probe[3]))[: probe[2]]

@@ -1,6 +1,6 @@
 """The command line: `train.py VERB ...`."""
 
+from lightning_modules.cli.errors import Classes
 from lightning_modules.cli.main import main
-from lightning_modules.cli.parser import CONFIGS, Tasks
 
-__all__ = ["CONFIGS", "Tasks", "main"]
+__all__ = ["Classes", "main"]

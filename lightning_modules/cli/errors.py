@@ -6,8 +6,8 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistError
@@ -19,139 +19,134 @@ CONNECTIONS = re.compile(r"gloo|NCCL|connection (closed|reset|refused)|broken pi
 """What PyTorch says where another process is gone."""
 
 
-class Options(NamedTuple):
-    """What can be set on a command line, so that the nearest can be named to one who mistypes it."""
+class Classes(NamedTuple):
+    """Classes of which an option takes one."""
 
-    keys: Mapping[str, list[str]]
-    """Every option without its dashes, with the names of the classes that take it."""
-    choices: Mapping[str, list[str]]
-    """Names of the classes of which an option takes one."""
+    base: type
+    """What all of them are derived from, also those that are given by an import path."""
+    offered: Sequence[type]
+    """Those that are given by name."""
 
 
-def options_of(parts: Mapping[str, Iterable[type]], further: Iterable[str] = ()) -> Options:
-    """Return the options of classes, of the project's own classes among their arguments, and so on.
+class Options(dict[str, list[str]]):
+    """All options without their dashes, each with the names of the classes that take it.
 
     Args:
-        parts: Classes of which each option takes one.
-        further: Options that belong to no class.
+        parts: Options that take a class, whose arguments are options too, and so on.
+        others: Options that belong to no class.
     """
-    options = Options({key: [] for key in further}, {})
-    packages = {kind.__module__.partition(".")[0] for kinds in parts.values() for kind in kinds} - {"lightning"}
 
-    def collect(part: str, kinds: list[type]) -> None:
-        options.keys.setdefault(part, [])  # type: ignore[attr-defined]
-        if len(kinds) > 1:
-            options.choices[part] = [kind.__name__ for kind in kinds]  # type: ignore[index]
-        for kind in kinds:
-            hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
-            for name in inspect.signature(kind).parameters:
-                key = f"{part}.{name}"
-                known = key in options.keys
-                options.keys.setdefault(key, []).append(kind.__name__)  # type: ignore[attr-defined]
-                own: list[type] = [each for base in _classes(hints.get(name)) for each in _concrete(base, packages)]
-                if own and not known:
-                    collect(key, own)
+    def __init__(self, parts: Mapping[str, Classes], others: Iterable[str] = ()) -> None:
+        super().__init__({key: [] for key in (*parts, *others)})
+        self.classes = dict(parts)
+        for part in (found := list(parts)):
+            for kind in self.classes[part].offered:
+                hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
+                for name in arguments(kind):
+                    key = f"{part}.{name}"
+                    self.setdefault(key, []).append(kind.__name__)
+                    for base in (hints.get(name), *typing.get_args(hints.get(name))):
+                        ours = isinstance(base, type) and base.__module__.startswith("lightning_modules.")
+                        if ours and key not in self.classes:
+                            self.classes[key] = Classes(base, _concrete(base))
+                            found.append(key)
 
-    for part, given in parts.items():
-        collect(part, list(given))
-    return options
-
-
-def _classes(hint: Any) -> Iterator[type]:
-    """Yield the classes in a type hint."""
-    if isinstance(hint, type) and not typing.get_args(hint):
-        yield hint
-    for part in typing.get_args(hint):
-        yield from _classes(part)
+    def prefix(self, kind: type) -> str:
+        """Return what the options of a class begin with."""
+        return next((f"{key}." for key, classes in self.classes.items() if issubclass(kind, classes.base)), "")
 
 
-def _concrete(base: type, packages: set[str]) -> Iterator[type]:
-    """Yield a class of these packages and its subclasses, without those that are abstract."""
-    if base.__module__.partition(".")[0] in packages:
-        if not inspect.isabstract(base):
-            yield base
-        subclasses: list[type] = base.__subclasses__()
-        for derived in subclasses:
-            yield from _concrete(derived, packages)
+def _concrete(base: type) -> list[type]:
+    """Return a class and its subclasses, without those that are abstract."""
+    kinds = [base]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return sorted((kind for kind in kinds if not inspect.isabstract(kind)), key=lambda kind: kind.__name__)
 
 
-def explain(message: str, options: Options) -> str:
+def arguments(kind: type) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a class, with those of its bases where it hands others on to them."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            found = dict(inspect.signature(base).parameters) | found
+            several = [name for name, each in found.items() if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+            if not several:
+                break
+            found = {name: each for name, each in found.items() if name not in several}
+    return found
+
+
+def explain(message: str, options: Options, prefix: str = "") -> str:
     """Return what jsonargparse says of a mistake as one line that names the wrong value and what would be right.
 
-    Args:
-        message: What jsonargparse says.
-        options: The options that there are.
+    Names in the message begin with `prefix` on the command line.
     """
     unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", message)
     if unknown:
-        return _unknown(unknown[1], options)
-    said = re.search(r'Parser key "([\w.]+)"', message)
-    key = next(iter(nearest_keys(said[1], options, 1)), said[1]) if said else ""
-    path = re.search(r"Problem with given class_path '(.*?)':\s+(.*)", message)
-    if path:
-        return f"--{key} is {path[1]!r}, which cannot be imported ({path[2]})."
-    word = re.search(r"Expected a dot import path string: (\S+)|Given value: (\w+)$", message)
-    if word and key in options.choices:
-        return f"--{key} is {nearest_class(word[1] or word[2], options.choices[key])}, or a class's import path."
-    word = re.search(r"Unable to load config \'(.*?)\'|dot import path string: (\S+)", message)
-    if word and key:
-        name = word[1] or word[2]
-        return f"--{key} is {name!r}; it must be settings, as `--{key} '{{name: value}}'` or `--{key}.name value`."
+        return _unknown(prefix + unknown[1], options)
     required = re.search(r"the following arguments are required: (.*)", message)
     if required:
-        keys = [next(iter(nearest_keys(each, options, 1)), each) for each in required[1].split(", ")]
-        if "trainer" not in options.keys:
-            named = ["RUN" if each == "runs" else f"--{each}" for each in keys]  # these come without a flag
-            return f"Give {' and '.join(named)} too; --help tells what they are."
-        return f"Nothing sets {' and '.join(keys)}; give a --config, as quickstart.yaml, or --{keys[0]}."
-    wrong = re.search(r'Parser key "[\w.]+":\s*(.*)', message, re.DOTALL)
-    if wrong:
-        value = re.search(r"Given value: (.*)|Got value: (.*)", wrong[1])
-        types = re.search(r"Subtypes: \[(.*)\]\n|Expected an? (.*?)(?:\. Got value|$)", wrong[1])
-        if value and types:
-            kinds = re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", types[1] or types[2])
-            kinds = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", kinds).replace("dict[str, Any]", "dict")
-            right = " or ".join(TYPES.get(each, each) for each in kinds.split(", "))
-            return f"{key} is {value[1] or value[2]}; it must be {right}."
-    return message.partition("Given value type")[0]
+        keys = [prefix + each for each in required[1].split(", ")]
+        if "trainer" in options:
+            return f"Nothing sets {' and '.join(keys)}; give a --config, as quickstart.yaml, or --{keys[0]}."
+        named = ["RUN" if each == "runs" else f"--{each}" for each in keys]  # these come without a flag
+        return f"Give {' and '.join(named)} too; --help tells what they are."
+    wrong = re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
+    if not wrong:
+        return message.partition("Given value type")[0]
+    key, problem = prefix + wrong[1], wrong[2]
+    path = re.search(r"Problem with given class_path '(.*?)':\s+(.*)", problem)
+    if path:
+        return f"--{key} is {path[1]!r}, which cannot be imported ({path[2]})."
+    base, offered = options.classes.get(key, Classes(object, [object]))
+    word = re.search(r"dot import path string: (\S+)|Unable to load config '(.*?)'|Given value: ([\w.]+)$", problem)
+    name = (word[1] or word[2] or word[3]) if word else ""
+    if name and list(offered) != [base]:
+        if "." in name:
+            return f"--{key} is {name!r}, which is no {base.__name__}, or lacks one of its methods."
+        right = nearest_class(name, [kind.__name__ for kind in offered])
+        return f"--{key} is {right}, or the import path of another {base.__name__}."
+    if word and not word[3]:
+        return f"--{key} is {name!r}; it must be settings, as `--{key} '{{name: value}}'` or `--{key}.name value`."
+    value = re.search(r"Given value: (.*)|Got value: (.*)", problem)
+    types = re.search(r"Subtypes: \[(.*)\]\n|Expected an? (.*?)(?:\. Got value|$)", problem)
+    if not (value and types):
+        return message.partition("Given value type")[0]
+    kinds = re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", types[1] or types[2])
+    kinds = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", kinds).replace("dict[str, Any]", "dict")
+    right = " or ".join(TYPES.get(each, each) for each in kinds.split(", "))
+    return f"{key} is {value[1] or value[2]}; it must be {right}."
 
 
-def _unknown(name: str, options: Options) -> str:
+def _unknown(key: str, options: Options) -> str:
     """Say what is to be said of an option that there is not, or that another class has."""
-    near = nearest_keys(name, options)
-    if near and near[0].rpartition(".")[2] == name.rpartition(".")[2] and options.keys[near[0]]:
-        key, owners = near[0], options.keys[near[0]]
-        part = key.rpartition(".")[0]
-        return f"--{key} is an option of {' and '.join(owners)}; choose that with --{part}, or leave --{key} out."
-    everything = "`train.py fit --help` lists all." if "trainer" in options.keys else "--help lists all."
-    hint = f"did you mean {' or '.join(near)}?" if near else everything
-    return f"There is no option {name!r}; {hint}"
+    part, _, last = key.rpartition(".")
+    names = {each: each.rpartition(".")[2] for each in options if each != key}
+    below = {each: name for each, name in names.items() if not part or each.startswith(f"{part}.")}
+    near = [last] if last in below.values() else difflib.get_close_matches(last, set(below.values()), n=1)
+    found = [each for each in below if below[each] in near] or [each for each in names if names[each] == last]
+    found.sort(key=lambda each: -difflib.SequenceMatcher(None, each, key).ratio())
+    hint = f"did you mean {' or '.join(found[:2])}?"
+    if options.get(key):
+        hint = hint if near == [last] else f"choose that with --{part}, or leave --{key} out."
+        return f"--{key} is an option of {' and '.join(options[key])}; {hint}"
+    everything = "`train.py fit --help` lists all." if "trainer" in options else "--help lists all."
+    return f"There is no option {key!r}; {hint if found else everything}"
 
 
-def nearest_class(name: str, known: list[str]) -> str:
+def nearest_class(name: str, known: Sequence[str]) -> str:
     """Return what is to be said of a name that is none of the known, with the nearest of them."""
     near = difflib.get_close_matches(name.lower(), [each.lower() for each in known], n=1)
     hint = next((f"; did you mean {each}? I" for each in known if each.lower() in near), "; i")
     return f"{name!r}{hint}t must be one of {', '.join(known)}"
 
 
-def nearest_keys(key: str, options: Options, cutoff: float = 0.6) -> list[str]:
-    """Return the options whose last part is nearest to that of `key`, at most two."""
-    last = {each: each.rpartition(".")[2] for each in options.keys}
-    near = difflib.get_close_matches(key.rpartition(".")[2], set(last.values()), n=1, cutoff=cutoff)
-    found = [each for each in last if last[each] in near]
-    given = [word.lstrip("-").partition("=")[0] for word in sys.argv if word.startswith("--")]
-    parts = {word.rpartition(".")[0] for word in given if word.endswith(key)}  # settles what several parts know
-    found = [each for each in found if each.rpartition(".")[0] in parts] or found
-    return sorted(found, key=lambda each: -difflib.SequenceMatcher(None, each, key).ratio())[:2]
-
-
 def fail(message: str) -> NoReturn:
     """End with one line and exit status 2; a process of several says which of them it is."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     who = f" (process {rank_zero_only.rank + 1} of {processes})" if processes > 1 else ""  # type: ignore[attr-defined]
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    print(f"error{who}: {' '.join(lines)}", file=sys.stderr, flush=True)
+    print(f"error{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -20,11 +20,7 @@ class OccupiedFolder(MisconfigurationException):
 
 
 class RunFolder:
-    """The folder of one run.
-
-    Args:
-        path: Where it is.
-    """
+    """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,38 +34,41 @@ class RunFolder:
             MisconfigurationException: If a checkpoint that is wanted is not there.
         """
         wanted = wanted or (None if verb == "fit" else "last")
-        if wanted == "last" and not self.last.is_file():
-            if verb != "fit":
-                raise MisconfigurationException(
-                    f"There is no {self.last}; name the --config of a run, or its checkpoint with --ckpt_path."
-                )
-            rank_zero_info(f"There is no {self.last} yet; the run starts from the beginning.")
-            return None
-        if wanted and wanted != "last" and not Path(wanted).is_file():
-            raise MisconfigurationException(f"There is no checkpoint {str(wanted)!r}; give a file, or say last.")
-        return str(self.last) if wanted == "last" else wanted
+        if wanted != "last":
+            if wanted and not Path(wanted).is_file():
+                raise MisconfigurationException(f"There is no checkpoint {str(wanted)!r}; give a file, or say last.")
+            return wanted
+        if self.last.is_file():
+            return str(self.last)
+        if verb != "fit":
+            raise MisconfigurationException(
+                f"There is no {self.last}; name the --config of a run, or its checkpoint with --ckpt_path."
+            )
+        rank_zero_info(f"There is no {self.last} yet; the run starts from the beginning.")
+        return None
 
     @contextlib.contextmanager
     def occupied(self, trainer: Trainer, overwrite: bool) -> Iterator[None]:
         """Hold the folder, so that no other process writes to it; a process that is killed lets go of it.
 
-        The first process decides, and all do the same.
-
-        Args:
-            trainer: Connects the processes of this run.
-            overwrite: Whether a finished run may be replaced.
-
-        Raises:
-            OccupiedFolder: If it holds a finished run that must stay, or another process holds it.
-            MisconfigurationException: If it cannot be written.
+        The first process of a run decides, and all do the same. A finished run may be replaced with `overwrite`.
         """
         lock = FileLock(self.path / "run.lock")
         refusal: MisconfigurationException | None = None
         if trainer.is_global_zero:
             try:
-                self._occupy(lock, overwrite)
+                with writing(self.path, ADVICE):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    with tempfile.TemporaryFile(dir=self.path):
+                        pass
+                lock.acquire(timeout=0)
             except MisconfigurationException as error:
                 refusal = error.with_traceback(None)
+            except Timeout:
+                refusal = OccupiedFolder(f"{self.path} is being written by another process; leave it to that.")
+            if refusal is None and self.results.exists() and not overwrite:
+                message = f"{self.path} holds a finished run; choose another --name, or say --overwrite true."
+                refusal = OccupiedFolder(message)
         path, refusal = trainer.strategy.broadcast((self.path, refusal))
         try:
             if refusal is not None:
@@ -81,17 +80,3 @@ class RunFolder:
             yield
         finally:
             lock.release()
-
-    def _occupy(self, lock: FileLock, overwrite: bool) -> None:
-        if not self.results.exists() or overwrite:
-            with writing(self.path, ADVICE):
-                self.path.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.path):
-                    pass
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout as error:
-                    message = f"{self.path} is being written by another process; leave it to that."
-                    raise OccupiedFolder(message) from error
-        if self.results.exists() and not overwrite:
-            raise OccupiedFolder(f"{self.path} holds a finished run; choose another --name, or say --overwrite true.")

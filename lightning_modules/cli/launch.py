@@ -11,26 +11,18 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unuse
 """Processes that run the whole command line, each on one device."""
 
 
-def check_strategy(strategy: Any) -> None:
-    """Refuse a strategy by a name that is none of `STRATEGIES`."""
+def launched(strategy: Any, devices: Any, nodes: int) -> dict[str, Any]:
+    """Return the Trainer's devices and nodes, as torchrun says them itself; refuse a name that is no strategy."""
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise MisconfigurationException(f"trainer.strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}.")
-
-
-def launched(devices: Any, nodes: int) -> dict[str, Any]:
-    """Return the Trainer's devices and nodes; torchrun says itself how many processes there are."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        here, all_of_them = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-        devices, nodes = here if devices == "auto" else devices, all_of_them // here
+        here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        devices, nodes = here if devices == "auto" else devices, everywhere // here
     return {"devices": devices, "num_nodes": nodes}
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Refuse a Trainer that would wait for processes that nobody started.
-
-    Raises:
-        ValueError: If it would; the message says what to do.
-    """
+    """Refuse a Trainer that would wait for processes that nobody started, with a ValueError that says what to do."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if environment is not None:
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
@@ -42,6 +34,5 @@ def check_processes(trainer: Trainer) -> None:
 def connect(trainer: Trainer) -> None:
     """Start the other processes of a run, where Lightning is to, and connect all, as Trainer.fit would do later."""
     if trainer.world_size > 1:
-        launcher = trainer.strategy.launcher
-        assert launcher is not None  # as all of `STRATEGIES` have one
+        launcher: Any = trainer.strategy.launcher  # all of `STRATEGIES` have one
         launcher.launch(trainer.strategy.setup_environment, trainer=trainer)

@@ -5,7 +5,6 @@ import inspect
 import logging
 import os
 import sys
-import typing
 import warnings
 from collections.abc import Sequence
 
@@ -13,16 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.backbones.memory import keep_freed_memory
 from lightning_modules.cli import run
-from lightning_modules.cli.errors import fail, is_left_alone, nearest_class
-from lightning_modules.cli.parser import Parser, Tasks
+from lightning_modules.cli.errors import Classes, fail, is_left_alone, nearest_class
+from lightning_modules.cli.parser import Parser
 from lightning_modules.cli.sweep import sweep
 from lightning_modules.reporting import dashboard
 
-FUNCTIONS = {
-    "compare": "lightning_modules.reporting.compare.compare",
-    "export": "lightning_modules.export.export",
-}
-"""Functions that are verbs; imported when they are called, as what they need takes long to import."""
+FUNCTIONS = {"compare": "lightning_modules.reporting.compare", "export": "lightning_modules.export"}
+"""Modules of verbs that are functions of the same name; imported late, as what they need takes long to import."""
 VERBS = run.VERBS | {
     "sweep": "Run fit for every combination of tasks, backbones or other settings, and compare the runs.",
     "compare": "Compare finished runs: the table of redundancies, joined results and pictures.",
@@ -31,19 +27,15 @@ VERBS = run.VERBS | {
 """Everything that train.py does, and what that is."""
 
 
-def main(args: Sequence[str] | None, tasks: Tasks) -> None:
-    """Run the command line; a user's mistake ends in one line and exit status 2.
-
-    Args:
-        args: The command line; null is that of the process.
-        tasks: What can be probed.
-    """
+def main(args: Sequence[str] | None, tasks: Classes) -> None:
+    """Run the command line, null that of this process; a user's mistake ends in one line and exit status 2."""
     keep_freed_memory()
     _quieten()
     verb, *rest = (sys.argv[1:] if args is None else list(args)) or [""]
     try:
         if verb in ("-h", "--help"):
-            print(_help())
+            lines = [f"  {name:<8}  {what}" for name, what in VERBS.items()]
+            print("usage: train.py VERB ...", "", *lines, "", "train.py VERB --help lists its options.", sep="\n")
         elif verb in run.VERBS:
             run.CLI([verb, *rest], tasks)
         elif verb == "sweep":
@@ -67,35 +59,21 @@ def main(args: Sequence[str] | None, tasks: Tasks) -> None:
         dashboard.finish()
 
 
-def _help() -> str:
-    """Return what --help prints."""
-    wide = max(map(len, VERBS))
-    lines = [f"  {verb:<{wide}}  {what}" for verb, what in VERBS.items()]
-    return "\n".join(
-        ["usage: train.py VERB ...", "", *lines, "", "train.py VERB --help lists the options of a verb."],
-    )
-
-
 def _call(verb: str, args: Sequence[str]) -> None:
     """Call the function of a verb, with a parser made from its arguments."""
-    module, _, name = FUNCTIONS[verb].rpartition(".")
-    function = getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(FUNCTIONS[verb]), verb)
     parser = Parser(prog=f"train.py {verb}", description=VERBS[verb], allow_abbrev=False)
-    several: set[str | int] = {
-        name for name, kind in typing.get_type_hints(function).items() if name == "runs" and kind == list[str]
-    }
-    for each in several:
-        parser.add_argument(str(each), nargs="+", help="Folders of runs, or patterns.")
-    parser.add_function_arguments(function, skip=several)
-    given = vars(parser.parse_args(args))
-    function(**{key: given[key] for key in inspect.signature(function).parameters})
+    if "runs" in inspect.signature(function).parameters:
+        parser.add_argument("runs", nargs="+", help="Folders of runs, or patterns.")
+    parser.add_function_arguments(function, skip={"runs"})
+    function(**vars(parser.parse_args(args)))
 
 
 def _quieten() -> None:
     """Leave out advertisements, and advice that a frozen backbone or a small data set has no use for."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # for what LightningCLI calls
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
     for advice in (
         "does not have many workers",
         "in eval mode at the start of training",
@@ -104,7 +82,3 @@ def _quieten() -> None:
         "args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in str(record.msg)

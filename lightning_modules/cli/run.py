@@ -1,27 +1,25 @@
 """One run: a task, a model and a Trainer, in a folder of its own that ends up with a report."""
 
-import inspect
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_modules import RedundancyProbe
 from lightning_modules.checkpoints import AtomicCheckpointIO, Checkpoints
-from lightning_modules.cli.errors import nearest_keys
+from lightning_modules.cli.errors import Classes, arguments
 from lightning_modules.cli.folder import ADVICE, RunFolder
-from lightning_modules.cli.launch import check_processes, check_strategy, connect, launched
-from lightning_modules.cli.parser import Tasks, options_of_a_run, run_parser
-from lightning_modules.cli.summary import Summary, imported
-from lightning_modules.files import atomic, writing
+from lightning_modules.cli.launch import check_processes, connect, launched
+from lightning_modules.cli.parser import run_parser
+from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.reporting import dashboard, report
 
 VERBS = {
@@ -31,34 +29,22 @@ VERBS = {
     "predict": "Write what every probe of a finished run says of every test image, into predictions.csv.",
 }
 """Methods of the Trainer that a run can be of."""
-PARSERS: dict[tuple[str, Tasks], tuple[Any, ...]] = {}
-"""Parsers that were built in this process, by their verb: building one takes as long as parsing with it."""
 
 
 class Refusal(BaseException):
-    """Carries what a constructor complains of past jsonargparse, which would bury it under all that it tried instead.
-
-    Args:
-        error: The complaint.
-    """
-
-    def __init__(self, error: MisconfigurationException) -> None:
-        super().__init__(str(error))
-        self.error = error
+    """Carries the error of a constructor past jsonargparse, which would bury it under all that it tried instead."""
 
 
 class CLI(LightningCLI):
     """LightningCLI with named runs, each in a folder of its own, that end in a report.
 
-    Args:
-        args: The command line; its first word is one of `VERBS`.
-        tasks: What can be probed.
-
-    Raises:
-        MisconfigurationException: If something cannot be as asked for; the message is one line.
+    The command line begins with one of `VERBS`. What cannot be as it asks is told by a MisconfigurationException.
     """
 
-    def __init__(self, args: Sequence[str], tasks: Tasks) -> None:
+    suffix = ""
+    """Ends the name of a run that is not given one."""
+
+    def __init__(self, args: Sequence[str], tasks: Classes) -> None:
         self.tasks = tasks
         self.verb = args[0]
         super().__init__(
@@ -80,20 +66,9 @@ class CLI(LightningCLI):
             args=list(args),
         )
 
-    # --------------------------------------------------------------------------------------------------- parsing
-
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the one verb that is asked for, so that no parser is built for others."""
         return {self.verb: super().subcommands()[self.verb]}
-
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Build the parser, or take the one of an earlier run in this process."""
-        built = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
-        if (self.verb, self.tasks) not in PARSERS:
-            super().setup_parser(*args, **kwargs)
-            PARSERS[self.verb, self.tasks] = tuple(getattr(self, name) for name in built)
-        for name, value in zip(built, PARSERS[self.verb, self.tasks], strict=True):
-            setattr(self, name, value)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose `--config` also finds the shipped configurations."""
@@ -118,66 +93,60 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take no hyper-parameter from a checkpoint: they stand in config.yaml and on the command line."""
 
-    # ------------------------------------------------------------------------------------------------- instances
+    @property
+    def settings(self) -> Any:
+        """What was parsed for the verb."""
+        return self.config[self.subcommand]
 
     def before_instantiate_classes(self) -> None:
         """Let constructors' complaints through as they are, and load no checkpoint that holds more than data."""
         self.parser.add_instantiator(self.construct, object, subclasses=True)
         self.settings["weights_only"] = True
 
-    @property
-    def settings(self) -> Any:
-        """What was parsed for the verb."""
-        return self.config[self.subcommand]
-
     def instantiate_classes(self) -> None:
         """Make task, model and Trainer."""
         try:
             super().instantiate_classes()
         except Refusal as refusal:
-            raise refusal.error from None
+            raise refusal.args[0] from None
 
-    def construct(self, kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call the constructor of anything that the configuration names.
+    def construct(self, kind: type, *args: Any, **kwargs: Any) -> Any:
+        """Make an object of a class that the configuration names.
 
         Raises:
-            Refusal: If the constructor raises a MisconfigurationException, or an argument is null that must not be.
+            Refusal: If the constructor raises, or an argument is null that must not be.
         """
-        for name, parameter in inspect.signature(kind).parameters.items():  # jsonargparse lets null pass for any type
+        for name, parameter in arguments(kind).items():  # jsonargparse lets null pass for any type
             typed = parameter.annotation not in (parameter.empty, Any) and "None" not in str(parameter.annotation)
             if typed and kwargs.get(name, parameter) is None and parameter.default is not None:
-                key = next(iter(nearest_keys(name, options_of_a_run(self.tasks), 1)), name)
+                key = run_parser(self.tasks).options.prefix(kind) + name
                 raise Refusal(MisconfigurationException(f"{key} is null; leave it out, or give it a value."))
         try:
             return kind(*args, **kwargs)
-        except MisconfigurationException as error:
+        except ValueError as error:
+            raise Refusal(MisconfigurationException(f"{kind.__name__}: {one_line(error)}.")) from error
+        except Exception as error:
             raise Refusal(error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Give the run its name and folder, and the Trainer the checkpoints that go there.
-
-        Raises:
-            MisconfigurationException: If the name is none, or the Trainer cannot be had as asked for.
-        """
+        """Give the run its name and folder, and the Trainer the checkpoints that go there."""
         self.datamodule.preprocessing = self.model.preprocessing
-        name = self.settings["name"] or self.default_name
+        labels = (self.datamodule.label, self.model.label, self.suffix)
+        name = self.settings["name"] or "_".join(filter(None, labels))
         self.name = re.sub(r"[^\w.+=-]+", "-", name)
         if not self.name.strip("."):
             raise MisconfigurationException(f"--name is {name!r}; it must name a folder of its own.")
         config = dict(self.config_init[self.subcommand]["trainer"])
         self.folder = RunFolder(Path(config["default_root_dir"] or ".").expanduser() / self.name)
-        check_strategy(config["strategy"])
-        config |= launched(config["devices"], config["num_nodes"])
-        packages = {kind.__module__.partition(".")[0] for kind in (self.tasks.base, CLI, Trainer)}
+        config |= launched(config["strategy"], config["devices"], config["num_nodes"])
         config["callbacks"] = [
-            *_list(config["callbacks"]),
+            *as_list(config["callbacks"]),
             Checkpoints(self.folder.last),
-            Summary(self.folder.path, list(imported(self.settings, packages))),
-            LambdaCallback(on_train_start=self._begin, on_fit_end=self._begin),  # whichever comes first,
+            LambdaCallback(setup=self._describe, on_train_start=self._begin, on_fit_end=self._begin),
         ]
-        config["plugins"] = [*_list(config["plugins"]), AtomicCheckpointIO()]
-        self.wants_wandb = self.subcommand == "fit" and config["logger"] in (None, True)
-        config["logger"] = False if config["logger"] is True else config["logger"] or False
+        config["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
+        if config["logger"] in (None, True):  # `_log_configuration` adds W&B's, once the folder is held
+            config["logger"] = False
         try:
             trainer = super().instantiate_trainer(**config | kwargs)
             check_processes(trainer)
@@ -186,34 +155,22 @@ class CLI(LightningCLI):
             raise MisconfigurationException(f"There is no Trainer with {asked} here: {error}") from error
         return trainer
 
-    @property
-    def default_name(self) -> str:
-        """What the run is called where it is not given a name."""
-        return f"{self.datamodule.label}_{self.model.label}"
-
-    # ----------------------------------------------------------------------------------------------------- verbs
-
     def after_instantiate_classes(self) -> None:
-        """Let Lightning load the checkpoint that is meant; the last of a fit is known once its folder is held."""
-        if self.subcommand != "fit" or self.settings["ckpt_path"] != "last":
+        """Let Lightning load the checkpoint that is meant; that of a fit is known once its folder is held."""
+        self.dumped = self.parser.dump(self.config, skip_none=False)
+        if self.verb != "fit":
             checkpoint = self.folder.checkpoint(self.settings["ckpt_path"], self.verb)
             self.config_init[self.subcommand]["ckpt_path"] = checkpoint
 
     def fit(self, **arguments: Any) -> None:
-        """Fit, evaluate on validation and test, and report; LightningCLI calls this in place of Trainer.fit.
-
-        Args:
-            arguments: Those of Trainer.fit.
-        """
+        """Fit, evaluate on validation and test, and report; LightningCLI calls this in place of Trainer.fit."""
         connect(self.trainer)
         with self.folder.occupied(self.trainer, self.settings["overwrite"]):
             self.run(**arguments)
 
     def run(self, **arguments: Any) -> None:
         """Do what `fit` does, in a folder that is held."""
-        if self.settings["ckpt_path"] == "last":
-            arguments["ckpt_path"] = self.folder.checkpoint("last", self.verb)
-        self.begun = False
+        arguments["ckpt_path"] = self.folder.checkpoint(self.settings["ckpt_path"], self.verb)
         started = time.perf_counter()
         self._log_configuration()
         self.trainer.fit(**arguments)
@@ -232,50 +189,55 @@ class CLI(LightningCLI):
     def _log_configuration(self) -> None:
         """Let the loggers know the configuration before long work starts."""
         groups = {"task": self.datamodule.label}
-        if isinstance(self.model, RedundancyProbe):
+        if getattr(self.model, "backbone", None):
             groups["backbone"] = self.model.backbone.label
-        if self.wants_wandb:
+        if self.settings["trainer"]["logger"] in (None, True):
             resumed = bool(self.settings["ckpt_path"])
             self.trainer.logger = dashboard.wandb_logger(self.name, self.folder.path, resumed, groups)
+        dumped = yaml.safe_load(self.dumped)[self.subcommand] | {"name": self.name}
         # Any verb takes it, so what only one of them knows is left out.
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
-        dumped = {key: dumped[key] for key in ("seed_everything", "trainer", "model", "data")}
-        self.saved = {"name": self.name, **dumped}
+        self.unwritten = {key: dumped[key] for key in ("name", "seed_everything", "trainer", "model", "data")}
         if self.trainer.is_global_zero:
-            dashboard.log_configuration(self.trainer.loggers, groups | self.saved)
+            dashboard.log_configuration(self.trainer.loggers, groups | self.unwritten)
+
+    def _describe(self, *_: Any, stage: str) -> None:
+        """Log a line for each part of the run, once the data are there and before any image is extracted."""
+        if stage != self.verb:  # a fit evaluates too
+            return
+        lines = {"task": self.datamodule.describe(), **self.model.describe(self.datamodule)}
+        packages = {kind.__module__.partition(".")[0] for kind in (self.tasks.base, CLI, Trainer)}
+        named = re.findall(r"class_path: ([\w.]+)", self.dumped)
+        own_code = [path for path in named if path.partition(".")[0] not in packages]
+        lines |= {"own code": ", ".join(own_code)} if own_code else {}
+        lines["folder"] = str(self.folder.path)
+        for name, value in lines.items():
+            rank_zero_info(f"{name:<{max(map(len, lines))}}  {value}")
 
     def _begin(self, *_: Any) -> None:
         """Write the configuration, and remove what an earlier run left, once nothing stands in the way of this one."""
-        if self.begun or not self.trainer.is_global_zero:
+        if not self.unwritten or not self.trainer.is_global_zero:
             return
-        self.begun = True
         with writing(self.folder.path, ADVICE):
             self.folder.results.unlink(missing_ok=True)
             if not self.trainer.ckpt_path:
                 self.folder.last.unlink(missing_ok=True)
             with atomic(self.folder.path / "config.yaml") as file:
-                file.write_text(yaml.safe_dump(self.saved, sort_keys=False))
-
-    def after_validate(self) -> None:
-        """Write what was measured on validation."""
-        self._write("validate.csv", lambda: self.model.results().tables["results"])
+                file.write_text(yaml.safe_dump(self.unwritten, sort_keys=False))
+        self.unwritten = {}
 
     def after_test(self) -> None:
-        """Write what was measured on test."""
-        self._write("test.csv", lambda: self.model.results().tables["results"])
-
-    def after_predict(self) -> None:
-        """Write what every probe says of every test image."""
-        self._write("predictions.csv", lambda: self.model.predictions.table())
-
-    def _write(self, name: str, table: Callable[[], pd.DataFrame]) -> None:
+        """Write what a verb other than fit found."""
         if isinstance(self.model, RedundancyProbe) and self.trainer.is_global_zero:
-            with writing(self.folder.path, ADVICE):
-                self.folder.path.mkdir(parents=True, exist_ok=True)
-                with atomic(self.folder.path / name) as file:
-                    table().to_csv(file, index=False)
-            print(self.folder.path / name)
+            predicts = self.verb == "predict"
+            table = self.model.predictions.table() if predicts else self.model.results().tables["results"]
+            path = self.folder.path / ("predictions.csv" if predicts else f"{self.verb}.csv")
+            with writing(path, ADVICE), atomic(path) as file:
+                table.to_csv(file, index=False)
+            print(path)
+
+    after_validate = after_predict = after_test
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value] if value is not None else []
+def as_list(value: Any) -> list[Any]:
+    """Return a list as it is, null as no value, and anything else as one value."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

@@ -3,24 +3,22 @@
 import inspect
 import itertools
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
-import yaml
 from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_modules import FrozenBackbone
-from lightning_modules.cli.errors import nearest_class
+from lightning_modules.cli.errors import Classes, nearest_class
 from lightning_modules.cli.folder import OccupiedFolder, RunFolder
-from lightning_modules.cli.parser import Parser, Tasks, find_config
-from lightning_modules.cli.run import CLI, Refusal
+from lightning_modules.cli.parser import Parser, find_config
+from lightning_modules.cli.run import CLI, Refusal, as_list
 from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.reporting import dashboard
 
@@ -33,23 +31,19 @@ COLUMNS = ["command", "run", "group"]
 
 
 class UnavailableData(MisconfigurationException):
-    """Raised where the data of a task or the weights of a backbone cannot be had."""
+    """Raised where a run cannot have the data of its task or the weights of its backbone."""
 
 
 class Planned(NamedTuple):
-    """One run of a sweep."""
+    """One run of a sweep: what messages call it, its command line, and the same in one.
+
+    `apart` is what is varied beside `LABELLED`: it ends the run's name, and tells apart what cannot stand in one table.
+    """
 
     name: str
-    """What it is called in messages."""
     apart: str
-    """What is varied beside `LABELLED`: it ends the run's name, and tells apart what cannot stand in one table."""
     arguments: list[str]
-    """Its command line."""
-
-    @property
-    def command(self) -> str:
-        """Its command line, in one."""
-        return " ".join(self.arguments)
+    command: str
 
 
 class Sweep:
@@ -82,82 +76,62 @@ class Sweep:
     ) -> None:
         if not 0 < delta <= 1:
             raise MisconfigurationException(f"--delta is {delta:g}; it must be above 0, at most 1.")
-        self.vary = {key: list({repr(each): each for each in _list(values)}.values()) for key, values in vary.items()}
+        self.vary = {key: list({repr(each): each for each in values}.values()) for key, values in _flat(vary).items()}
         empty = next((key for key, values in self.vary.items() if not values), None)
         if empty or not vary:
             raise MisconfigurationException(f"vary{f'.{empty}' if empty else ''} is empty; there is nothing to run.")
-        self.configs = _list(configs)
+        self.configs = as_list(configs)
         self.output = output
-        self.delta, self.rule, self.reference = delta, rule, reference
-        self.place, self.shards = shard_of(shard)
+        self.options = (delta, rule, reference)
+        self.part, self.parts = shard_of(shard)
         self.backbones: dict[str, FrozenBackbone] = {}
         self.folders: dict[Path, str] = {}
 
-    def planned(self, further: Sequence[str]) -> "list[Planned]":
-        """Return all runs of the sweep.
-
-        Args:
-            further: Options of fit of every run.
-        """
-        runs = []
-        for place, values in enumerate(itertools.product(*self.vary.values()), 1):
-            varied = dict(zip(self.vary, map(_word, values), strict=True))
+    def planned(self, further: Sequence[str]) -> list[Planned]:
+        """Return all runs of the sweep, each with these further options of fit."""
+        runs, combinations = [], list(itertools.product(*self.vary.values()))
+        for number, values in enumerate(combinations, 1):
+            words = [value if isinstance(value, str) else json.dumps(value) for value in values]
+            varied = dict(zip(self.vary, words, strict=True))
             configs = [*([varied["config"]] if "config" in varied else []), *self.configs]
             flags = [f"--{key}={value}" for key, value in varied.items() if key != "config"]
             apart = "_".join(f"{key.rpartition('.')[2]}={varied[key]}" for key in varied if key not in LABELLED)
-            words = ["fit", *(f"--config={name}" for name in configs), "--name=null", "--overwrite=false", *flags]
-            name = f"{', '.join(varied.values())} ({place} of {math.prod(map(len, self.vary.values()))})"
-            runs.append(Planned(name, re.sub(r"[^\w.+=-]+", "-", apart), [*words, *further]))
+            arguments = ["fit", *(f"--config={name}" for name in configs), "--name=null", "--overwrite=false", *flags]
+            arguments += further
+            name = f"{', '.join(words)} ({number} of {len(combinations)})"
+            runs.append(Planned(name, re.sub(r"[^\w.+=-]+", "-", apart), arguments, " ".join(arguments)))
         return runs
 
-    def compare(self, planned: "Sequence[Planned]") -> int:
-        """Compare the runs that are finished, say which are not, and return how many are.
-
-        Args:
-            planned: All runs of the sweep.
-
-        Raises:
-            MisconfigurationException: If they cannot be compared.
-        """
+    def compare(self, planned: Sequence[Planned]) -> int:
+        """Compare the runs that are finished, say which are not, and return how many are."""
         from lightning_modules.reporting.compare import compare, compare_groups  # draws, which takes long to import
 
-        known = {row["command"]: row for row in self._runs().to_dict("records")}
+        known = {row.command: (Path(row.run), row.group) for row in self._runs().itertuples()}
         together: dict[str, dict[Path, str]] = {}
         missing = []
         for run in planned:
-            row = known.get(run.command)
-            if row is not None and RunFolder(Path(row["run"])).results.is_file():
-                together.setdefault(run.apart, {})[Path(row["run"])] = row["group"]
+            folder, group = known.get(run.command, (Path(), ""))
+            if run.command in known and RunFolder(folder).results.is_file():
+                together.setdefault(run.apart, {})[folder] = group
             else:
                 missing.append(run.name)
         for apart, groups in together.items():
-            compare([str(folder) for folder in groups], self.output / apart, self.delta, self.rule, self.reference)
+            compare([str(folder) for folder in groups], self.output / apart, *self.options)
             if all(groups.values()):
-                compare_groups(groups, self.output / apart, self.delta, self.rule)
+                compare_groups(groups, self.output / apart, *self.options[:2])
         if missing:
             rank_zero_info(f"{len(missing)} of {len(planned)} runs are not finished: {', '.join(missing)}.")
         return len(planned) - len(missing)
 
     def record(self, command: str, folder: Path, group: str | None) -> None:
-        """Note in runs.csv where a run lies, for whoever compares in the end.
-
-        Args:
-            command: The command line of the run.
-            folder: The run's folder.
-            group: The group of its task.
-
-        Raises:
-            MisconfigurationException: If another run of this sweep lies there.
-        """
+        """Note in runs.csv where a run lies and the group of its task, for whoever compares in the end."""
         if self.folders.setdefault(folder, command) != command:
             raise MisconfigurationException(f"Two runs would go to {folder}; make two sweeps of what tells them apart.")
         with writing(self.output, "name another folder with --output"):
             self.output.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.output / "runs.lock"):
+            with FileLock(self.output / "runs.lock"), atomic(self.output / RUNS) as file:
                 row = pd.DataFrame([[command, str(folder), group or ""]], columns=COLUMNS)
-                runs = pd.concat([self._runs(), row]).drop_duplicates("command", keep="last")
-                with atomic(self.output / RUNS) as file:
-                    runs.to_csv(file, index=False)
+                pd.concat([self._runs(), row]).drop_duplicates("command", keep="last").to_csv(file, index=False)
 
     def _runs(self) -> pd.DataFrame:
         file = self.output / RUNS
@@ -165,48 +139,28 @@ class Sweep:
 
 
 class SweptRun(CLI):
-    """A fit that is one of several in this process.
+    """A fit that is one of several in this process."""
 
-    Args:
-        planned: Which run it is.
-        tasks: What can be probed.
-        sweep: The sweep that it is part of.
-
-    Raises:
-        OccupiedFolder: If the run is finished already, or another process is at it.
-        UnavailableData: If its data or weights cannot be had.
-    """
-
-    def __init__(self, planned: Planned, tasks: Tasks, sweep: Sweep) -> None:
+    def __init__(self, planned: Planned, tasks: Classes, sweep: Sweep) -> None:
         self.planned = planned
+        self.suffix = planned.apart
         self.sweep = sweep
         super().__init__(planned.arguments, tasks)
 
-    def before_instantiate_classes(self) -> None:
-        """Go on where the run was interrupted."""
-        super().before_instantiate_classes()
-        if not self.settings["overwrite"]:
-            self.settings["ckpt_path"] = self.settings["ckpt_path"] or "last"
-
-    def construct(self, kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def construct(self, kind: type, *args: Any, **kwargs: Any) -> Any:
         """Share a backbone between runs, as it is frozen; without the task or the backbone, others may go on."""
-        made_from = repr((args, sorted(kwargs.items())))
-        if kind is FrozenBackbone and made_from in self.sweep.backbones:
-            return self.sweep.backbones[made_from]
+        shared, key = self.sweep.backbones, repr(sorted(kwargs.items()))
         try:
-            made = super().construct(kind, *args, **kwargs)
+            if kind is not FrozenBackbone:
+                return super().construct(kind, *args, **kwargs)
+            if key not in shared:
+                shared[key] = super().construct(kind, *args, **kwargs)
+            return shared[key]
         except Refusal as refusal:
-            if isinstance(kind, type) and issubclass(kind, (FrozenBackbone, self.tasks.base)):
-                raise Refusal(UnavailableData(one_line(refusal.error))) from refusal
+            (error,) = refusal.args
+            if isinstance(error, MisconfigurationException) and issubclass(kind, (FrozenBackbone, self.tasks.base)):
+                raise Refusal(UnavailableData(one_line(error))) from error
             raise
-        if kind is FrozenBackbone:
-            self.sweep.backbones[made_from] = made
-        return made
-
-    @property
-    def default_name(self) -> str:
-        """What the run is called: as a fit would be, and by what is varied and that does not say."""
-        return "_".join([super().default_name, *([self.planned.apart] if self.planned.apart else [])])
 
     def fit(self, **arguments: Any) -> None:
         """Note where the run lies, and do it."""
@@ -215,7 +169,7 @@ class SweptRun(CLI):
         super().fit(**arguments)
 
     def run(self, **arguments: Any) -> None:
-        """Load the data first: where one process cannot have them, all skip the run together."""
+        """Load the data first: where one process cannot have them, all skip the run. Go on after an interruption."""
         self.datamodule.trainer = self.trainer  # which knows how many processes have to get images
         refusal = None
         try:
@@ -225,19 +179,13 @@ class SweptRun(CLI):
             refusal = error
         if self.trainer.strategy.reduce_boolean_decision(refusal is not None, all=False):
             raise UnavailableData(one_line(refusal) if refusal else "another process cannot have its data") from refusal
+        if not self.settings["overwrite"]:
+            self.settings["ckpt_path"] = self.settings["ckpt_path"] or "last"
         super().run(**arguments)
 
 
-def sweep(args: Sequence[str], tasks: Tasks) -> None:
-    """Do this process' part of a sweep, and compare all runs that are finished.
-
-    Args:
-        args: The command line after the verb.
-        tasks: What can be probed.
-
-    Raises:
-        MisconfigurationException: If a name is none, runs would share a folder, or no run can be done.
-    """
+def sweep(args: Sequence[str], tasks: Classes) -> None:
+    """Do this process' part of a sweep, given as words after the verb, and compare all runs that are finished."""
     asked, further = _parse(args)
     offered = [kind.__name__ for kind in tasks.offered]
     for name in asked.vary.get("data", []):
@@ -246,7 +194,7 @@ def sweep(args: Sequence[str], tasks: Tasks) -> None:
     for name in (*asked.configs, *asked.vary.get("config", [])):
         find_config(name)
     planned = asked.planned(further)
-    mine = planned[asked.place - 1 :: asked.shards]
+    mine = planned[asked.part - 1 :: asked.parts]
     skipped = 0
     for each in mine:
         rank_zero_info(f"{each.name}:")
@@ -267,52 +215,36 @@ def sweep(args: Sequence[str], tasks: Tasks) -> None:
 def _parse(args: Sequence[str]) -> tuple[Sweep, list[str]]:
     """Return the sweep that is asked for, and the words that are options of fit."""
     own = {"config", "c", "help", "h", *inspect.signature(Sweep).parameters}
-    vary: dict[str, list[str]] = {}
     mine: list[str] = []
     further: list[str] = []
     words = mine
     for word in args:
-        option, given, value = word.lstrip("-").partition("=")
-        if option.startswith("vary.") and word.startswith("--"):
-            words = vary[option.removeprefix("vary.")] = [value] if given else []
-            continue
         if word.startswith("--") or word in ("-c", "-h"):
+            option = re.split(r"[.=]", word.lstrip("-"))[0]
+            if option == "name":
+                raise MisconfigurationException("All runs would go to one folder; leave --name out.")
             words = mine if option in own else further
         words.append(word)
-    if any(word.partition("=")[0] == "--name" for word in further):
-        raise MisconfigurationException("All runs would go to one folder; leave --name out.")
-    parser = Parser(prog="train.py sweep", description=(Sweep.__doc__ or "").partition("\n\n    Args")[0])
+    parser = Parser(prog="train.py sweep", description=inspect.cleandoc(Sweep.__doc__ or "").partition("\n\nArgs")[0])
     parser.add_config_option()
     parser.add_class_arguments(Sweep)
-    settings = {key: value for key, value in vars(parser.parse_args(mine)).items() if key != "config"}
-    for key, listed in vary.items():
-        try:
-            settings["vary"] = settings["vary"] | {key: yaml.safe_load(" ".join(listed))}
-        except yaml.YAMLError as error:
-            raise MisconfigurationException(f"--vary.{key} is {' '.join(listed)}; it must be a list.") from error
-    return Sweep(**settings), further
+    settings = parser.parse_args(mine).as_dict()
+    return Sweep(**{key: value for key, value in settings.items() if key != "config"}), further
 
 
-def _word(value: Any) -> str:
-    """Return a value as a word of the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """Return options with the lists of their values, from settings that may be nested, as flags with dots are."""
+    flat: dict[str, list[Any]] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: as_list(value)}
+    return flat
 
 
 def shard_of(given: str | None) -> tuple[int, int]:
-    """Return the i and n of i/n, or those of this task of a SLURM array; 1 and 1 is all.
-
-    Raises:
-        MisconfigurationException: If that is no part.
-    """
+    """Return the i and n of i/n, or those of this task of a SLURM array; 1 and 1 is all."""
     if given is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        task, first, step, count = (
-            int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
-            for name, default in (("ID", 1), ("MIN", 1), ("STEP", 1), ("COUNT", 1))
-        )
+        names = (f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "STEP", "COUNT"))
+        task, first, step, count = (int(os.environ.get(name, 1)) for name in names)
         given = f"{(task - first) // step + 1}/{count}"
     part = re.fullmatch(r"(\d+)/(\d+)", given or "1/1")
     if not part or not 1 <= int(part[1]) <= int(part[2]):
