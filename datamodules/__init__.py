@@ -19,14 +19,6 @@ from datamodules.structured import (
     SmallNORBElevation,
 )
 
-VTAB = (
-    *("Caltech101", "CIFAR100", "DTD", "Flowers102", "OxfordIIITPet", "SVHN", "SUN397"),
-    *("PatchCamelyon", "EuroSAT", "RESISC45", "DiabeticRetinopathy"),
-    *("CLEVRCount", "CLEVRDistance", "DMLab", "KITTIDistance", "DSpritesLocation", "DSpritesOrientation"),
-    *("SmallNORBAzimuth", "SmallNORBElevation"),
-)
-"""The 19 tasks of the Visual Task Adaptation Benchmark (Zhai et al., 2019), by group."""
-
 __all__ = ["CIFAR10", "CIFAR100", "DTD", "RESISC45", "SUN397", "SVHN", "CLEVRCount", "CLEVRDistance", "Caltech101"]
 __all__ += ["DMLab", "DSpritesLocation", "DSpritesOrientation", "DiabeticRetinopathy", "Digits", "Embeddings"]
 __all__ += ["EuroSAT", "Flowers102", "HuggingFaceImages", "ImageFolder", "ImageNet1k", "ImageNetV2", "KITTIDistance"]

@@ -47,20 +47,15 @@ class Task(LightningDataModule, ABC):
         MisconfigurationException: If an argument cannot be; the message names it.
     """
 
-    name: str
-    """What the task is called; known from the constructor on."""
+    name: str  # What the task is called; known from the constructor on
     group: Literal["natural", "specialized", "structured"] | None = None
     """VTAB's group; None for a task that is not one of VTAB's."""
-    classes: ClassVar[Sequence[str]] = ()
-    """Class names in the order of their indices, where they are fixed."""
+    classes: ClassVar[Sequence[str]] = ()  # Class names in the order of their indices, where they are fixed
     cut: ClassVar[Mapping[str, Part]] = {"val": 0.2, "test": 0.2}
     """How much of train becomes a split that `load` does not return; see `splits.Part`."""
-    vectors: ClassVar[bool] = False
-    """Whether the task holds vectors, which no backbone takes, and no images."""
-    target: Target
-    """What is to be predicted; known after `setup`."""
-    width: int | None = None
-    """D of the vectors, after `setup`; None for images."""
+    vectors: ClassVar[bool] = False  # Whether the task holds vectors, which no backbone takes, and no images
+    target: Target  # What is to be predicted; known after `setup`
+    width: int | None = None  # D of the vectors, after `setup`; None for images
     preprocessing: Preprocessing
     """What the backbone wants of an image (timm's data configuration); set by whoever joins task and backbone."""
 

@@ -61,10 +61,8 @@ class DownloadedTask(Task):
     """A task whose images are downloaded to `root` on first use; a concrete one lists the files and reads them."""
 
     target: Multiclass
-    downloads: ClassVar[Sequence[Download]] = ()
-    """The published files."""
-    subfolder: ClassVar[str] = ""
-    """Folder below `root` that they are downloaded to, as torchvision does."""
+    downloads: ClassVar[Sequence[Download]] = ()  # The published files
+    subfolder: ClassVar[str] = ""  # Folder below `root` that they are downloaded to, as torchvision does
 
     @abstractmethod
     def read(self) -> dict[str, Images]:

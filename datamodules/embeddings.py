@@ -18,8 +18,7 @@ from datamodules.targets import Multiclass
 
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 """Split words in files, and the splits that they stand for."""
-CHUNK = 4096
-"""Rows that are checked or hashed at once, so that a file may be larger than memory."""
+CHUNK = 4096  # Rows that are checked or hashed at once, so that a file may be larger than memory
 
 
 @dataclass(eq=False)

@@ -26,8 +26,7 @@ if TYPE_CHECKING:  # importing it takes more than a second
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "json", "txt")
 """Columns of labels, in order of preference, where `label_column` is null."""
-LABEL_KEYS = ("label", "cls", "class")
-"""Keys of labels in a column of JSON, in order of preference."""
+LABEL_KEYS = ("label", "cls", "class")  # Keys of labels in a column of JSON, in order of preference
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("validation", "valid", "val", "dev"),
@@ -83,10 +82,8 @@ class HubTask(Task):
     """
 
     cut: ClassVar = {"val": Percent(10)}
-    repository: str
-    """The repository's name on the Hub."""
-    published: ClassVar[Sequence[str]] = ("train", "test")
-    """The splits that are taken from it."""
+    repository: str  # The repository's name on the Hub
+    published: ClassVar[Sequence[str]] = ("train", "test")  # The splits that are taken from it
 
     def prepare_data(self) -> None:
         """Download what is not there yet, and make the copy with random access."""

@@ -147,5 +147,4 @@ READERS: dict[str, Callable[[Path], Arrays]] = {
     ".parquet": _parquet,
 }
 """Formats by ending; a new one is a function above and an entry here."""
-SEVERAL = tuple(ending for ending in READERS if ending != ".npy")
-"""Formats that hold several arrays by name."""
+SEVERAL = tuple(ending for ending in READERS if ending != ".npy")  # Formats that hold several arrays by name

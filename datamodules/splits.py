@@ -15,8 +15,7 @@ class Percent(NamedTuple):
     """
 
     percent: int
-    up: bool = False
-    """Whether the number of images is rounded up, and not down."""
+    up: bool = False  # Whether the number of images is rounded up, and not down
 
     def of(self, images: int) -> int:
         """Return the number of images."""

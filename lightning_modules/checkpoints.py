@@ -1,25 +1,30 @@
-"""When and how the state of a run is written: often enough to lose little, seldom enough to cost little, atomically."""
+"""Checkpoints: when and how they are written, what probes depend on, and that only their own run goes on from them."""
+
+from __future__ import annotations
 
 import io
+import textwrap
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_modules.backbones import weights
 from lightning_modules.files import atomic, remove_unfinished, writing
+from lightning_modules.subsets.selections import FULL
 
-FORMAT = 1
-"""Number of the layout of checkpoints; to be raised where an older one can no longer be read."""
-PAUSE = 5.0
-"""Seconds between two writes, at least."""
-SHARE = 0.05
-"""Share of the time that may go into writing."""
+if TYPE_CHECKING:
+    from lightning_modules.redundancy_probe import RedundancyProbe
+
+FORMAT = 1  # Number of the layout of checkpoints; to be raised where an older one can no longer be read
+PAUSE = 5.0  # Seconds between two writes, at least
+SHARE = 0.05  # Share of the time that may go into writing
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -69,3 +74,81 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         """Return a checkpoint, as `read` does."""
         return read(Path(path))
+
+
+def save_probes(model: RedundancyProbe, checkpoint: dict[str, Any]) -> None:
+    """Leave the backbone out of a checkpoint, and add the probes, their coordinates and what they depend on."""
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+    checkpoint["probes"] = {
+        "provenance": provenance_of_probes(model),
+        "training": provenance_of_training(model),
+        "probes": [list(probe) for probe in model.probes],
+        "indices": [model.coordinates.subset(index) for index in range(len(model.probes))],
+        "train_losses": model.train_losses,
+    }
+
+
+def load_probes(model: RedundancyProbe, checkpoint: dict[str, Any]) -> list[Tensor]:
+    """Return the training losses of a checkpoint's epochs, shape (K, P) each.
+
+    Raises:
+        MisconfigurationException: If it is of another run, or its training went further than the one that resumes it.
+    """
+    saved = checkpoint.get("probes")
+    if saved is None:
+        raise MisconfigurationException("The checkpoint holds no probes; name one that a fit of RedundancyProbe left.")
+    check_provenance(saved["provenance"], provenance_of_probes(model))
+    losses = list(saved["train_losses"])
+    if model.trainer.state.fn == "fit":
+        check_provenance(saved["training"], provenance_of_training(model))
+        wanted, done = model.trainer.max_epochs or 0, len(losses)
+        if 0 < wanted < done:
+            raise MisconfigurationException(
+                f"trainer.max_epochs is {wanted}, but the checkpoint has gone through {done}; give {done} or more."
+            )
+    return losses
+
+
+def provenance_of_probes(model: RedundancyProbe) -> dict[str, Any]:
+    """Return what the probes of a model depend on, in plain types."""
+    asked = [probe for probe in model.probes if probe.selection != FULL]
+    backbone = model.stream.extractor.provenance()
+    return {
+        "task": model.task.label,
+        "classes": list(model.target.classes),
+        "backbone": model.backbone.label,
+        "layer": ", ".join(model.widths),
+        "weights": backbone["weights"],
+        "preprocessing": str(backbone["preprocessing"]),
+        "selection": model.plan.selections,
+        "fractions": sorted({probe.fraction for probe in asked}),
+        "seeds": sorted({probe.seed for probe in asked}),
+        "probes": [list(probe) for probe in model.probes],
+        **model.solver.provenance(),
+        "standardise": model.stream.standardise,
+    }
+
+
+def provenance_of_training(model: RedundancyProbe) -> dict[str, Any]:
+    """Return what a training must share, beside its probes, with one that it resumes, in plain types."""
+    return {
+        "features": model.features,
+        **model.solver.training_provenance(),
+        "trainer.precision": str(model.trainer.precision),
+        "data.batch_size": model.task.batch_size,
+        "data.seed": model.task.seed,
+        "data.augmentation": model.task.augmentation,
+        "training images": model.stream.extractor.digest("train"),
+    }
+
+
+def check_provenance(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a checkpoint that depends on something else than the run at hand; name the first difference."""
+    for what, value in ours.items():
+        if saved.get(what) != value:
+            there, here = (textwrap.shorten(str(each), 80, placeholder="...") for each in (saved.get(what), value))
+            raise MisconfigurationException(
+                f"The checkpoint does not belong here: its {what} is {there}, not {here}; take the configuration of "
+                f"its own run."
+            )

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-UNFINISHED = "unfinished"
-"""How names start that are not written to their end."""
+UNFINISHED = "unfinished"  # How names start that are not written to their end
 
 
 @contextlib.contextmanager

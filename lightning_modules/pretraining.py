@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_modules import provenance
 from lightning_modules.backbones import build, weights
+from lightning_modules.checkpoints import check_provenance
 from lightning_modules.files import atomic, writing
 from lightning_modules.objectives import CrossEntropy, Objective
 
@@ -110,7 +110,7 @@ class Pretraining(LightningModule):
         """Refuse a checkpoint of a training that depends on something else; the message names it."""
         if "pretraining" not in checkpoint:
             raise MisconfigurationException("The checkpoint is not one of Pretraining; name one that its fit left.")
-        provenance.check(checkpoint["pretraining"], self._provenance())
+        check_provenance(checkpoint["pretraining"], self._provenance())
 
     def _provenance(self) -> dict[str, Any]:
         task = self.trainer.datamodule  # type: ignore[attr-defined]

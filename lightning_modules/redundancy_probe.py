@@ -9,10 +9,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from lightning_modules import checks, measures, provenance
+from lightning_modules import checkpoints, checks, measures
 from lightning_modules.backbones.frozen import FrozenBackbone, GivenVectors
-from lightning_modules.features.extractor import Extractor
-from lightning_modules.features.stream import FeatureStream
+from lightning_modules.features.extractor import Extractor, FeatureStream
 from lightning_modules.measures.measure import Batch, Context, Measure
 from lightning_modules.measures.suite import Suite
 from lightning_modules.probes import SGD, Solver
@@ -277,11 +276,11 @@ class RedundancyProbe(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the backbone out, and note the probes, their neurons and what they depend on."""
-        provenance.save(self, checkpoint)
+        checkpoints.save_probes(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse probes of another backbone, task or plan, and to resume a training that began otherwise."""
-        self.train_losses = provenance.load(self, checkpoint)
+        self.train_losses = checkpoints.load_probes(self, checkpoint)
 
     def _log(self, split: str, metric: str, values: Tensor) -> None:
         """Log means over seeds, from values of shape (P,)."""

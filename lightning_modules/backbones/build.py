@@ -26,8 +26,7 @@ from lightning_modules.files import one_line
 
 Built = tuple[nn.Module, dict[str, Any], list[str] | None]
 """A network, its preprocessing (timm's data configuration), and the names of a timm model's classifiers, else None."""
-HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
-"""Prefixes of names that timm looks up outside of its own registry."""
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # Prefixes of names that timm looks up outside of its own registry
 
 
 @dataclass(frozen=True)

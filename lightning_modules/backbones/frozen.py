@@ -15,8 +15,7 @@ from lightning_modules.backbones import weights as weight_files
 from lightning_modules.backbones.build import PretrainedCfgOverlay, as_call, build, describe_preprocessing
 from lightning_modules.files import one_line
 
-PENULTIMATE = "penultimate"
-"""The layer before the classifier."""
+PENULTIMATE = "penultimate"  # The layer before the classifier
 
 
 class GivenVectors(nn.Module):

@@ -14,12 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-CONTAINERS = ("state_dict", "model")
-"""Keys of a checkpoint under which training code keeps the state dict."""
+CONTAINERS = ("state_dict", "model")  # Keys of a checkpoint under which training code keeps the state dict
 PREFIXES = ("module", "model", "backbone", "network", "encoder", "_orig_mod")
 """Names of wrapper modules that precede every parameter's name, alone or nested (`module.model.`)."""
-COMPANIONS = ("attacker", "normalizer")
-"""Modules that adversarial-training libraries save beside the network."""
+COMPANIONS = ("attacker", "normalizer")  # Modules that adversarial-training libraries save beside the network
 
 
 def find(path: str) -> Path:

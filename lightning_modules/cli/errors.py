@@ -22,10 +22,8 @@ CONNECTIONS = re.compile(r"gloo|NCCL|connection (closed|reset|refused)|broken pi
 class Classes(NamedTuple):
     """Classes of which an option takes one."""
 
-    base: type
-    """What all of them are derived from, also those that are given by an import path."""
-    offered: Sequence[type]
-    """Those that are given by name."""
+    base: type  # What all of them are derived from, also those that are given by an import path
+    offered: Sequence[type]  # Those that are given by name
 
 
 class Options(dict[str, list[str]]):

@@ -14,8 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules import Pretraining, RedundancyProbe
 from lightning_modules.cli.errors import Classes, Options, explain, fail
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-"""Folder of the shipped configurations."""
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # Folder of the shipped configurations
 MODELS: dict[type, dict[str, Any]] = {
     RedundancyProbe: {"solver": {"class_path": "SGD"}},
     Pretraining: {"objective": {"class_path": "CrossEntropy"}},
@@ -57,8 +56,7 @@ class ConfigFile(ActionConfigFile):
 class Parser(LightningArgumentParser):
     """Says what is wrong in one line, without a hundred lines of usage."""
 
-    prefix = ""
-    """What its options begin with on the command line; a configuration's parts have parsers of their own."""
+    prefix = ""  # What its options begin with on the command line; a configuration's parts have parsers of their own
 
     options = Options({})
     """Those of which the nearest is named to one who mistypes one, where the parser has not all of them."""

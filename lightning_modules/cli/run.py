@@ -1,5 +1,6 @@
 """One run: a task, a model and a Trainer, in a folder of its own that ends up with a report."""
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -17,7 +19,6 @@ from lightning_modules import RedundancyProbe
 from lightning_modules.checkpoints import AtomicCheckpointIO, Checkpoints
 from lightning_modules.cli.errors import Classes, arguments
 from lightning_modules.cli.folder import ADVICE, RunFolder
-from lightning_modules.cli.launch import check_processes, connect, launched
 from lightning_modules.cli.parser import run_parser
 from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.reporting import dashboard, report
@@ -29,6 +30,8 @@ VERBS = {
     "predict": "Write what every probe of a finished run says of every test image, into predictions.csv.",
 }
 """Methods of the Trainer that a run can be of."""
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+"""Processes that run the whole command line, each on one device."""
 
 
 class Refusal(BaseException):
@@ -41,8 +44,7 @@ class CLI(LightningCLI):
     The command line begins with one of `VERBS`. What cannot be as it asks is told by a MisconfigurationException.
     """
 
-    suffix = ""
-    """Ends the name of a run that is not given one."""
+    suffix = ""  # Ends the name of a run that is not given one
 
     def __init__(self, args: Sequence[str], tasks: Classes) -> None:
         self.tasks = tasks
@@ -236,6 +238,33 @@ class CLI(LightningCLI):
             print(path)
 
     after_validate = after_predict = after_test
+
+
+def launched(strategy: Any, devices: Any, nodes: int) -> dict[str, Any]:
+    """Return the Trainer's devices and nodes, as torchrun says them itself; refuse a name that is no strategy."""
+    if isinstance(strategy, str) and strategy not in STRATEGIES:
+        raise MisconfigurationException(f"trainer.strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}.")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        devices, nodes = here if devices == "auto" else devices, everywhere // here
+    return {"devices": devices, "num_nodes": nodes}
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Refuse a Trainer that would wait for processes that nobody started, with a ValueError that says what to do."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is not None:
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+    knows_its_node = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= set(os.environ)
+    if isinstance(environment, LightningEnvironment) and trainer.num_nodes > 1 and not knows_its_node:
+        raise ValueError("start torchrun on each node, or set MASTER_ADDR, MASTER_PORT and NODE_RANK there.")
+
+
+def connect(trainer: Trainer) -> None:
+    """Start the other processes of a run, where Lightning is to, and connect all, as Trainer.fit would do later."""
+    if trainer.world_size > 1:
+        launcher: Any = trainer.strategy.launcher  # all of `STRATEGIES` have one
+        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
 
 
 def as_list(value: Any) -> list[Any]:

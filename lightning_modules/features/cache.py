@@ -24,20 +24,14 @@ from torch import Tensor
 
 from lightning_modules.files import atomic, remove_unfinished, writing
 
-BATCH = 32
-"""Images per forward pass; fixed, because the last digits of a convolution may depend on its batch."""
-SHARDS = 64
-"""How many shards a split is cut into, as long as none holds more than `LARGEST` images."""
+BATCH = 32  # Images per forward pass; fixed, because the last digits of a convolution may depend on its batch
+SHARDS = 64  # How many shards a split is cut into, as long as none holds more than `LARGEST` images
 LARGEST = 4096
 VERSIONS = f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
 
 
 class FeatureRows:
-    """A matrix of features, shape (n, D), in memory or mapped from shards on disk.
-
-    Args:
-        shards: Consecutive pieces, all but the last with the same number of rows.
-    """
+    """A matrix of features, shape (n, D), in memory or mapped from shards, all but the last with as many rows."""
 
     def __init__(self, shards: Sequence[Tensor]) -> None:
         self.shards = shards
@@ -60,15 +54,9 @@ class FeatureRows:
 
 
 class FeatureCache:
-    """The features of one view of one split, in a folder of `directory`.
+    """The features of one view of one split of n images, in a folder of `directory`, which all processes must see.
 
-    Args:
-        directory: Where the folders lie; all processes must see it.
-        provenance: All that the values depend on, as JSON types; with `split` and `view`.
-        images: n, the images in the split.
-
-    Raises:
-        MisconfigurationException: If the folder cannot be written.
+    `provenance` is all that the values depend on, as JSON types.
     """
 
     def __init__(self, directory: Path, provenance: dict[str, Any], images: int) -> None:

@@ -1,49 +1,38 @@
-"""The extraction: one pass of the frozen backbone over each view of a split, whose features are kept on disk."""
+"""Features: extracted by one pass of the frozen backbone over each view of a split, and read as the probes see them."""
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_modules.backbones.frozen import FrozenBackbone
 from lightning_modules.features.cache import BATCH, FeatureCache, FeatureRows
+from lightning_modules.features.moments import Moments
 
 
 class Extractor:
-    """Turns the images of a task into features.
+    """Turns the images of a task, as loaded, into features, with the Trainer's device, precision and processes.
 
-    Args:
-        backbone: The backbone.
-        task: The task as loaded; anything with the methods of `datamodules.Task`.
-        trainer: Gives device, precision and processes.
-        directory: Where features are kept; all processes must see it. None is `feature_cache` under the Trainer's
-            `default_root_dir`.
-        features: `clean`, a number of augmented views of train, or `off`, as for `RedundancyProbe`.
+    `cache_dir`, which all processes must see, and `features` are as for `RedundancyProbe`.
     """
 
     def __init__(
-        self,
-        backbone: FrozenBackbone,
-        task: Any,
-        trainer: Trainer,
-        directory: str | None,
-        features: Literal["clean", "off"] | int,
+        self, backbone: FrozenBackbone, task: Any, trainer: Trainer, cache_dir: str | None, features: str | int
     ) -> None:
         self.backbone = backbone
         self.task = task
         self.trainer = trainer
-        self.directory = Path(directory or Path(trainer.default_root_dir) / "feature_cache").expanduser()
+        self.directory = Path(cache_dir or Path(trainer.default_root_dir) / "feature_cache").expanduser()
         self.features = features
-        self.seconds = 0.0
-        """Spent on extraction so far."""
+        self.seconds = 0.0  # Spent on extraction so far
         self._provenance: dict[str, Any] | None = None
         self._digests: dict[str, str] = {}
 
@@ -106,12 +95,7 @@ class Extractor:
         return rows
 
     def represent(self, images: Tensor, indices: Tensor, split: str) -> Tensor:
-        """Return the features of images, shape (B, sum of widths), on the Trainer's device.
-
-        Args:
-            images: Shape (B, C, H, W).
-            indices: Their places in the split, for the message.
-            split: The split that they are of.
+        """Return the features, shape (B, sum of widths), of the images at `indices` of a split, shape (B, C, H, W).
 
         Raises:
             MisconfigurationException: If a layer is not finite; the message names it and the image.
@@ -132,3 +116,89 @@ class Extractor:
                 f"{split}; check the weights and trainer.precision."
             )
         return features
+
+
+class FeatureStream(nn.Module):
+    """Turns batches of images or features into what the probes see, and reads whole splits so.
+
+    With `standardise` neurons are centred and scaled by their statistics over train, see `fit_standardisation`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, extractor: Extractor, standardise: bool) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.task = extractor.task
+        self.trainer = extractor.trainer
+        self.features = extractor.features
+        self.widths: dict[str, int] = extractor.backbone.widths
+        self.standardise = standardise
+        self.register_buffer("mean", torch.zeros(sum(self.widths.values())))
+        self.register_buffer("std", torch.ones(sum(self.widths.values())))
+
+    def forward(self, batch: Any, split: str) -> Any:
+        """Return a batch of images or features of a split with inputs as the probes see them, (B, sum of widths)."""
+        inputs = batch.inputs
+        if inputs.ndim == 4:
+            inputs = self.extractor.represent(inputs, batch.indices, split)
+        return batch._replace(inputs=self._standardised(inputs), labels=batch.labels.to(self.mean.device))
+
+    def batches(self, split: str, view: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process' share of `train` in the epoch `view`, or of `val`: (B, sum of widths), and labels."""
+        loader = self.task.train_dataloader() if split == "train" else self.task.val_dataloader()
+        loader.sampler.set_epoch(view)
+        return self._labelled(loader, split)
+
+    def everything(self, split: str) -> Tensor | None:
+        """Return all features of the clean view of a split, shape (n, sum of widths); None where they are not kept."""
+        views = self.task.features(split) if self.features == "clean" else None
+        return None if views is None else self._standardised(views[0][torch.arange(len(views[0]))])
+
+    def moments(self, split: str) -> dict[str, Moments]:
+        """Return the moments of each layer over a split (all views of train), summed over processes."""
+        views = self.features if isinstance(self.features, int) and split == "train" else 1
+        return self._sum(itertools.chain.from_iterable(self.batches(split, view) for view in range(views)))
+
+    def clean_moments(self, products: bool = True) -> dict[str, Moments]:
+        """Return the moments of each layer over the clean view of train, with or without the products X'X."""
+        if self.features == "clean":
+            return self._sum(self.batches("train"), products)
+        loader = self.task.clean_loader("train")
+        with tqdm(loader, "Extracting train, clean", unit="batch", disable=not self.trainer.is_global_zero) as progress:
+            return self._sum(self._labelled(progress, "train"), products)
+
+    def fit_standardisation(self) -> None:
+        """Take mean and standard deviation of every neuron from the clean view of train, where they are wanted."""
+        if self.standardise:
+            moments = self.clean_moments(products=False).values()
+            self.mean.copy_(torch.cat([each.mean for each in moments]))
+            std = torch.cat([each.variance for each in moments]).sqrt()
+            self.std.copy_(std.masked_fill(std == 0, 1.0))
+
+    def _standardised(self, features: Tensor) -> Tensor:
+        features = features.to(self.mean.device)
+        return (features - self.mean) / self.std if self.standardise else features
+
+    def _labelled(self, loader: Iterable[Any], split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in loader:
+            seen = self(batch, split)
+            yield seen.inputs, seen.labels
+
+    def _sum(self, batches: Iterable[tuple[Tensor, Tensor]], products: bool = True) -> dict[str, Moments]:
+        outputs, device = self.task.target.outputs, self.mean.device
+        moments = {
+            layer: Moments(width, outputs, outer=products, device=device) for layer, width in self.widths.items()
+        }
+        for inputs, labels in batches:
+            parts = inputs.split(list(self.widths.values()), dim=1)
+            for each, part in zip(moments.values(), parts, strict=True):
+                each.update(part, labels)
+        for each in moments.values():
+            each.reduce(self.reduce)
+        return moments
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")

@@ -18,24 +18,16 @@ from lightning_modules.subsets.plan import Probe, probe_groups
 class Block(NamedTuple):
     """The weights of one run of neurons, for all probes that see them."""
 
-    start: int
-    """First place in the orderings."""
-    stop: int
-    """One past the last place."""
-    probe: int
-    """The first probe, by size, that sees these neurons; all larger ones do too."""
-    weights: slice
-    """Where the weights lie in the flat parameter."""
+    start: int  # First place in the orderings
+    stop: int  # One past the last place
+    probe: int  # The first probe, by size, that sees these neurons; all larger ones do too
+    weights: slice  # Where the weights lie in the flat parameter
 
 
 class Stack:
-    """Orderings with the same subset sizes, computed together.
+    """G orderings with the same m subset sizes, ascending, computed together.
 
-    Args:
-        probes: Places in the bank of the probes of each ordering, by ascending size, shape (G, m).
-        sizes: The m subset sizes, ascending.
-        classes: C.
-        offset: Where the stack's weights start in the flat parameter.
+    `probes`, shape (G, m), are places in the bank; the weights start at `offset` in the flat parameter.
     """
 
     def __init__(self, probes: Tensor, sizes: Sequence[int], classes: int, offset: int) -> None:
@@ -102,15 +94,10 @@ class _BankLogits(torch.autograd.Function):
 
 
 class ProbeBank(nn.Module):
-    """All probes of a run: P linear classifiers with C classes, each on its own subset of coordinates.
+    """All P probes of a run: linear classifiers with C classes, each on its own subset of coordinates.
 
     Each starts as `nn.Linear(k, C)` does by default, from random numbers seeded by its selection, size and seed, so
-    that it does not depend on its company. Logits are computed in the parameter's own precision (float32), whatever
-    the Trainer's.
-
-    Args:
-        probes: The probes.
-        classes: C.
+    that it does not depend on its company. Logits are computed in float32, whatever the Trainer's precision.
     """
 
     place: Tensor
@@ -136,10 +123,6 @@ class ProbeBank(nn.Module):
             for group, members in enumerate(stack.probes.tolist())
             for rank, index in enumerate(members)
         }
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw every probe's initial weights: uniform within 1 / sqrt(k), as `nn.Linear` does by default."""
         for index, probe in enumerate(self.probes):
             seed = zlib.crc32(f"{probe.selection}/{probe.neurons}/{probe.seed}".encode())
             generator = torch.Generator().manual_seed(seed)

@@ -15,13 +15,8 @@ from lightning_modules.subsets.plan import Probe
 class Grid(nn.Module):
     """K banks in training, one for each candidate, and for every candidate and probe the weights that were kept.
 
-    Of every probe the candidate with the best validation score counts (the first of equals).
-
-    Args:
-        probes: The P probes.
-        outputs: C.
-        candidates: Values of the H hyper-parameters for each of the K candidates; a solver that chooses them by itself
-            fills `hyperparameters` in.
+    Of every probe the candidate with the best validation score counts (the first of equals). A candidate is a value for
+    each of the H hyper-parameters; a solver that chooses them by itself fills `hyperparameters`, (K, P, H), in.
     """
 
     banks: Any  # nn.ModuleList of ProbeBank

@@ -85,14 +85,10 @@ class Ridge(Solver):
 class RidgeProbe(NamedTuple):
     """A linear probe in closed form, in float64."""
 
-    weight: Tensor
-    """Shape (C, k), over the subset in its order."""
-    bias: Tensor
-    """Shape (C,); not penalised."""
-    penalty: float
-    """The chosen one."""
-    error: float
-    """Its squared error on validation, summed over classes, mean over images."""
+    weight: Tensor  # Shape (C, k), over the subset in its order
+    bias: Tensor  # Shape (C,); not penalised
+    penalty: float  # The chosen one
+    error: float  # Its squared error on validation, summed over classes, mean over images
 
 
 class _Split(NamedTuple):

@@ -20,8 +20,7 @@ from lightning_modules.subsets.plan import describe
 if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
 
-SAMPLE = 4096
-"""Training images that the curvature of the loss is bounded on."""
+SAMPLE = 4096  # Training images that the curvature of the loss is bounded on
 
 
 class SGD(Solver):
@@ -62,7 +61,20 @@ class SGD(Solver):
         self.step_size = step_size
         self.gamma = gamma
         self.keep = keep
-        self._check()
+        for name, values in (("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)):
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None or not values:
+                problem = "is empty; give at least one value" if not values else f"lists {twice:g} twice; give it once"
+                raise MisconfigurationException(f"model.solver.{name} {problem}.")
+        for name, value, holds, right in (
+            *(("learning_rate", rate, rate > 0, "above 0") for rate in self.learning_rate),
+            *(("weight_decay", decay, decay >= 0, "0 or more") for decay in self.weight_decay),
+            ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
+            ("step_size", step_size, step_size >= 1, "at least 1"),
+            ("gamma", gamma, 0 < gamma <= 1, "above 0, at most 1"),
+        ):
+            if not (holds and math.isfinite(value)):
+                raise MisconfigurationException(f"model.solver.{name} is {value:g}; it must be {right}.")
 
     def candidates(self) -> list[tuple[float, ...]]:
         """Return every combination of learning rate and weight decay."""
@@ -142,22 +154,6 @@ class SGD(Solver):
         """Return schedule, momentum, and which weights are kept."""
         return {name: getattr(self, name) for name in ("keep", "momentum", "step_size", "gamma")}
 
-    def _check(self) -> None:
-        for name, values in (("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)):
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice is not None or not values:
-                problem = "is empty; give at least one value" if not values else f"lists {twice:g} twice; give it once"
-                raise MisconfigurationException(f"model.solver.{name} {problem}.")
-        for name, value, holds, right in (
-            *(("learning_rate", rate, rate > 0, "above 0") for rate in self.learning_rate),
-            *(("weight_decay", decay, decay >= 0, "0 or more") for decay in self.weight_decay),
-            ("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 to below 1"),
-            ("step_size", self.step_size, self.step_size >= 1, "at least 1"),
-            ("gamma", self.gamma, 0 < self.gamma <= 1, "above 0, at most 1"),
-        ):
-            if not (holds and math.isfinite(value)):
-                raise MisconfigurationException(f"model.solver.{name} is {value:g}; it must be {right}.")
-
 
 def largest_curvature(features: Tensor, masks: Tensor, iterations: int = 30) -> Tensor:
     """Return a bound on the curvature of each probe's softmax cross-entropy, by power iteration.
@@ -165,15 +161,8 @@ def largest_curvature(features: Tensor, masks: Tensor, iterations: int = 30) -> 
     The Hessian of the loss at an input x with probabilities p is (diag(p) - p p') (x) x x'; the largest eigenvalue of
     the first factor never exceeds 1/2 (reached where two classes share the probability; Böhning, 1992), so that of
     the mean over inputs never exceeds half the largest eigenvalue of the second moments. The bias counts as a neuron
-    that is always one.
-
-    Args:
-        features: A sample, shape (n, D).
-        masks: Which neurons each probe sees, shape (P, D), boolean.
-        iterations: Steps of the power iteration.
-
-    Returns:
-        Shape (P,), in the precision of the features.
+    that is always one. From a sample of features, shape (n, D), and which neurons each probe sees, boolean of shape
+    (P, D); returns shape (P,).
     """
     inputs = torch.cat([features, torch.ones_like(features[:, :1])], 1)
     seen = torch.cat([masks, torch.ones_like(masks[:, :1])], 1)

@@ -23,12 +23,9 @@ class Solver(ABC):
     (`trains`) also gives an optimiser, and sees validation scores; one that does not has its probes after `prepare`.
     """
 
-    name: ClassVar[str]
-    """What the column `solver` of results says."""
-    trains: ClassVar[bool]
-    """Whether the Trainer's epochs follow `prepare`."""
-    second_moments: ClassVar[bool] = False
-    """Whether it sums X'X of every layer, D^2 numbers each."""
+    name: ClassVar[str]  # What the column `solver` of results says
+    trains: ClassVar[bool]  # Whether the Trainer's epochs follow `prepare`
+    second_moments: ClassVar[bool] = False  # Whether it sums X'X of every layer, D^2 numbers each
     columns: ClassVar[Sequence[Column]]
     """The hyper-parameters that are chosen for each probe on validation, as columns of results.csv."""
 
@@ -64,7 +61,7 @@ class Solver(ABC):
 
     def describe(self) -> str:
         """Return the solver with its arguments, in one line."""
-        settings = ", ".join(f"{name} {_short(value)}" for name, value in vars(self).items())
+        settings = ", ".join(f"{name} {value}" for name, value in vars(self).items())
         return f"{type(self).__name__} ({settings})"
 
     def provenance(self) -> dict[str, Any]:
@@ -75,9 +72,3 @@ class Solver(ABC):
     def training_provenance(self) -> dict[str, Any]:
         """Return what else a training must share with the one it resumes, in plain types."""
         return {}
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 1:
-        return _short(value[0])
-    return f"{value:g}" if isinstance(value, float) else str(value)

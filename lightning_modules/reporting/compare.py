@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.files import writing
-from lightning_modules.reporting import compare_figures, figures
+from lightning_modules.reporting import figures
 from lightning_modules.reporting.report import write_table
 from lightning_modules.results import Results
 from lightning_modules.subsets.selections import FULL
@@ -72,8 +72,8 @@ def compare(
         output.mkdir(parents=True, exist_ok=True)
         write_table(table, output / TABLE)
         write_table(joined.reset_index("run"), output / JOINED)
-        written = figures.save(compare_figures.frontier(cells, headline, delta), output / "frontier")
-        written += figures.save(compare_figures.tasks(curves, headline, curves_behind, delta), output / "curves")
+        written = figures.save(figures.frontier(cells, headline, delta), output / "frontier")
+        written += figures.save(figures.tasks(curves, headline, curves_behind, delta), output / "curves")
     for file in (output / TABLE, output / JOINED, *written):
         print(f"  {file}")
 

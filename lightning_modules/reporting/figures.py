@@ -1,4 +1,4 @@
-"""Pictures of a run, and what all pictures share: readable in print and by the colour-blind.
+"""Pictures of a run and of several, and what all pictures share: readable in print and by the colour-blind.
 
 What is told apart differs in colour, marker and line style. Legends lie outside the axes, where they hide nothing.
 """
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from lightning_modules.files import atomic
 from lightning_modules.measures.measure import Measure, Picture
 from lightning_modules.results import Column, Results
-from lightning_modules.results.answer import ANSWERED
+from lightning_modules.results.results import ANSWERED
 from lightning_modules.subsets.selections import FULL
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4A21")
@@ -204,3 +204,76 @@ def logarithmic_axis(axes: Axes, values: Iterable[float], label: str) -> None:
 def short(value: float) -> str:
     """Return a fraction, or a number of neurons, as short as it is told apart."""
     return f"{value:.2g}" if value < 1 else f"{value:,.0f}"
+
+
+def tasks(
+    curves: dict[tuple[str, str], pd.DataFrame], headline: Column, reference: pd.DataFrame | None, delta: float
+) -> Figure:
+    """Draw tasks side by side: a panel for each, a line for each representation, reference curves behind them.
+
+    Curves are rows as `Results.curve` returns them, by task and representation; of a reference, rows of `task`,
+    `pretraining`, `fraction`, `accuracy_mean`, `accuracy_std`. Delta is marked where there is a single representation.
+    """
+    names = list(dict.fromkeys(task for task, _ in curves))
+    looks = styles(name for _, name in curves)
+    figure, grid = panels(len(names))
+    for axes, task in zip(grid, names, strict=True):
+        extent = [curve for (of, _), curve in curves.items() if of == task]
+        if reference is not None:
+            theirs = reference[reference["task"] == task]
+            for index, (name, rows) in enumerate(theirs.groupby("pretraining", sort=False)):
+                style = {"color": "gray", "marker": "+x1234"[index % 6], "linestyle": LINES[index % 4]}
+                label = f"reference: {name}"
+                line(axes, rows, style, label, "accuracy_mean", "accuracy_std", scale=100)
+                extent.append(rows)
+        for name, style in looks.items():
+            if (task, name) in curves:
+                rows = curves[task, name].sort_values("fraction")
+                if len(looks) == 1:
+                    references(axes, rows, headline, delta, with_neurons=False)
+                rows = rows.drop_duplicates("fraction")
+                line(axes, rows, style, name, "mean", "std", scale=headline.scale)
+        fraction_axis(axes, pd.concat(extent))
+        value_axis(axes, f"test {headline.heading}", task)
+    legend(figure, grid)
+    return figure
+
+
+def frontier(table: pd.DataFrame, headline: Column, delta: float) -> Figure:
+    """Draw the full layer's metric against DR(delta), with the Pareto frontier of each task.
+
+    The table has a row per task and representation (`series`): `redundancy`, its limits `low` and `high`, and `full`.
+    """
+    table = table.assign(full=headline.scale * table["full"])
+    by_task = table["series"].nunique() > 1
+    groups = list(table.groupby("task", sort=False)) if by_task else [("", table)]
+    figure, grid = panels(len(groups))
+    key = "series" if by_task else "task"
+    looks = styles(table[key])
+    for axes, (task, rows) in zip(grid, groups, strict=True):
+        best = pareto_frontier(rows)
+        if len(best) > 1:
+            options: Style = {"color": "gray", "linestyle": "--", "linewidth": 1, "zorder": 1}
+            axes.step(best["redundancy"], best["full"], where="pre", label="Pareto frontier", **options)
+        for row in rows.to_dict("records"):
+            style = looks[row[key]] | {"linestyle": "", "markersize": 7, "elinewidth": 1, "capsize": 3}
+            known = np.isfinite([row["low"], row["high"]]).all()
+            reach = [[max(0, row["redundancy"] - row["low"])], [max(0, row["high"] - row["redundancy"])]]
+            axes.errorbar(row["redundancy"], row["full"], xerr=reach if known else None, label=row[key], **style)
+        axes.set_xlabel(f"diffused redundancy, DR({delta:g})")
+        axes.set_ylabel(f"full layer's test {headline.heading}")
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_title(task, fontsize=9, loc="left")
+        axes.grid(visible=True, linewidth=0.4, alpha=0.5)
+    legend(figure, grid)
+    return figure
+
+
+def pareto_frontier(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that no other beats in both `redundancy` and `full`, redundancy ascending.
+
+    The redundancy-performance Pareto frontier (Nanda et al., 2023).
+    """
+    rows = rows.sort_values(["redundancy", "full"], ascending=False)
+    before = rows["full"].cummax().shift(fill_value=-np.inf)
+    return rows[rows["full"] > before][::-1]

@@ -11,7 +11,6 @@ import pandas as pd
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.results import curves
-from lightning_modules.results.answer import ANSWERED, answer
 from lightning_modules.results.redundancy import DELTAS, redundancy
 from lightning_modules.results.tables import Column
 from lightning_modules.subsets.selections import FULL
@@ -19,6 +18,7 @@ from lightning_modules.subsets.selections import FULL
 if TYPE_CHECKING:
     from lightning_modules.measures.measure import Measure
 
+ANSWERED = 0.9  # the share of the full layer's metric that the plain answer is about; the paper's
 NEEDED = ("task", "backbone", "selection", "fraction", "split")  # columns, beside that of the metric
 UNSTATED = {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None}
 """What is predicted where no summary.json says it, as beside results of older versions and of others."""
@@ -103,7 +103,45 @@ class Results:
 
     def answers(self, layer: str) -> dict[float, dict[str, Any]]:
         """Return the plain answers of a layer by the share that is kept, see `answer.answer`."""
-        return self._once(("answers", layer), lambda: {delta: answer(self, layer, delta) for delta in DELTAS})
+        return self._once(("answers", layer), lambda: {delta: self._answer(layer, delta) for delta in DELTAS})
+
+    def _answer(self, layer: str, delta: float) -> dict[str, Any]:
+        """Say how many neurons of a layer to keep for a share `delta` of the full layer's metric, and what that costs.
+
+        The fraction is chosen on validation, by the threshold rule over all selections; the loss is told on test.
+        """
+        headline, rows, val = self.headline, self.rows, self.curve("val")
+        rows, val = rows[(rows["layer"] == layer) & (rows["split"] == "test")], val[val["layer"] == layer]
+        width = int(rows["width"].iloc[0])
+        enough = val.loc[(val["selection"] != FULL) & (val["ratio"] >= delta)].sort_values("neurons", kind="stable")
+        wish = f"To keep {100 * delta:g} % of the {headline.label}"
+        if enough.empty or enough["neurons"].iloc[0] == width:
+            return {
+                "text": f"{wish}: keep all {width:,} neurons; no smaller measured subset is enough.",
+                "neurons": width,
+            }
+        best = enough.iloc[0]
+        full = rows.loc[rows["selection"] == FULL, headline.name].mean()
+        kept = rows.loc[
+            (rows["selection"] == best["selection"]) & (rows["fraction"] == best["fraction"]), headline.name
+        ]
+        lost = headline.scale * (full - kept)
+        digits, unit = headline.digits, f" {headline.unit}" if headline.unit else ""
+        spread = f" ± {lost.std(ddof=0):.{digits}f}" if len(lost) > 1 else ""
+        bytes_kept = 100 * best["neurons"] / width
+        text = (
+X if headline.unit == '%' else unit} ({headline.words(kept.mean())} instead of "
+            f"{headline.words(full)}{unit}), store {bytes_kept:.3g} % of the bytes."
+        )
+        return {
+            "text": text,
+            "selection": best["selection"],
+            "fraction": float(best["fraction"]),
+            "neurons": int(best["neurons"]),
+            "points_lost_mean": float(lost.mean()),
+            "points_lost_std": float(lost.std(ddof=0)) if len(lost) > 1 else None,
+            "bytes_kept_percent": float(bytes_kept),
+        }
 
     def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return what was computed under that key; whoever gets it changes nothing."""

@@ -12,10 +12,8 @@ from lightning_modules.features.moments import Moments, rounding
 class Ordering(NamedTuple):
     """Nested subsets: the first k coordinates of an ordering, for several k."""
 
-    order: Tensor
-    """Distinct coordinates, the most wanted first, at least as many as the largest size."""
-    sizes: Sequence[int]
-    """The m subset sizes k, ascending; equal ones are allowed."""
+    order: Tensor  # Distinct coordinates, the most wanted first, at least as many as the largest size
+    sizes: Sequence[int]  # The m subset sizes k, ascending; equal ones are allowed
     basis: Tensor | None = None
     """Coordinates as columns, shape (D, M), features x having the coordinates basis' x; None for the layer's
     own neurons."""
@@ -44,12 +42,9 @@ class Ordering(NamedTuple):
 class PrincipalComponents(NamedTuple):
     """The directions of a representation by descending variance."""
 
-    variances: Tensor
-    """Population variance along each, descending, shape (D,)."""
-    components: Tensor
-    """One per column, orthonormal, shape (D, D); the entry of the largest magnitude is positive."""
-    rank: int
-    """How many have a variance that is not zero: fewer than the images."""
+    variances: Tensor  # Population variance along each, descending, shape (D,)
+    components: Tensor  # One per column, orthonormal, shape (D, D); the entry of the largest magnitude is positive
+    rank: int  # How many have a variance that is not zero: fewer than the images
 
 
 def principal_components(moments: Moments) -> PrincipalComponents:

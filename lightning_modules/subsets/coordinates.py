@@ -21,11 +21,7 @@ class Coordinates(nn.Module):
     """Gathers the coordinates of every probe group, as far as its largest subset goes.
 
     Orders and bases that are fitted to the training split are filled in by `fit` and saved in checkpoints; seeded ones
-    are drawn again.
-
-    Args:
-        probes: The probes of a run.
-        widths: D of each layer, in the order in which features hold them.
+    are drawn again. `widths` are D of each layer, in the order in which features hold them.
     """
 
     rows: Tensor

@@ -28,10 +28,8 @@ class ProbeGroup(NamedTuple):
     layer: str
     selection: str
     seed: int
-    probes: tuple[int, ...]
-    """Places of the probes in the run, by ascending size."""
-    sizes: tuple[int, ...]
-    """How many coordinates each of them sees."""
+    probes: tuple[int, ...]  # Places of the probes in the run, by ascending size
+    sizes: tuple[int, ...]  # How many coordinates each of them sees
 
 
 def probe_groups(probes: Sequence[Probe]) -> list[list[ProbeGroup]]:
@@ -126,7 +124,7 @@ class Plan:
 
 
 def _seed_list(value: int | Sequence[int], name: str) -> list[int]:
-    """Return the seeds that a number n (0 to n - 1) or a list stands for; more would not fit into memory as probes."""
+    """Return the seeds that a number n (0 to n - 1) or a list stands for."""
     if value == [] or (isinstance(value, int) and not 1 <= value <= 100_000):
         raise MisconfigurationException(
             f"model.{name} is {value}; give a number of seeds from 1 to 100,000, or a list of seeds."

@@ -5,37 +5,26 @@ is one function here and one line in `SELECTIONS`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_modules.features.moments import CONSTANT, Moments
+from lightning_modules.features.moments import CONSTANT
 from lightning_modules.subsets import bases
 from lightning_modules.subsets.bases import PrincipalComponents, principal_components
 
-FULL = "full"
-"""The selection of the full layer, the reference of every ratio."""
+FULL = "full"  # The selection of the full layer, the reference of every ratio
 
 
+@dataclass
 class Layer:
-    """What selections may know of a layer.
+    """What selections may know of a layer."""
 
-    Args:
-        width: D, its number of neurons.
-        moments: Of the clean view of train; None for selections that are not fitted.
-    """
-
-    def __init__(self, width: int, moments: Moments | None = None) -> None:
-        self.width = width
-        self._moments = moments
-
-    @property
-    def moments(self) -> Moments:
-        """The moments; only fitted selections (see `SELECTIONS`) may ask for them."""
-        assert self._moments is not None
-        return self._moments
+    width: int  # D, its number of neurons
+    moments: Any = None  # `Moments` of the clean view of train, for fitted selections
 
     @cached_property
     def components(self) -> PrincipalComponents:
@@ -46,10 +35,8 @@ class Layer:
 class Basis(NamedTuple):
     """Coordinates of a layer beside its own neurons: `(representation - centre) @ matrix`."""
 
-    matrix: Tensor
-    """A coordinate in each column, shape (D, D), float64."""
-    centre: Tensor
-    """Shape (D,), float64."""
+    matrix: Tensor  # A coordinate in each column, shape (D, D), float64
+    centre: Tensor  # Shape (D,), float64
 
 
 class Selection(NamedTuple):
@@ -59,10 +46,8 @@ class Selection(NamedTuple):
     """From the layer and the subset seed to a permutation of 0 to D - 1, shape (D,)."""
     seeded: bool = False
     """Whether order or basis are drawn from the subset seed; otherwise there is one probe per fraction."""
-    basis: str | None = None
-    """The basis whose coordinates are ordered, of `BASES`; None for the layer's own neurons."""
-    fitted: bool = False
-    """Whether order or basis are computed from the training split."""
+    basis: str | None = None  # The basis whose coordinates are ordered, of `BASES`; None for the layer's own neurons
+    fitted: bool = False  # Whether order or basis are computed from the training split
 
 
 def random(layer: Layer, seed: int) -> Tensor:
@@ -136,8 +121,7 @@ SELECTIONS = {
     FULL: Selection(first),
 }
 """Selections by name; the full layer comes by itself."""
-OFFERED = [name for name in SELECTIONS if name != FULL]
-"""Selections that a run can ask for."""
+OFFERED = [name for name in SELECTIONS if name != FULL]  # Selections that a run can ask for
 
 
 def order(selection: str, layer: Layer, seed: int) -> Tensor:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import train
-from lightning_modules.backbones.memory import keep_freed_memory
+from lightning_modules.cli.main import keep_freed_memory
 from lightning_modules.cli.run import CLI
 from lightning_modules.features.cache import BATCH
 from lightning_modules.features.moments import Moments

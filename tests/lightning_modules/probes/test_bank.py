@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from datamodules.targets import Multiclass
 from torch import nn
 
+from datamodules.targets import Multiclass
 from lightning_modules.probes.bank import ProbeBank
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Plan, Probe

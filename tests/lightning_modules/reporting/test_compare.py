@@ -11,7 +11,7 @@ from conftest import SHARED
 from made_up import ACCURACY
 
 from lightning_modules.reporting.compare import group_means
-from lightning_modules.reporting.compare_figures import pareto_frontier
+from lightning_modules.reporting.figures import pareto_frontier
 from lightning_modules.results import Results
 
 REFERENCE = SHARED / "reference"
