@@ -130,8 +130,10 @@ class Results:
         spread = f" ± {lost.std(ddof=0):.{digits}f}" if len(lost) > 1 else ""
         bytes_kept = 100 * best["neurons"] / width
         text = (
-X if headline.unit == '%' else unit} ({headline.words(kept.mean())} instead of "
-            f"{headline.words(full)}{unit}), store {bytes_kept:.3g} % of the bytes."
+            f"{wish}: keep {best['neurons']:,} of {width:,} neurons ({best['selection']}), lose "
+            f"{lost.mean():.{digits}f}{spread}{' points' if headline.unit == '%' else unit} "
+            f"({headline.words(kept.mean())} instead of {headline.words(full)}{unit}), store {bytes_kept:.3g} % of the "
+            f"bytes."
         )
         return {
             "text": text,
