@@ -18,7 +18,7 @@ from datamodules.transforms import AUGMENTATIONS, Preprocessing, evaluation, squ
 
 SPLITS = ("train", "val", "test")
 PROTOCOLS: dict[str, dict[str, int]] = {"full": {}, "vtab1k": {"train": 800, "val": 200}}
-"""How many images are taken of a split, where not all are; VTAB-1k keeps all of test (Zhai et al., 2019)."""
+"""How many images of a split each protocol takes, where not all; VTAB-1k takes all of test (Zhai et al., 2019)."""
 
 
 def class_names(task: str) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ class HuggingFaceImages(Task):
     Args:
         name: A data set of the Hub, for example `zalando-datasets/fashion_mnist`, or a folder.
         image_column: Column of images; null is the one that holds some.
-        label_column: Column of labels, as `json.label` within JSON; null looks for one of the usual names.
+        label_column: Column of labels, as `json.label` within JSON; null takes the first of the usual names.
         **kwargs: See `Task`; downloads and a copy with random access go to `root`.
     """
 
@@ -212,7 +212,7 @@ def read_tables(source: str, root: Path, what: str, advice: str, files: dict[str
 
 
 def _files_by_split(folder: Path, pattern: str, cache: Path) -> dict[str, list[str]]:
-    """Return the files of each split, told by a word in their folder or name; files without one belong to train."""
+    """Return files by split, as a word in their folder or name says; files without such a word are train."""
     found: dict[str, list[str]] = {}
     for file in sorted(path for path in folder.rglob(pattern) if cache not in path.parents):
         words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())

@@ -11,7 +11,7 @@ from torch import Tensor
 class Percent(NamedTuple):
     """Size of a part in percent of all images, as VTAB cuts its splits.
 
-    Unlike a `float`, which is rounded for each class by itself, it fixes the number of images of the whole part.
+    Unlike a `float`, which is rounded for each class by itself, it fixes the number of images of the part.
     """
 
     percent: int
@@ -28,10 +28,10 @@ each class ({0: 30, 1: 30})."""
 
 
 def stratified_split(labels: Tensor, parts: Sequence[Part], seed: int) -> list[Tensor]:
-    """Return a rest and seeded, disjoint parts of a labelled set that hold the same share of every class.
+    """Split a labelled set into a rest and seeded, disjoint, stratified parts: first the rest, then one for each part.
 
-    Each is a tensor of sorted indices into `labels`, class indices of shape (n,), on which and on the seed alone they
-    depend. A number of images is shared out in proportion to the classes, by largest remainder. Shares are rounded to
+    Each is a tensor of sorted indices into `labels`, class indices of shape (n,); they depend on these and on the seed
+    alone. A number of images is shared out in proportion to the classes, by largest remainder. Shares are rounded to
     whole images per class; a class gives every part at least one image as long as one remains in the rest.
     """
     counts = dict(zip(*(found.tolist() for found in labels.unique(return_counts=True)), strict=True))

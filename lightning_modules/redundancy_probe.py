@@ -33,7 +33,7 @@ class RedundancyProbe(LightningModule):
         seeds: Subset seeds; a number n means 0 to n - 1.
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
-        solver: How probes are found: `SGD`, `Ridge`, or a class of one's own, with its arguments.
+        solver: How probes are found: `SGD`, which null is too, `Ridge`, or a class of your own, with its arguments.
         features: What the probes train on: `clean`, one view without augmentation, extracted once; a number of
             augmented views, each extracted once and cycled over epochs; or `off`, fresh augmentation in every epoch,
             with a pass of the backbone each.

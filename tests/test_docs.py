@@ -97,7 +97,7 @@ def test_a_command_parses_as_written(cli, made_up, monkeypatch, words):
     elif verb == "sweep":
         monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
         runs, sweep = [], importlib.import_module("lightning_modules.cli.sweep")
-        monkeypatch.setattr(sweep, "SweptRun", lambda arguments, *_: runs.append(arguments))
+        monkeypatch.setattr(sweep, "SweptRun", lambda planned, *_: runs.append(planned.arguments))
         monkeypatch.setattr(sweep.Sweep, "compare", lambda self, runs: len(runs))
         status, _, err = cli(verb, *options)
         assert status == 0, err

@@ -138,6 +138,28 @@ MISTAKES = {
     "momentum 1": (["--model.solver.momentum=1"], "model.solver.momentum is 1; it must be from 0 to below 1"),
     "gamma 0": (["--model.solver.gamma=0"], "model.solver.gamma is 0; it must be above 0"),
     "step size 0": (["--model.solver.step_size=0"], "model.solver.step_size is 0; it must be at least 1"),
+    "unknown solver": (
+        ["--model.solver=Rigde"],
+        "--model.solver is 'Rigde'; did you mean Ridge? It must be one of Ridge, SGD, or the import path of another",
+    ),
+    "task for a solver": (["--model.solver=datamodules.Digits"], "'datamodules.Digits', which is no Solver"),
+    "unknown option of a solver": (["--model.solver.penalti=1"], "did you mean model.solver.penalty?"),
+    "option of another solver": (
+        ["--model.solver=Ridge", "--model.solver.learning_rate=0.1"],
+        "--model.solver.learning_rate is an option of SGD; choose that with --model.solver, or leave",
+    ),
+    "option of the solver given to the model": (
+        ["--model.learning_rate=0.1"],
+        "--model.learning_rate is an option of Pretraining; did you mean model.solver.learning_rate?",
+    ),
+    "negative penalty": (["--model.solver=Ridge", "--model.solver.penalty=-1"], "model.solver.penalty is -1; it must"),
+    "unknown measure": (["--model.measures=[CKAA]"], "'CKAA'; did you mean CKA? It must be one of Accuracy, CKA"),
+    "no neighbour": (["--model.measures=Neighbours", "--model.measures.neighbours=0"], "neighbours is 0; it must be 1"),
+    "measure twice": (["--model.measures=[CKA,CKA]"], "would both write cka; leave one out"),
+    "unknown objective": (
+        ["--model=Pretraining", "--model.objective=CrossEntrpy"],
+        "--model.objective is 'CrossEntrpy'; did you mean CrossEntropy?",
+    ),
     "neither true nor false": (["--model.standardise=maybe"], "model.standardise is maybe", "true or false"),
     # The task.
     "unknown task": (["--data=Digit"], "--data is 'Digit'; did you mean Digits? It must be one of CIFAR10, CIFAR100"),
@@ -301,6 +323,10 @@ YAMLS = {
         b"data: {class_path: ImageFolder, init_args: {digits: [1, 2]}}\n",
         "--data.digits is an option of Digits; choose that with --data, or leave --data.digits out",
     ),
+    "a key of another solver": (
+        b"model: {solver: {class_path: Ridge, init_args: {momentum: 0.5}}}\n",
+        "--model.solver.momentum is an option of SGD; choose that with --model.solver",
+    ),
     "a wrong value": (b"model: {seeds: many}\n", "model.seeds is many", "a whole number"),
 }
 
@@ -444,6 +470,13 @@ def test_a_network_of_ones_own_that_cannot_be_probed_is_named(cli, tmp_path, mon
         assert part in error
 
 
+def test_what_a_constructor_of_ones_own_refuses_is_told_in_one_line(cli, tmp_path, monkeypatch):
+    refuse = "    def __init__(self, depth: int = 2):\n        raise ValueError(f'depth is {depth}; it must be odd.')\n"
+    (tmp_path / "own_solvers.py").write_text(f"from lightning_modules.probes import SGD\n\nclass Odd(SGD):\n{refuse}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert error_of(cli(*SHORT, "--model.solver=own_solvers.Odd")) == "error: Odd: depth is 2; it must be odd."
+
+
 # -------------------------------------------------------------------------------------------------------- finished runs
 
 
@@ -540,10 +573,11 @@ def test_a_file_that_is_no_checkpoint_is_named_and_no_code_in_it_is_run(cli, fin
     write(tmp_path / "own.ckpt")
     before = content(finished)
     overwrite = ["--overwrite=true"] if verb == "fit" else []
-    error = error_of(cli(*rerun(verb, "--ckpt_path=own.ckpt", *overwrite)))
+    error = error_of(cli(*rerun(verb, "--ckpt_path=own.ckpt", "--model.cache_dir=fresh", *overwrite)))
     for part in said:
         assert part in error
     assert content(finished) == before
+    assert not (tmp_path / "fresh").exists()  # before any image is extracted
 
 
 def test_a_finished_run_of_the_same_name_is_kept(cli, finished):

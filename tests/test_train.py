@@ -14,6 +14,7 @@ from conftest import ROOT, SHARED
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from datamodules import Digits
+from lightning_modules import RedundancyProbe
 
 SWEEP = "sweep_wandb.yaml"
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -117,6 +118,31 @@ def test_the_papers_recipe_is_that_of_its_authors(cli, task, weight_decay, size)
     }
 
 
+@pytest.mark.parametrize(
+    ("arguments", "solver"),
+    [
+        (["--model.solver.learning_rate=0.05"], {"SGD": {"learning_rate": 0.05, "momentum": 0.9}}),
+        (["--config=settings.yaml"], {"SGD": {"learning_rate": 0.07, "keep": "last"}}),
+        (["--model=RedundancyProbe"], {"SGD": {"learning_rate": 0.1}}),
+        (["--config=quickstart.yaml", "--model.solver=Ridge", "--model.solver.penalty=[0.1,1]"], {"Ridge": {}}),
+    ],
+    ids=["a flag", "settings in a file", "nothing", "another solver"],
+)
+def test_a_solver_is_sgd_where_none_is_named(cli, tmp_path, arguments, solver):
+    (tmp_path / "settings.yaml").write_text("model: {solver: {init_args: {learning_rate: 0.07, keep: last}}}\n")
+    status, out, err = cli("fit", "--data=Digits", *arguments, "--print_config")
+    assert (status, err) == (0, "")
+    ((name, expected),) = solver.items()
+    found = yaml.safe_load(out)["model"]["init_args"]["solver"]
+    assert found["class_path"].endswith(f".{name}")
+    assert expected.items() <= found["init_args"].items()
+    assert name == "SGD" or found["init_args"] == {"penalty": [0.1, 1.0]}
+
+
+def test_the_default_solver_from_python_is_sgd():
+    assert RedundancyProbe(None).solver.describe().startswith("SGD (learning_rate 0.1, ")
+
+
 def test_a_run_begins_with_what_it_will_do_as_resolved(cli, tmp_path, monkeypatch):
     (tmp_path / "own_callbacks.py").write_text(
         "from lightning.pytorch import Callback\n\nclass Silent(Callback): pass\n"
@@ -132,7 +158,7 @@ def test_a_run_begins_with_what_it_will_do_as_resolved(cli, tmp_path, monkeypatc
     assert block["features"] == "clean view, extracted once"
     assert block["solver"].startswith("SGD (learning_rate 0.1, ")
     assert block["measures"] == "Accuracy, CKA, Inequality"
-    assert "random x 2 fractions x 2 seeds" in block["probes"]
+    assert "random x fractions 0.1, 0.5 x 2 seeds, and the full layer" in block["probes"]
     assert block["own code"] == "own_callbacks.Silent"
     assert block["folder"] == "runs/debug"
     assert err.index("task ") < err.index("Features of train")

@@ -85,7 +85,7 @@ def explain(message: str, options: Options, prefix: str = "") -> str:
         return _unknown(prefix + unknown[1], options)
     required = re.search(r"the following arguments are required: (.*)", message)
     if required:
-        keys = [prefix + each for each in required[1].split(", ")]
+        keys = [prefix + re.sub(r"^(?:fit|validate|test|predict)\.", "", each) for each in required[1].split(", ")]
         if "trainer" in options:
             return f"Nothing sets {' and '.join(keys)}; give a --config, as quickstart.yaml, or --{keys[0]}."
         named = ["RUN" if each == "runs" else f"--{each}" for each in keys]  # these come without a flag

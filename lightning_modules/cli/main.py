@@ -78,6 +78,7 @@ def _quieten() -> None:
         "does not have many workers",
         "in eval mode at the start of training",
         "is deprecated",
+        "will run with no optimizer",  # what a solver in closed form has no use for
         "sync_dist=True",
         "args parameter is intended to run from within Python",
     ):

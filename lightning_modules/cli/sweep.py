@@ -23,7 +23,7 @@ from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.reporting import dashboard
 
 LABELLED = {"config", "data", "data.protocol", "model.backbone", "model.backbone.name", "model.backbone.weights"}
-LABELLED |= {"model.selection"}
+LABELLED |= {"model.selection", "data.root", "data.name", "data.features"}
 """What a run's default name, and so a comparison, tells apart by itself."""
 RUNS = "runs.csv"
 COLUMNS = ["command", "run", "group"]
