@@ -6,12 +6,12 @@ import datamodules
 from lightning_modules import cli
 
 OFFERED = tuple(getattr(datamodules, name) for name in datamodules.__all__ if name != "Task")
-"""The tasks that `--data` takes by name; all others by an import path."""
+TASKS = cli.Classes(datamodules.Task, OFFERED)  # what `--data` takes: these by name, all others by an import path
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line, null that of this process; a user's mistake ends in one line."""
-    cli.main(args, cli.Classes(datamodules.Task, OFFERED))
+    cli.main(args, TASKS)
 
 
 if __name__ == "__main__":

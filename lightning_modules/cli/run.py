@@ -173,7 +173,7 @@ class CLI(LightningCLI):
     def run(self, **arguments: Any) -> None:
         """Do what `fit` does, in a folder that is held."""
         arguments["ckpt_path"] = self.folder.checkpoint(self.settings["ckpt_path"], self.verb)
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         self._log_configuration()
         self.trainer.fit(**arguments)
         trained = time.perf_counter()
@@ -181,7 +181,7 @@ class CLI(LightningCLI):
         for evaluate in (self.trainer.validate, self.trainer.test):
             evaluate(self.model, datamodule=self.datamodule, verbose=not probes, weights_only=True)
         if probes and self.trainer.is_global_zero:
-            seconds = {"extraction": self.model.stream.extractor.seconds, "fit": trained - started}
+            seconds = {"extraction": self.model.stream.extractor.seconds, "fit": trained - self.started}
             seconds |= {"evaluation": time.perf_counter() - trained}
             results = self.model.results()
             with writing(self.folder.path, ADVICE):

@@ -4,6 +4,7 @@ import http.server
 import json
 import struct
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,11 @@ class Logged:
         (self.folder,) = folder.glob("wandb/offline-run-*")
         (file,) = self.folder.glob("*.wandb")
         self.history, self.config, self.axes, self.summary = [], {}, {}, {}
-        for record in self._records(file.read_bytes()):
+        deadline = time.monotonic() + 30  # W&B's own process may still be writing when the run has ended
+        while not (records := self._records(file.read_bytes())) or not records[-1].HasField("exit"):
+            assert time.monotonic() < deadline, f"{file} does not end"
+            time.sleep(0.1)
+        for record in records:
             for item in record.config.update:
                 self.config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
             for item in record.summary.update:
@@ -40,20 +45,23 @@ class Logged:
 
     @staticmethod
     def _records(data):
-        place, pieces = 7, b""
+        place, pieces, records = 7, b"", []
         while place + 7 <= len(data):
             left = 32768 - place % 32768
             if left < 7:
                 place += left
                 continue
             _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+            if place + 7 + length > len(data):
+                break
             pieces += data[place + 7 : place + 7 + length]
             place += 7 + length
             if kind in (1, 4):  # whole, or the last piece
                 record = wandb_internal_pb2.Record()
                 record.ParseFromString(pieces)
                 pieces = b""
-                yield record
+                records.append(record)
+        return records
 
     def table(self, name):
         content = json.loads((self.folder / "files" / self.last(f"{name}/path")).read_text())
