@@ -76,8 +76,7 @@ class DownloadedTask(Task):
     def prepare_data(self) -> None:
         """Download what is not there yet; a lock makes other processes wait that use the same folder.
 
-        Raises:
-            MisconfigurationException: If that fails; the message says which files to put where.
+        A MisconfigurationException is raised if that fails; the message says which files to put where.
         """
         missing = self._missing()
         if missing is None:

@@ -111,8 +111,7 @@ class Embeddings(Task):
     def load(self) -> dict[str, Vectors]:
         """Return the splits that the files name, or all vectors as train.
 
-        Raises:
-            MisconfigurationException: If an array is not there, or what the files hold does not fit together.
+        A MisconfigurationException is raised if an array is not there, or what the files hold does not fit together.
         """
         if self.feature_file and self.label_file:
             parts = self._divide(self._read(self.feature_file, self.label_file), self.split_file or self.label_file)

@@ -29,8 +29,7 @@ class Target(ABC):
     def check(self, images: Labelled, split: str, task: str) -> None:
         """Refuse labels of a split that cannot be.
 
-        Raises:
-            MisconfigurationException: If a label is not of this target; the message names image, split and task.
+        A MisconfigurationException is raised if a label is not of this target; the message names image, split and task.
         """
 
     @abstractmethod

@@ -106,10 +106,11 @@ class RedundancyProbe(LightningModule):
     def describe(self, task: Any) -> dict[str, str]:
         """Return what a run with this task will do, part by part; callable once the task is loaded."""
         self._plan(task)
+        views = {"clean": "clean view, extracted once", "off": "augmented afresh in every epoch"}
         return {
             "backbone": self.backbone.describe(),
-            "features": f"{self.features}{', standardised' * self.standardise}",
-            "probes": f"{len(self.probes):,}: {self.plan.describe()}",
+            "features": views.get(str(self.features), f"{self.features} augmented views"),
+            "probes": f"{len(self.probes):,}: {self.plan.describe()}{', standardised' * self.standardise}",
             "solver": self.solver.describe(),
             "measures": ", ".join(type(measure).__name__ for measure in self.measures),
         }

@@ -5,6 +5,7 @@ import functools
 import importlib
 import re
 import shlex
+import sys
 
 import pandas as pd
 import pytest
@@ -64,6 +65,7 @@ def made_up(monkeypatch, tmp_path):
                 (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / word).write_text((ROOT / "configs" / "quickstart.yaml").read_text())
             for module, name in re.findall(r"\b(my_\w+)\.(\w+)", word):
+                monkeypatch.delitem(sys.modules, module, raising=False)  # of another test
                 (example,) = (block for block in examples if f"class {name}(" in block)
                 (tmp_path / f"{module}.py").write_text(example)
 

@@ -130,7 +130,7 @@ MISTAKES = {
         "a number",
     ),
     "no learning rate": (["--model.solver.learning_rate=[]"], "model.solver.learning_rate", "at least one value"),
-    "learning rate twice": (["--model.solver.learning_rate=[0.1,0.1]"], "model.solver.learning_rate 0.1", "twice"),
+    "learning rate twice": (["--model.solver.learning_rate=[0.1,0.1]"], "model.solver.learning_rate lists 0.1 twice"),
     "negative weight decay": (
         ["--model.solver.weight_decay=-1"],
         "model.solver.weight_decay is -1; it must be 0 or more",

@@ -30,8 +30,7 @@ class RunFolder:
     def checkpoint(self, wanted: str | None, verb: str) -> str | None:
         """Return the file that `--ckpt_path` means; `last` is the run's own, the default of all verbs but fit.
 
-        Raises:
-            MisconfigurationException: If a checkpoint that is wanted is not there.
+        A MisconfigurationException is raised if a checkpoint that is wanted is not there.
         """
         wanted = wanted or (None if verb == "fit" else "last")
         if wanted != "last":

@@ -21,7 +21,8 @@ from lightning_modules.cli.errors import Classes, arguments
 from lightning_modules.cli.folder import ADVICE, RunFolder
 from lightning_modules.cli.parser import run_parser
 from lightning_modules.files import atomic, one_line, writing
-from lightning_modules.reporting import dashboard, report
+from lightning_modules.reporting import dashboard
+from lightning_modules.reporting.report import report
 
 VERBS = {
     "fit": "Train a model on a task, evaluate it on validation and test, and report.",

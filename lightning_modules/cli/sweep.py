@@ -35,15 +35,12 @@ class UnavailableData(MisconfigurationException):
 
 
 class Planned(NamedTuple):
-    """One run of a sweep: what messages call it, its command line, and the same in one.
+    """One run of a sweep."""
 
-    `apart` is what is varied beside `LABELLED`: it ends the run's name, and tells apart what cannot stand in one table.
-    """
-
-    name: str
-    apart: str
+    name: str  # what messages call it
+    apart: str  # what is varied beside `LABELLED`: ends the run's name, tells apart what cannot stand in one table
     arguments: list[str]
-    command: str
+    command: str  # the same in one
 
 
 class Sweep:

@@ -1,9 +1,8 @@
 """Features on disk: cut into files that are written whole or not at all, and checked before they are used.
 
 The features of one view of one split lie in a folder named after their provenance, cut into safetensors files (shards).
-Each carries the full provenance and a hash of its values: a torn, altered or foreign one is computed again, a finished
-one survives an interrupted extraction. Shards and batches are cut at fixed places, so that neither their content nor
-their names depend on the number of processes.
+Each carries the full provenance and a hash of its values: a torn, altered or foreign one is computed again. Shards and
+batches are cut at fixed places, whatever the number of processes.
 """
 
 import hashlib

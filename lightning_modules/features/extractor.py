@@ -1,5 +1,6 @@
 """Features: extracted by one pass of the frozen backbone over each view of a split, and read as the probes see them."""
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,30 +34,17 @@ class Extractor:
         self.directory = Path(cache_dir or Path(trainer.default_root_dir) / "feature_cache").expanduser()
         self.features = features
         self.seconds = 0.0  # Spent on extraction so far
-        self._provenance: dict[str, Any] | None = None
-        self._digests: dict[str, str] = {}
-
-    def provenance(self) -> dict[str, Any]:
-        """Return what features depend on beside images and precision; computed once, as it reads all weights."""
-        if self._provenance is None:
-            self._provenance = self.backbone.provenance()
-        return self._provenance
-
-    def digest(self, split: str) -> str:
-        """Return the hash of a split's images; computed once, as it may read all of them."""
-        if split not in self._digests:
-            self._digests[split] = self.task.images[split].digest()
-        return self._digests[split]
+        # What features depend on beside precision; computed once, as it reads all weights, and maybe all images.
+        self.provenance = functools.cache(backbone.provenance)
+        self.digest = functools.cache(lambda split: task.images[split].digest())
 
     def extract(self, split: str) -> Sequence[FeatureRows]:
         """Return the features of a split, one matrix per view; what the cache holds is not computed again.
 
-        Raises:
-            MisconfigurationException: If a layer is not finite for some image, or the cache cannot be written.
+        A MisconfigurationException is raised if a layer is not finite for some image, or the cache cannot be written.
         """
         started = time.perf_counter()
-        augmented = split == "train" and isinstance(self.features, int)
-        views = range(int(self.features)) if augmented else [None]
+        views = range(self.features) if split == "train" and isinstance(self.features, int) else [None]
         rows = [self._extract_view(split, view) for view in views]
         self.seconds += time.perf_counter() - started
         return rows
@@ -97,8 +85,7 @@ class Extractor:
     def represent(self, images: Tensor, indices: Tensor, split: str) -> Tensor:
         """Return the features, shape (B, sum of widths), of the images at `indices` of a split, shape (B, C, H, W).
 
-        Raises:
-            MisconfigurationException: If a layer is not finite; the message names it and the image.
+        A MisconfigurationException is raised if a layer is not finite; the message names it and the image.
         """
         device = self.trainer.strategy.root_device
         # On a CPU larger batches are no faster, and take memory in proportion.

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_modules.measures.measure import Batch, Context, Measure, Picture
-from lightning_modules.results import Column, Results
+from lightning_modules.results.results import Results
+from lightning_modules.results.tables import Column
 from lightning_modules.subsets.plan import references
 
 NORMAL_95 = 1.959963984540054  # the standard normal's quantile at 97.5 %

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_modules.features.moments import Moments
 from lightning_modules.measures.layer_ranks import LayerRanks
-from lightning_modules.results import Column
+from lightning_modules.results.tables import Column
 from lightning_modules.subsets.bases import Ordering
 
 NOTHING = 1e-24  # a subset with less than this share of the full layer's HSIC with itself holds rounding alone

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_modules.measures.measure import Batch, Context, Measure, Picture
-from lightning_modules.results import Results
+from lightning_modules.results.results import Results
 from lightning_modules.subsets import plan
 from lightning_modules.subsets.selections import FULL
 

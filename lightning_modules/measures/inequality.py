@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_modules.measures.accuracy import ClassCounts
 from lightning_modules.measures.measure import Picture
-from lightning_modules.results import Column, Results
+from lightning_modules.results.results import Results
+from lightning_modules.results.tables import Column
 from lightning_modules.subsets.selections import FULL
 
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_modules.results import Column, Results
+from lightning_modules.results.results import Results
+from lightning_modules.results.tables import Column
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Probe
 

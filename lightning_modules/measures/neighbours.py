@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_modules.measures.measure import Batch, Measure, Picture
-from lightning_modules.results import Results
 from lightning_modules.results.curves import curve
+from lightning_modules.results.results import Results
 from lightning_modules.subsets.bases import Ordering
 from lightning_modules.subsets.selections import FULL
 

@@ -54,8 +54,7 @@ class Stack:
 class _BankLogits(torch.autograd.Function):
     """Logits of all stacks, one after the other, shape (P, C, B), from the flat weights and each stack's inputs.
 
-    Inputs are the features in each ordering, shape (G, k, B). Written out because autograd would keep and add
-    one full-size gradient per block.
+    Inputs are features, shape (G, k, B). Autograd would keep and add one full-size gradient per block.
     """
 
     @staticmethod

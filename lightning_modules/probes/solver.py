@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 class Solver(ABC):
     """Finds the probes of a run; holds its hyper-parameters and no state, which lies in the run's `Grid`.
 
-    `prepare` runs once before the first step, with the features of train and validation at hand. A solver that trains
-    (`trains`) also gives an optimiser, and sees validation scores; one that does not has its probes after `prepare`.
+    One that trains gives an optimiser and sees validation scores; one that does not has its probes after `prepare`.
     """
 
     name: ClassVar[str]  # What the column `solver` of results says
@@ -61,7 +60,8 @@ class Solver(ABC):
 
     def describe(self) -> str:
         """Return the solver with its arguments, in one line."""
-        settings = ", ".join(f"{name} {value}" for name, value in vars(self).items())
+        one = {name: value[0] for name, value in vars(self).items() if isinstance(value, list) and len(value) == 1}
+        settings = ", ".join(f"{name} {value}" for name, value in (vars(self) | one).items())
         return f"{type(self).__name__} ({settings})"
 
     def provenance(self) -> dict[str, Any]:

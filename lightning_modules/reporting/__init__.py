@@ -1,5 +1,1 @@
 """From a run's results to what a person looks at: files, a table, a picture and a plain answer."""
-
-from lightning_modules.reporting.report import report
-
-__all__ = ["report"]

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.files import writing
 from lightning_modules.reporting import figures
 from lightning_modules.reporting.report import write_table
-from lightning_modules.results import Results
+from lightning_modules.results.results import Results
 from lightning_modules.subsets.selections import FULL
 
 MUST_AGREE = {
@@ -83,8 +83,7 @@ def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule:
 
     Arguments as of `compare`, with the group of each run's task by the run's folder.
 
-    Raises:
-        MisconfigurationException: If it cannot be written.
+    A MisconfigurationException is raised if it cannot be written.
     """
     table = group_means([(group, Results.read(folder)) for folder, group in groups.items()], delta, rule)
     same = [name for name in ("backbone", "layer", "selection") if table[name].nunique() == 1]

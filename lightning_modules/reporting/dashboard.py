@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_modules.files import one_line
-from lightning_modules.results import Results
+from lightning_modules.results.results import Results
 from lightning_modules.subsets.selections import FULL
 
 FRACTION = "curve/fraction"  # the x axis of the curves
@@ -49,8 +49,7 @@ def wandb_logger(name: str, folder: Path, resumed: bool = False, groups: dict[st
 def log_configuration(loggers: Sequence[Logger], settings: dict[str, Any]) -> None:
     """Give a run's configuration to its loggers; this starts the W&B run.
 
-    Raises:
-        MisconfigurationException: If W&B does not take the run.
+    A MisconfigurationException is raised if W&B does not take the run.
     """
     for logger in loggers:
         try:

@@ -16,8 +16,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from lightning_modules.files import atomic
 from lightning_modules.measures.measure import Measure, Picture
-from lightning_modules.results import Column, Results
-from lightning_modules.results.results import ANSWERED
+from lightning_modules.results.results import ANSWERED, Results
+from lightning_modules.results.tables import Column
 from lightning_modules.subsets.selections import FULL
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4A21")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from lightning_modules.results import Results
 from lightning_modules.results.redundancy import RULES
+from lightning_modules.results.results import Results
 from lightning_modules.subsets.selections import FULL
 
 

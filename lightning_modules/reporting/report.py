@@ -13,7 +13,7 @@ from lightning_modules.files import atomic
 from lightning_modules.measures import Picture
 from lightning_modules.reporting import figures
 from lightning_modules.reporting.page import page
-from lightning_modules.results import Results
+from lightning_modules.results.results import Results
 
 PACKAGES = ("torch", "lightning", "timm", "torchmetrics", "torchvision", "numpy")
 

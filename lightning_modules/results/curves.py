@@ -15,8 +15,7 @@ def complete(results: pd.DataFrame) -> pd.DataFrame:
 
     Tables of older runs may lack `layer` and `seed`; where a layer has no `full` row its fraction 1.0 counts as it.
 
-    Raises:
-        MisconfigurationException: If a layer has neither.
+    A MisconfigurationException is raised if a layer has neither.
     """
     rows = results if "layer" in results else results.assign(layer="penultimate")
     if "seed" not in rows:

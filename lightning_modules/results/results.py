@@ -46,8 +46,7 @@ class Results:
     def read(cls, folder: Path) -> Self:
         """Return what a run left in its folder; without measures, as nothing tells their labels.
 
-        Raises:
-            MisconfigurationException: If its results.csv is none, or lacks what is needed.
+        A MisconfigurationException is raised if its results.csv is none, or lacks what is needed.
         """
         file, summary = folder / "results.csv", folder / "summary.json"
         try:

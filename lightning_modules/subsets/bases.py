@@ -81,7 +81,6 @@ def orthogonal_projection(width: int, seed: int) -> Tensor:
 def positive_projection(width: int, seed: int) -> Tensor:
     """Draw a projection with entries uniform in [0, 1), as the paper's code does, shape (D, D), float64.
 
-    For reproduction: it is not scaled, as theirs is not, and since no entry is negative all columns are nearly
-    parallel (their expected cosine is 3/4), so that coordinates are mostly copies of the neurons' sum.
+    For reproduction: as no entry is negative, all columns are nearly parallel (their expected cosine is 3/4).
     """
     return torch.rand(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -179,10 +179,7 @@ def describe(probes: Sequence[Probe], which: Sequence[bool]) -> str:
 
 
 def mean_by_fraction(probes: Sequence[Probe], values: Sequence[float], prefix: str) -> dict[str, float]:
-    """Return means over seeds of one value per probe, as `<prefix>/<selection>/<fraction>`.
-
-    With several layers the layer stands before the selection.
-    """
+    """Return means over seeds of one value per probe, as `<prefix>/<selection>/<fraction>`, with layers if several."""
     several = len({probe.layer for probe in probes}) > 1
     grouped: dict[str, list[float]] = {}
     for probe, value in zip(probes, values, strict=True):

@@ -72,10 +72,9 @@ def variance(layer: Layer, seed: int) -> Tensor:
 
 
 def fisher(layer: Layer, seed: int) -> Tensor:
-    """Order neurons by how well each alone separates the classes of train: by Fisher's ratio, descending.
+    """Order neurons by Fisher's ratio over train, the variance between classes over that within, descending.
 
-    It is the variance between classes over that within. A neuron that varies between classes only is among the first,
-    one that never changes among the last.
+    A neuron that varies between classes only is among the first, one that never changes among the last.
     """
     moments = layer.moments
     seen = moments.counts > 0

@@ -66,6 +66,8 @@ CLASSES = {
 PAPER = tuple(CLASSES)
 each_task = pytest.mark.parametrize("name", FULL)
 
+VTAB = yaml.safe_load((ROOT / "configs" / "sweep_vtab.yaml").read_text())["vary"]["data"]
+
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
@@ -94,10 +96,9 @@ class Labels:
 
 
 def test_vtab_is_19_tasks_in_three_groups():
-    vtab = yaml.safe_load((ROOT / "configs" / "sweep_vtab.yaml").read_text())["vary"]["data"]
-    groups = [getattr(datamodules, name).group for name in vtab]
+    groups = [getattr(datamodules, name).group for name in VTAB]
     assert {group: groups.count(group) for group in groups} == {"natural": 7, "specialized": 4, "structured": 8}
-    assert set(vtab) | {"CIFAR10", "ImageNet1k", "ImageNetV2", "Places365"} == set(FULL) == set(WRITERS)
+    assert set(VTAB) | {"CIFAR10", "ImageNet1k", "ImageNetV2", "Places365"} == set(FULL) == set(WRITERS)
 
 
 @each_task
@@ -172,7 +173,7 @@ def test_the_published_numbers_of_images_are_cut_as_the_table_says(name, tmp_pat
 
 
 def test_vtab1k_takes_800_and_200_of_every_task_and_all_of_test(tmp_path):
-    for name in datamodules.VTAB:
+    for name in VTAB:
         classes, _, train, val, test = FULL[name]
         if train is None:
             continue

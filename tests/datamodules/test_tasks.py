@@ -317,4 +317,4 @@ def test_constructors_read_no_data_and_refuse_a_wrong_path_at_once(tmp_path):
 def test_an_unknown_argument_of_a_constructor_is_refused_by_the_command_line(cli, kind, given):
     status, _, err = cli("fit", f"--data={kind}", f"--data.{given}=1", "--data.nonsense=1")
     assert status == 2
-    assert err.splitlines()[-1].startswith("error: There is no option 'nonsense'")
+    assert err.splitlines()[-1].startswith("error: There is no option 'data.nonsense'")

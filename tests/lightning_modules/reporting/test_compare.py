@@ -12,7 +12,7 @@ from made_up import ACCURACY
 
 from lightning_modules.reporting.compare import group_means
 from lightning_modules.reporting.figures import pareto_frontier
-from lightning_modules.results import Results
+from lightning_modules.results.results import Results
 
 REFERENCE = SHARED / "reference"
 

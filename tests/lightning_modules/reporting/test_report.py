@@ -10,8 +10,8 @@ import pytest
 from made_up import ACCURACY, CURVE, full_run, tables
 
 from lightning_modules.measures import CKA, Accuracy, Ensembles, Inequality, Neighbours
-from lightning_modules.reporting import report
-from lightning_modules.results import Results
+from lightning_modules.reporting.report import report
+from lightning_modules.results.results import Results
 
 MEASURES = [Accuracy(), CKA(), Inequality(), Neighbours(), Ensembles()]
 PICTURES = ("curve", "layers", "classes", "inequality", "neighbours", "ensembles")

@@ -7,8 +7,8 @@ from made_up import ACCURACY, CURVE, full_run, tables
 
 from datamodules.targets import Multiclass
 from lightning_modules.measures import CKA, Accuracy, Inequality
-from lightning_modules.results import Results
 from lightning_modules.results import results as module
+from lightning_modules.results.results import Results
 from lightning_modules.results.tables import Predictions, assemble
 from lightning_modules.subsets.plan import Plan
 
