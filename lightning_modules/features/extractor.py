@@ -39,10 +39,7 @@ class Extractor:
         self.digest = functools.cache(lambda split: task.images[split].digest())
 
     def extract(self, split: str) -> Sequence[FeatureRows]:
-        """Return the features of a split, one matrix per view; what the cache holds is not computed again.
-
-        A MisconfigurationException is raised if a layer is not finite for some image, or the cache cannot be written.
-        """
+        """Return the features of a split, one matrix per view; what the cache holds is not computed again."""
         started = time.perf_counter()
         views = range(self.features) if split == "train" and isinstance(self.features, int) else [None]
         rows = [self._extract_view(split, view) for view in views]
