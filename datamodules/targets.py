@@ -21,7 +21,7 @@ class Target(ABC):
     outputs: int  # of a probe, C
     chance: float  # expected metric of guessing
     metric: ClassVar[str]  # name of the headline metric: a column of `results.csv` and a part of logged metrics' keys
-    measure: ClassVar[str]  # name of the measure that counts it
+    measure: ClassVar[str | type]  # name of the measure that counts it
     label: ClassVar[str]  # what the metric is called in text and pictures
     unit: ClassVar[str]  # unit that the metric is shown in; for "%" a share is shown times 100
 

@@ -125,7 +125,8 @@ class RedundancyProbe(LightningModule):
             self.backbone.widths = {"none": task.width}
         elif task.vectors:
             raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
-        first = getattr(measures, task.target.measure)
+        first = task.target.measure  # a class, or the name of one of this project's
+        first = getattr(measures, first) if isinstance(first, str) else first
         self.measures[:] = [first(), *(each for each in self.measures if type(each) is not first)]
         self.probes = self.plan.probes(self.widths, any(measure.needs_comparison_probes for measure in self.measures))
 
