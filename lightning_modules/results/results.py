@@ -101,7 +101,7 @@ class Results:
         return self._once(("class losses", split), lambda: curves.class_losses(self.tables["classes"], split))
 
     def answers(self, layer: str) -> dict[float, dict[str, Any]]:
-        """Return the plain answers of a layer by the share that is kept, see `answer.answer`."""
+        """Return the plain answers of a layer by the share that is kept."""
         return self._once(("answers", layer), lambda: {delta: self._answer(layer, delta) for delta in DELTAS})
 
     def _answer(self, layer: str, delta: float) -> dict[str, Any]:
