@@ -261,8 +261,8 @@ class RedundancyProbe(LightningModule):
             "epoch": self.grid.of_chosen(self.grid.kept_epoch).tolist(),
             **{column.name: values for column, values in zip(self.solver.columns, chosen, strict=True)},
         }
-        tables = assemble(self.probes, self.widths, self.measured, self.target.metric, facts)
-        return Results(tables, list(self.measures), self.target)
+        tables, per_image = assemble(self.probes, self.widths, self.measured, self.target.metric, facts)
+        return Results(tables, list(self.measures), self.target, per_image)
 
     def on_predict_start(self) -> None:
         """Start to collect decisions."""

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lightning_modules.measures.measure import Batch, Context, Measure, Picture
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import Column
+from lightning_modules.results.tables import PER_IMAGE, Column
 from lightning_modules.subsets.plan import references
 
-NORMAL_95 = 1.959963984540054  # the standard normal's quantile at 97.5 %
 TABLE_CLASSES = 40  # that the report's table has room for
 PICTURE_CLASSES = 30  # that the heat map has room for
 
@@ -38,20 +37,21 @@ class ClassCounts(Measure):
 
 
 class Accuracy(ClassCounts):
-    """Accuracy and mean loss of every probe, and its difference to the full layer's probe on the same images.
+    """Accuracy and mean loss of every probe, and which images it has right.
 
-    Gives the table `classes`: images and right answers by probe and class. Always measured, at no cost to speak of.
+    Gives the table `classes`: images and right answers by probe and class. Always measured, at no cost to speak of but
+    a byte per probe and image while a split is evaluated.
     """
 
     columns = (
         Column("accuracy", "accuracy", "%", digits=1, logged=True),
-        Column("difference", "difference", "points", digits=1, limits=("difference_low", "difference_high")),
-        *map(Column, ("images", "loss", "gained", "lost", "difference_low", "difference_high")),
+        *map(Column, ("images", "loss", "gained", "lost")),
     )
     table = "classes"
     loss: Tensor
     gained: Tensor
     lost: Tensor
+    right: list[tuple[Tensor, Tensor]]
 
     def setup(self, context: Context) -> None:
         """Add the counts, and the sums of the losses."""
@@ -62,6 +62,11 @@ class Accuracy(ClassCounts):
         self.add_state("lost", zeros, dist_reduce_fx="sum")
         self.references = references(context.probes).to(context.device)
 
+    def reset(self) -> None:
+        """Forget what was counted."""
+        super().reset()
+        self.right = []
+
     def update(self, batch: Batch) -> None:
         """Count a batch."""
         super().update(batch)
@@ -70,9 +75,10 @@ class Accuracy(ClassCounts):
         reference = right[self.references]
         self.gained += (right & ~reference).sum(1)
         self.lost += (reference & ~right).sum(1)
+        self.right.append((batch.indices, right))
 
     def compute(self) -> Mapping[str, Tensor | pd.DataFrame]:
-        """Return the columns, and the table of classes.
+        """Return the columns, the table of classes, and which images each probe has right, shape (P, n).
 
         `gained` are images that the probe gets right and the full layer's probe does not, `lost` the reverse.
         """
@@ -89,9 +95,16 @@ class Accuracy(ClassCounts):
             "loss": self.loss / images,
             "gained": self.gained,
             "lost": self.lost,
-            **paired_difference(self.gained, self.lost, images),
             "classes": classes,
+            PER_IMAGE: self._per_image(int(images)),
         }
+
+    def _per_image(self, images: int) -> Tensor:
+        """Return which images each probe has right, joined over processes: each has zeros where others have answers."""
+        right = torch.zeros(len(self.context.probes), images, dtype=torch.uint8, device=self.context.device)
+        for indices, of_batch in self.right:
+            right[:, indices] = of_batch.to(right)
+        return self.context.reduce(right).bool()
 
     def shown(self, results: Results, split: str) -> dict[str, pd.DataFrame]:
         """Return the classes that lose most and the points they lose, a column per fraction, by the first selection."""
@@ -137,19 +150,3 @@ def _points_lost(losses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     first = losses[(losses[["layer", "selection"]] == losses.iloc[0][["layer", "selection"]]).all(axis=1)]
     wide = first.pivot_table(index="class", columns="fraction", values="lost", sort=False)
     return first, 100 * wide.sort_index(axis=1)
-
-
-def paired_difference(gained: Tensor, lost: Tensor, images: Tensor) -> dict[str, Tensor]:
-    """Return the difference in accuracy to the full layer on the same images and its 95 % limits, float64, by column.
-
-    The interval is that of Agresti and Min (2005): Wald's, after half an image was added to each of the four cells
-    (both right, gained, lost, both wrong), so that it has a width where no image changed sides.
-    """
-    gained, lost, images = gained.double(), lost.double(), images.double()
-    centre = (gained - lost) / (images + 2)
-    error = ((gained + lost + 1) / (images + 2) - centre.square()).sqrt() / (images + 2).sqrt()
-    return {
-        "difference": (gained - lost) / images,
-        "difference_low": (centre - NORMAL_95 * error).clamp(min=-1),
-        "difference_high": (centre + NORMAL_95 * error).clamp(max=1),
-    }

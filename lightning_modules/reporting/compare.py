@@ -1,6 +1,8 @@
 """Runs together: the redundancy table like the paper's Table 1, joined results, the frontier and curves by task."""
 
 import glob
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.files import writing
 from lightning_modules.reporting import figures
 from lightning_modules.reporting.report import write_table
+from lightning_modules.results.redundancy import MANY_DELTAS
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.selections import FULL
 
@@ -27,7 +30,8 @@ SETTINGS = ("model.init_args.standardise", "model.init_args.solver.init_args.kee
 REFERENCES = Path(__file__).with_name("reference")
 """Curves and redundancies that the paper's authors measured, from their notebooks (nvedant07/invariances_in_reps)."""
 ADVICE = "name another folder with --output"
-TABLE, JOINED, GROUPS = "dr_table.csv", "results.csv", "groups.csv"
+TABLE, DIFFERENCES, JOINED, GROUPS = "dr_table.csv", "differences.csv", "results.csv", "groups.csv"
+LINES = 20  # differences that are printed; all are written
 
 
 def compare(
@@ -37,11 +41,12 @@ def compare(
     rule: Literal["threshold", "nearest", "interpolated"] = "nearest",
     reference: str | None = None,
 ) -> None:
-    """Compare finished runs: print the table of redundancies and write it, the joined results and pictures.
+    """Compare finished runs: print their redundancies and whether these differ, and write tables and pictures.
 
     Args:
         runs: Folders of runs, or patterns; each with a results.csv.
-        output: Folder to write to: dr_table.csv, results.csv, frontier.png and curves.png (and .svg).
+        output: Folder to write to: dr_table.csv, differences.csv, results.csv (all rows), and the pictures frontier,
+            curves and redundancy, as PNG and SVG.
         delta: Share of the full layer's metric that is to be kept.
         rule: How the fraction that is enough is found; nearest is that of the paper's table.
         reference: What others measured: curves to draw behind (resnet50_imagenet1k, resnet50_harder_tasks,
@@ -61,20 +66,29 @@ def compare(
         curves_behind = _reference(reference, list(cells["task"].unique()))
         if "fraction" not in curves_behind:
             table, curves_behind = _beside(table, curves_behind), None
-    curves = {}
+    curves, by_delta = {}, {}
     for cell in cells.to_dict("records"):
         means = read[cell["run"]].curve("test")
         of_cell = (means["layer"] == cell["layer"]) & means["selection"].isin([cell["selection"], FULL])
         curves[cell["task"], cell["series"]] = means[of_cell]
+        rows = read[cell["run"]].redundancy("test", MANY_DELTAS)
+        of_cell = (rows["layer"] == cell["layer"]) & (rows["selection"] == cell["selection"]) & (rows["rule"] == rule)
+        by_delta[cell["task"], cell["series"]] = rows[of_cell]
+    differences = redundancy_differences(cells)
     print(f"\nDiffused redundancy, DR({delta:g}), by the {rule} rule\n\n{_words(table)}\n")
+    if len(differences):
+        more = f"... and {len(differences) - LINES} more in {DIFFERENCES}\n" if len(differences) > LINES else ""
+        print(f"Their differences, with 95 % intervals\n\n{_words(differences.head(LINES))}\n{more}")
     headline = next(iter(read.values())).headline
     with writing(output, ADVICE):
         output.mkdir(parents=True, exist_ok=True)
         write_table(table, output / TABLE)
+        write_table(differences, output / DIFFERENCES)
         write_table(joined.reset_index("run"), output / JOINED)
         written = figures.save(figures.frontier(cells, headline, delta), output / "frontier")
         written += figures.save(figures.tasks(curves, headline, curves_behind, delta), output / "curves")
-    for file in (output / TABLE, output / JOINED, *written):
+        written += figures.save(figures.redundancies(by_delta), output / "redundancy")
+    for file in (output / TABLE, output / DIFFERENCES, output / JOINED, *written):
         print(f"  {file}")
 
 
@@ -193,6 +207,30 @@ def _cells(read: Mapping[Path, Results], delta: float, rule: str) -> pd.DataFram
     return cells.assign(series=cells[["backbone", *several]].astype(str).agg(", ".join, axis=1))
 
 
+def redundancy_differences(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return how the redundancies of each two representations differ on a task, and whether surely so.
+
+    The interval comes from those of the two (Zou and Donner, 2008), as if they were independent; the images that they
+    share make it too wide rather than too narrow.
+
+    Args:
+        cells: A row per task and representation (`series`): `redundancy`, and its limits `low` and `high`.
+
+    Returns:
+        A row per task and pair: `task`, `first`, `second`, `difference` (of the first to the second), its limits `low`
+        and `high`, and `differ`, `yes` where zero lies outside them; `unknown` without intervals.
+    """
+    rows = []
+    for task, of_task in cells.groupby("task", sort=False):
+        for one, other in itertools.combinations(of_task.to_dict("records"), 2):
+            difference = one["redundancy"] - other["redundancy"]
+            low = difference - math.hypot(one["redundancy"] - one["low"], other["high"] - other["redundancy"])
+            high = difference + math.hypot(one["high"] - one["redundancy"], other["redundancy"] - other["low"])
+            differ = "unknown" if math.isnan(low) else "yes" if low > 0 or high < 0 else "not sure"
+            rows.append([task, one["series"], other["series"], difference, low, high, differ])
+    return pd.DataFrame(rows, columns=["task", "first", "second", "difference", "low", "high", "differ"])
+
+
 def _table(cells: pd.DataFrame) -> pd.DataFrame:
     """Return redundancies with a row per backbone (layer and selection, where they differ), a column per task."""
     keys = ["backbone", *(name for name in ("layer", "selection") if cells[name].nunique() > 1)]
@@ -218,7 +256,7 @@ def _words(table: pd.DataFrame) -> str:
         words = [str(name), *(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values)]
         words = ["-" if word == "nan" else word for word in words]
         wide = max(map(len, words))
-        left = name in ("group", "backbone", "layer", "selection")
+        left = name in ("group", "backbone", "layer", "selection", "task", "first", "second", "differ")
         columns.append([word.ljust(wide) if left else word.rjust(wide) for word in words])
     return "\n".join(map("  ".join, zip(*columns, strict=True)))
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from lightning_modules.files import atomic
 from lightning_modules.measures.measure import Measure, Picture
+from lightning_modules.results.redundancy import MANY_DELTAS
 from lightning_modules.results.results import ANSWERED, Results
 from lightning_modules.results.tables import Column
 from lightning_modules.subsets.selections import FULL
@@ -89,6 +90,40 @@ def _panel(axes: Axes, measure: Measure, columns: list[Column], rows: pd.DataFra
             options = {} if column is first else FAINT
             axes.plot([], [], color="gray", marker="o", markersize=4.5, label=column.label, **options)
         axes.legend(fontsize=8, loc="lower right")
+
+
+def redundancy(results: Results, split: str) -> dict[str, Picture]:
+    """Draw diffused redundancy, by the threshold rule, against the share delta that is kept; a panel per layer."""
+    found = results.redundancy(split, MANY_DELTAS).query("rule == 'threshold'")
+    title = "layer {}" if len(results.layers) > 1 else ""
+    groups = found.groupby(["layer", "selection"], sort=False)
+    figure = redundancies({(title.format(layer), name): rows for (layer, name), rows in groups}, results.title)
+    caption = f"Diffused redundancy against the share of the full layer's {results.headline.label} that is kept, with "
+    return {"redundancy": Picture(figure, f"{caption}95 % intervals over subsets and {split} images.")}
+
+
+def redundancies(found: dict[tuple[str, str], pd.DataFrame], title: str = "") -> Figure:
+    """Draw redundancies against delta, with 95 % bands: a panel per first name, a line per second.
+
+    Rows are those of a single rule, as `Results.redundancy` returns them.
+    """
+    names = list(dict.fromkeys(panel for panel, _ in found))
+    looks = styles(line for _, line in found)
+    figure, flat = panels(len(names), title)
+    for axes, panel in zip(flat, names, strict=True):
+        for name, style in looks.items():
+            if (panel, name) in found:
+                rows = found[panel, name]
+                axes.plot(rows["delta"], rows["redundancy"], label=name, linewidth=1.3, markersize=3.5, **style)
+                band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+                axes.fill_between(rows["delta"], rows["low"], rows["high"], **band)
+        axes.set_xlabel("share of the full layer's metric kept, delta")
+        axes.set_ylabel("diffused redundancy, DR(delta)")
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title(panel, fontsize=9, loc="left")
+        axes.grid(visible=True, linewidth=0.4, alpha=0.5)
+    legend(figure, flat)
+    return figure
 
 
 def layers(results: Results, split: str) -> dict[str, Picture]:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from lightning_modules.results.redundancy import RULES
 from lightning_modules.results.results import Results
+from lightning_modules.results.tables import Column
 from lightning_modules.subsets.selections import FULL
 
 
@@ -63,13 +64,14 @@ def _curve(results: Results) -> pd.DataFrame:
     rows["fraction"] = curve["fraction"].map("{:.3g}".format)
     rows["neurons"] = curve["neurons"].map("{:,}".format)
     rows[headline.heading] = list(map(headline.words, curve["mean"], curve["std"]))
-    rows["of full (%)"] = (100 * curve["ratio"]).map("{:.1f}".format)
+    for column in (Column("ratio", "of full", "%", 1), headline._replace(name="difference", label="difference")):
+        words = curve[column.name].map(column.words)
+        if f"{column.name}_low" in curve:
+            low, high = (curve[f"{column.name}_{side}"].map(column.words) for side in ("low", "high"))
+            words += (" [" + low + ", " + high + "]").mask(curve["selection"] == FULL, "")
+        rows[column.heading] = words
     for column in results.columns:
-        if column.name in curve and column.limits:
-            value, low, high = (curve[name].map(column.words) for name in (column.name, *column.limits))
-            full = curve["selection"] == FULL  # which is not compared with itself
-            rows[f"{column.heading}, 95 %"] = (value + " [" + low + ", " + high + "]").mask(full, "")
-        elif column.name in curve:
+        if column.name in curve:
             rows[column.heading] = list(map(column.words, curve[column.name], curve[f"{column.name}_std"]))
     return rows
 

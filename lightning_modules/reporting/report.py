@@ -13,7 +13,9 @@ from lightning_modules.files import atomic
 from lightning_modules.measures import Picture
 from lightning_modules.reporting import figures
 from lightning_modules.reporting.page import page
+from lightning_modules.results.redundancy import MANY_DELTAS
 from lightning_modules.results.results import Results
+from lightning_modules.results.tables import PER_IMAGE_FILE, write_per_image
 
 PACKAGES = ("torch", "lightning", "timm", "torchmetrics", "torchvision", "numpy")
 
@@ -24,15 +26,22 @@ def report(folder: Path, results: Results, remarks: Sequence[str], seconds: dict
     `remarks` say what to distrust, one line each; `seconds` are wall times of the parts of the run. The folder's
     `config.yaml`, where it is there, is shown in `report.html`.
     """
-    tables = {name: folder / f"{name}.csv" for name in results.tables}
+    found = {"redundancy": results.redundancy("test", MANY_DELTAS), **results.tables}
+    tables = {name: folder / f"{name}.csv" for name in found}
     for name in tables.keys() - {"results"}:
-        write_table(results.tables[name], tables[name])
+        write_table(found[name], tables[name])
+    per_image = [folder / PER_IMAGE_FILE] if results.per_image else []
+    for path in per_image:
+        with atomic(path) as file:
+            write_per_image(results.per_image, file)
     pictures: dict[str, Picture] = {}
-    for draw in (figures.curve, figures.layers, *(measure.pictures for measure in results.measures)):
+    own = (measure.pictures for measure in results.measures)
+    for draw in (figures.curve, figures.redundancy, figures.layers, *own):
         pictures |= draw(results, "test")
     drawn = {name: figures.save(picture.figure, folder / name) for name, picture in pictures.items()}
     summary, page_file = folder / "summary.json", folder / "report.html"
-    files = [*tables.values(), summary, *(file for both in drawn.values() for file in both), page_file]
+    files = [*tables.values(), *per_image, summary]
+    files += [*(file for both in drawn.values() for file in both), page_file]
     content = results.summary() | {
         "remarks": list(remarks),
         "seconds": {part: round(value, 3) for part, value in seconds.items()},
@@ -63,7 +72,12 @@ def _text(results: Results, images: int) -> list[str]:
     """Return the curve and the plain answers, layer by layer."""
     test, headline = results.curve("test"), results.headline
     several = len(results.layers) > 1
-    lines = ["", f"{results.title}: test {headline.label} on {images:,} images, mean ± std over subset seeds", ""]
+    lines = [
+        "",
+        f"{results.title}: test {headline.label} on {images:,} images, mean ± std over subset seeds; shares of the "
+        "full layer with 95 % intervals over subsets and images",
+        "",
+    ]
     for layer in results.layers:
         rows = test[test["layer"] == layer]
         lines += [f"Layer {layer}, {rows['neurons'].max():,} neurons", ""] if several else []
@@ -80,8 +94,10 @@ def _table(results: Results, curve: pd.DataFrame) -> list[str]:
     for row in curve.itertuples():
         spread = "" if math.isnan(row.std) else f" ± {headline.scale * row.std:4.{digits}f}"
         bar = "█" * round(30 * row.ratio) if math.isfinite(row.ratio) else ""  # a full layer may be never right
+        low, high = getattr(row, "ratio_low", math.nan), getattr(row, "ratio_high", math.nan)
+        between = "" if math.isnan(low) else f"({100 * max(0, low):.1f} to {100 * high:.1f})"
         lines.append(
             f"{row.selection:<{wide}} {row.fraction:>8g} {row.neurons:>8}  "
-            f"{headline.scale * row.mean:6.{digits}f}{unit}{spread:<7}  {100 * row.ratio:6.1f} %  {bar}"
+            f"{headline.scale * row.mean:6.{digits}f}{unit}{spread:<7}  {100 * row.ratio:6.1f} % {between:<16} {bar}"
         )
     return lines

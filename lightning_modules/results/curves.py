@@ -42,8 +42,8 @@ def curve(rows: pd.DataFrame, split: str, metric: str, columns: Sequence[Column]
         One row per layer, selection and fraction; layers in their order, in each the full layer first, fractions
         ascending: `layer`, `selection`, `fraction`, `neurons`, `mean` and `std` of the metric over seeds
         (population, as in the paper's tables; missing for a single seed), `seeds`, `ratio`, the mean over the full
-        layer's mean (missing if that is zero), and for each column its mean, and its spread as `<name>_std`. The mean
-        of limits that each hold at least 95 % holds it for the mean, as no mean varies more than its terms on average.
+        layer's mean (missing if that is zero), `difference`, the mean less the full layer's, and for each column its
+        mean, and its spread as `<name>_std`.
     """
     rows = rows[rows["split"] == split]
     groups = rows.groupby(["layer", "selection", "fraction"], sort=False)
@@ -53,7 +53,8 @@ def curve(rows: pd.DataFrame, split: str, metric: str, columns: Sequence[Column]
     table = table.reset_index()
     full = table[table["selection"] == FULL].set_index("layer")["mean"]
     table["ratio"] = table["mean"] / table["layer"].map(full).replace(0, np.nan)
-    for name in (name for column in columns for name in (column.name, *column.limits)):
+    table["difference"] = table["mean"] - table["layer"].map(full)
+    for name in (column.name for column in columns):
         if name in rows and rows[name].notna().any():
             table[name] = groups[name].mean().to_numpy()
             table[f"{name}_std"] = groups[name].agg(_spread).to_numpy()

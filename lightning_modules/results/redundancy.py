@@ -1,18 +1,17 @@
 """Diffused redundancy: the fraction that is enough to keep a share of the full layer's metric, with its interval."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
 
 from lightning_modules.subsets import plan
 from lightning_modules.subsets.selections import FULL
 
 RULES = ("threshold", "nearest", "interpolated")
 DELTAS = (0.8, 0.9, 0.95, 0.99)  # shares of the full layer's metric for which redundancy is given
-RESAMPLES = 2000  # bootstrap samples behind an interval
-FEWEST_SEEDS = 3  # subset seeds below which there is no interval
+MANY_DELTAS = tuple(each / 100 for each in range(70, 100))  # those of its curve, `DELTAS` among them
 
 
 def sufficient_fraction(
@@ -56,34 +55,89 @@ def sufficient_fraction(
     return np.where(reached.any(-1), enough, 1.0)
 
 
-def redundancy(rows: pd.DataFrame, split: str, deltas: Sequence[float], metric: str) -> pd.DataFrame:
-    """Return DR(delta) by every rule, with an interval over subsets and the critical mass of neurons.
+def certain(margins: np.ndarray, level: float) -> np.ndarray:
+    """Return which fractions surely keep a share of the full layer's metric, shape (F,), by one-sided tests of `level`.
 
-    The interval is the 95 % percentile bootstrap over subset seeds. A resampled seed brings its values of the metric at
-    all fractions, as its subsets nest; the full layer, which has no subset, stays as it is. Rows are as `complete`
-    returns them.
+    Fractions are tested from the largest down until one is not sure: so tested in a fixed order, the chance that one
+    is wrongly called sure is at most `level`, however many there are.
+
+    Args:
+        margins: Draws of the metric less that share of the full layer's, shape (draws, F), by ascending fraction.
+        level: For example 0.05.
+    """
+    return np.logical_and.accumulate((np.quantile(margins, level, axis=0) >= 0)[::-1])[::-1]
+
+
+def sufficient_range(
+    fractions: Sequence[float] | np.ndarray, drawn: np.ndarray, full: np.ndarray, delta: float
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % limits of the fraction that is enough, by rule.
+
+    Up to the lower limit of `threshold` and `interpolated` no fraction may be enough: the upper 97.5 % limit of its
+    margin is below zero. From the upper limit on all are, see `certain`. Along the line between two measured fractions
+    the same is asked of the interpolated margin. (Quantiles of what is enough in each draw would lie too low, as the
+    smallest fraction that reaches delta already is the luckiest.) The limits of `nearest` are such quantiles.
+
+    Args:
+        fractions: Measured fractions, shape (F,), ascending.
+        drawn: Draws of the metric at each, shape (draws, F).
+        full: Draws of the full layer's, shape (draws,).
+        delta: What is to be kept, for example 0.9.
+    """
+    grid, margins = np.array(fractions, float), drawn - delta * full[:, None]
+    nearest = sufficient_fraction(grid, drawn / full[:, None], delta, "nearest")
+    if 1.0 not in grid:
+        grid, margins = np.append(grid, 1.0), np.column_stack([margins, (1 - delta) * full])
+    may_be = np.quantile(margins, 0.975, axis=0) >= 0
+    places = {0.975: int(may_be.argmax()), 0.025: int(certain(margins, 0.025).argmax())}
+
+    def crossing(level: float) -> float:
+        place = places[level]
+        if place == 0:
+            return grid[0]
+        before, after = margins[:, place - 1], margins[:, place]
+        share = brentq(lambda at: np.quantile(before + at * (after - before), level), 0, 1, xtol=1e-4)
+        return grid[place - 1] + share * (grid[place] - grid[place - 1])
+
+    return {
+        "threshold": (grid[places[0.975]], grid[places[0.025]]),
+        "nearest": tuple(np.quantile(nearest, [0.025, 0.975], method="inverted_cdf")),
+        "interpolated": (crossing(0.975), crossing(0.025)),
+    }
+
+
+def redundancy(
+    rows: pd.DataFrame, split: str, deltas: Sequence[float], metric: str, draws: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Return DR(delta) by every rule, with a 95 % interval over subsets and images and the critical mass of neurons.
+
+    Args:
+        rows: As `curves.complete` returns them.
+        split: The split to look at.
+        deltas: Shares of the full layer's metric.
+        metric: Column of the metric.
+        draws: Of the mean of each selection and fraction, as `resampling.resample` returns them; None for no intervals.
 
     Returns:
         One row per layer, selection, rule and delta: `layer`, `selection`, `rule`, `delta`, `fraction` (that is
         enough), `neurons` (the critical mass: as many as that fraction is; missing without `width`), `redundancy`,
-        and `low` and `high`, missing below three seeds.
+        and the limits `low` and `high`, missing without draws.
     """
     rows = rows[rows["split"] == split]
     table = []
     for (layer, selection), group in rows[rows["selection"] != FULL].groupby(["layer", "selection"], sort=False):
         full = rows.loc[(rows["layer"] == layer) & (rows["selection"] == FULL), metric].mean() or np.nan
-        by_seed = group.pivot_table(index="seed", columns="fraction", values=metric)
-        grid, ratios = by_seed.columns.to_numpy(float), by_seed.mean().to_numpy()[None] / full
-        everywhere = by_seed.dropna().to_numpy()  # seeds that were measured at all fractions
-        if len(everywhere) >= FEWEST_SEEDS:
-            picks = np.random.default_rng(0).integers(len(everywhere), size=(RESAMPLES, len(everywhere)))
-            times = np.apply_along_axis(np.bincount, 1, picks, minlength=len(everywhere))  # how often each is drawn
-            ratios = np.concatenate([ratios, times @ everywhere / len(everywhere) / full])
-        for rule, delta in itertools.product(RULES, deltas):
-            enough, *drawn = sufficient_fraction(grid, ratios, delta, rule)
-            redundancies = 1 - np.array(drawn or [np.nan])
-            low, high = np.quantile(redundancies, [0.025, 0.975], method="inverted_cdf")  # a value that was drawn
-            mass = plan.neurons(enough, int(group["width"].iloc[0])) if "width" in group else np.nan
-            table.append([layer, selection, rule, delta, enough, mass, 1 - enough, low, high])
+        means = group.groupby("fraction")[metric].mean()
+        for delta in deltas:
+            ranges: dict[str, tuple[float, float]] = {}
+            if draws is not None:
+                drawn = draws[[(layer, selection, fraction) for fraction in means.index]].to_numpy()
+                ranges = sufficient_range(means.index, drawn, draws[layer, FULL, 1.0].to_numpy(), delta)
+            for rule in RULES:
+                enough = float(sufficient_fraction(means.index, means / full, delta, rule))
+                least, most = ranges.get(rule, (np.nan, np.nan))
+                mass = plan.neurons(enough, int(group["width"].iloc[0])) if "width" in group else np.nan
+                low, high = 1 - max(most, enough), 1 - min(least, enough)  # NaN comes first, and so stays
+                table.append([layer, selection, rule, delta, enough, mass, 1 - enough, low, high])
     columns = ["layer", "selection", "rule", "delta", "fraction", "neurons", "redundancy", "low", "high"]
     return pd.DataFrame(table, columns=columns)

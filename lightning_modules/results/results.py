@@ -7,12 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pandas as pd
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.results import curves
+from lightning_modules.results.answer import answer
 from lightning_modules.results.redundancy import DELTAS, redundancy
-from lightning_modules.results.tables import Column
+from lightning_modules.results.resampling import resample, with_limits
+from lightning_modules.results.tables import PER_IMAGE_FILE, Column, read_per_image
 from lightning_modules.subsets.selections import FULL
 
 if TYPE_CHECKING:
@@ -31,13 +34,21 @@ class Results:
         tables: By the names of their files: `results`, with one row per probe and split, and those of the measures.
         measures: What was measured; of their columns it takes labels.
         target: What is predicted, see `datamodules.targets.Target`; of it `metric`, `label`, `unit` and `chance` count.
+        per_image: By split, which images each probe has right: boolean, shape (P, n), in the order of the rows of
+            `results`. There are no intervals without.
 
     Raises:
         MisconfigurationException: If a layer has no full row.
     """
 
-    def __init__(self, tables: Mapping[str, pd.DataFrame], measures: Sequence["Measure"], target: Any) -> None:
-        self.tables, self.measures, self.target = tables, measures, target
+    def __init__(
+        self,
+        tables: Mapping[str, pd.DataFrame],
+        measures: Sequence["Measure"],
+        target: Any,
+        per_image: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self.tables, self.measures, self.target, self.per_image = tables, measures, target, per_image or {}
         self.headline = Column(target.metric, target.label, target.unit, digits=1 if target.unit == "%" else 3)
         self.rows = curves.complete(tables["results"])  # of results.csv; each layer has a full one
         self._computed: dict[Any, Any] = {}
@@ -59,7 +70,7 @@ class Results:
         if missing or rows.empty:
             raise MisconfigurationException(f"{file} has no {', '.join(missing) or 'rows'}; a fit writes such a file.")
         try:
-            return cls({"results": rows}, [], target)
+            return cls({"results": rows}, [], target, read_per_image(folder / PER_IMAGE_FILE))
         except MisconfigurationException as error:
             raise MisconfigurationException(f"{file}: {error}") from error
 
@@ -84,15 +95,29 @@ class Results:
         rows = self.tables.get(name, pd.DataFrame({"split": []}))
         return rows[rows["split"] == split]
 
+    def draws(self, split: str) -> pd.DataFrame | None:
+        """Return draws of the means, see `resampling.resample`; None where images were not noted one by one."""
+        if split not in self.per_image:
+            return None
+        return self._once(
+            ("draws", split), lambda: resample(self.per_image[split], self.rows[self.rows["split"] == split])
+        )
+
     def curve(self, split: str) -> pd.DataFrame:
-        """Return what was measured against fraction, see `curves.curve`."""
-        metric, columns = self.headline.name, self.columns
-        return self._once(("curve", split), lambda: curves.curve(self.rows, split, metric, columns))
+        """Return what was measured against fraction, see `curves.curve`, with limits where there are draws."""
+
+        def compute() -> pd.DataFrame:
+            curve, draws = curves.curve(self.rows, split, self.headline.name, self.columns), self.draws(split)
+            return curve if draws is None else with_limits(curve, draws)
+
+        return self._once(("curve", split), compute)
 
     def redundancy(self, split: str, deltas: Sequence[float] = DELTAS) -> pd.DataFrame:
         """Return DR(delta) by every rule, see `redundancy.redundancy`."""
-        key = ("redundancy", split, tuple(deltas))
-        return self._once(key, lambda: redundancy(self.rows, split, deltas, self.headline.name))
+        return self._once(
+            ("redundancy", split, tuple(deltas)),
+            lambda: redundancy(self.rows, split, deltas, self.headline.name, self.draws(split)),
+        )
 
     def class_losses(self, split: str) -> pd.DataFrame:
         """Return what each class loses, see `curves.class_losses`; no rows where there are no classes."""
@@ -102,47 +127,7 @@ class Results:
 
     def answers(self, layer: str) -> dict[float, dict[str, Any]]:
         """Return the plain answers of a layer by the share that is kept."""
-        return self._once(("answers", layer), lambda: {delta: self._answer(layer, delta) for delta in DELTAS})
-
-    def _answer(self, layer: str, delta: float) -> dict[str, Any]:
-        """Say how many neurons of a layer to keep for a share `delta` of the full layer's metric, and what that costs.
-
-        The fraction is chosen on validation, by the threshold rule over all selections; the loss is told on test.
-        """
-        headline, rows, val = self.headline, self.rows, self.curve("val")
-        rows, val = rows[(rows["layer"] == layer) & (rows["split"] == "test")], val[val["layer"] == layer]
-        width = int(rows["width"].iloc[0])
-        enough = val.loc[(val["selection"] != FULL) & (val["ratio"] >= delta)].sort_values("neurons", kind="stable")
-        wish = f"To keep {100 * delta:g} % of the {headline.label}"
-        if enough.empty or enough["neurons"].iloc[0] == width:
-            return {
-                "text": f"{wish}: keep all {width:,} neurons; no smaller measured subset is enough.",
-                "neurons": width,
-            }
-        best = enough.iloc[0]
-        full = rows.loc[rows["selection"] == FULL, headline.name].mean()
-        kept = rows.loc[
-            (rows["selection"] == best["selection"]) & (rows["fraction"] == best["fraction"]), headline.name
-        ]
-        lost = headline.scale * (full - kept)
-        digits, unit = headline.digits, f" {headline.unit}" if headline.unit else ""
-        spread = f" ± {lost.std(ddof=0):.{digits}f}" if len(lost) > 1 else ""
-        bytes_kept = 100 * best["neurons"] / width
-        text = (
-            f"{wish}: keep {best['neurons']:,} of {width:,} neurons ({best['selection']}), lose "
-            f"{lost.mean():.{digits}f}{spread}{' points' if headline.unit == '%' else unit} "
-            f"({headline.words(kept.mean())} instead of {headline.words(full)}{unit}), store {bytes_kept:.3g} % of the "
-            f"bytes."
-        )
-        return {
-            "text": text,
-            "selection": best["selection"],
-            "fraction": float(best["fraction"]),
-            "neurons": int(best["neurons"]),
-            "points_lost_mean": float(lost.mean()),
-            "points_lost_std": float(lost.std(ddof=0)) if len(lost) > 1 else None,
-            "bytes_kept_percent": float(bytes_kept),
-        }
+        return self._once(("answers", layer), lambda: {delta: answer(self, layer, delta) for delta in DELTAS})
 
     def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return what was computed under that key; whoever gets it changes nothing."""

@@ -2,13 +2,20 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from lightning_modules.subsets.plan import Probe
+
+PER_IMAGE_FILE = "per_image.safetensors"
+PER_IMAGE = "per_image"  # the name under which a measure gives the headline metric of every image, shape (P, n)
 
 
 class Column(NamedTuple):
@@ -18,7 +25,6 @@ class Column(NamedTuple):
     label: str = ""  # for tables and pictures; empty for what stands in results.csv alone
     unit: str = ""  # `%` for shares and `points` for differences of shares; both are shown times 100
     digits: int = 3  # decimals shown
-    limits: tuple[str, ...] = ()  # columns with the limits of its interval, shown in place of its spread over seeds
     logged: bool = False  # whether its mean over seeds is logged as <split>/<name>/<selection>/<fraction>
     drawn: bool = False  # whether it is a line in the measure's panel beside the curve
 
@@ -46,17 +52,21 @@ def assemble(
     measured: Mapping[str, Sequence[Mapping[str, Tensor | pd.DataFrame]]],
     metric: str,
     facts: Mapping[str, Any],
-) -> dict[str, pd.DataFrame]:
+) -> tuple[dict[str, pd.DataFrame], dict[str, np.ndarray]]:
     """Return the tables of a run by the names of their files, from what each measure computed, by split.
 
     `facts` are further columns of `results`, one value for all P probes or P; `task` and `backbone` are among them.
+    Beside them stands by split what was found of each image, shape (P, n), where a measure gave that.
     """
     known = pd.DataFrame(list(probes)).assign(width=[widths[probe.layer] for probe in probes])
     tables: dict[str, list[pd.DataFrame]] = {"results": []}
+    per_image = {}
     for split, computed in measured.items():
         values = {}
         for name, value in (item for each in computed for item in each.items()):
-            if isinstance(value, Tensor):
+            if name == PER_IMAGE:
+                per_image[split] = value.cpu().numpy()
+            elif isinstance(value, Tensor):
                 values[name] = value.cpu().numpy()
             else:
                 tables.setdefault(name, []).append(value)
@@ -64,7 +74,28 @@ def assemble(
         first = ["task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split"]
         first += [name for name in ("images", metric, "loss") if name in values]
         tables["results"].append(rows[list(dict.fromkeys([*first, *facts, *values]))])
-    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}, per_image
+
+
+def write_per_image(per_image: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write which images each probe has right, eight in a byte; see `Results`."""
+    packed = {split: np.packbits(right, axis=1) for split, right in per_image.items()}
+    save_file(packed, path, metadata={split: str(right.shape[1]) for split, right in per_image.items()})
+
+
+def read_per_image(path: Path) -> dict[str, np.ndarray]:
+    """Return what `write_per_image` wrote; nothing where there is no such file, as in runs of older versions.
+
+    A ValueError is raised if it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "numpy") as file:
+            images = {split: int(count) for split, count in file.metadata().items()}
+            return {split: np.unpackbits(file.get_tensor(split), axis=1, count=images[split]) > 0 for split in images}
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 class Predictions:

@@ -7,21 +7,26 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from made_up import ACCURACY, CURVE, full_run, tables
+from made_up import ACCURACY, CURVE, full_run, per_image, tables
 
 from lightning_modules.measures import CKA, Accuracy, Ensembles, Inequality, Neighbours
 from lightning_modules.reporting.report import report
 from lightning_modules.results.results import Results
 
 MEASURES = [Accuracy(), CKA(), Inequality(), Neighbours(), Ensembles()]
-PICTURES = ("curve", "layers", "classes", "inequality", "neighbours", "ensembles")
+PICTURES = ("curve", "redundancy", "layers", "classes", "inequality", "neighbours", "ensembles")
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text("name: <script>alert(1)</script>\n")
-    return folder, report(folder, Results(full_run(), MEASURES, ACCURACY), ["mind the <gap> & more"], {"fit": 1.0})
+    return folder, report(folder, made_up_results(), ["mind the <gap> & more"], {"fit": 1.0})
+
+
+def made_up_results():
+    found = full_run()
+    return Results(found, MEASURES, ACCURACY, per_image(found))
 
 
 class Page(HTMLParser):
@@ -70,31 +75,35 @@ def test_the_pages_tables_have_the_runs_numbers(written):
     rows = Page((written[0] / "report.html").read_text()).rows
     (row,) = [row for row in rows if row[:4] == ["penultimate", "random", "0.1", "10"] and "±" in row[4]]
     # 500, 560 and 590 of 1,000, of which 40 of class b are taken away; 900 - 40 for the full layer.
-    assert row[4:6] == ["51.0 ± 3.7", "59.3"]
-    assert row[6].startswith("-35.0 [-3")
+    assert row[4] == "51.0 ± 3.7"
+    assert re.fullmatch(r"59\.3 \[[1-5]\d\.\d, [6-9]\d\.\d\]", row[5])
+    assert re.fullmatch(r"-35\.0 \[-[4-9]\d\.\d, -[0-3]?\d\.\d\]", row[6])
     assert row[7:9] == ["0.100 ± 0.000", "0.090 ± 0.000"]
     (row,) = [row for row in rows if row[:3] == ["layer<3>", "random", "90 %"]]
-    assert re.fullmatch(r"0\.5 \[0\.5, 0\.8\], 50 neurons", row[3])
+    assert re.fullmatch(r"0\.5 \[0(\.\d)?, 0\.[89]\], 50 neurons", row[3])
     assert ["penultimate", "100", "1000", "12.5"] in rows
 
 
 def test_every_picture_is_there_in_both_formats_and_the_same_each_time(written, tmp_path):
     folder, printed = written
-    report(tmp_path, Results(full_run(), MEASURES, ACCURACY), [], {})
+    report(tmp_path, made_up_results(), [], {})
     for name in PICTURES:
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         ElementTree.parse(folder / f"{name}.svg")
         for ending in ("png", "svg"):
             assert str(folder / f"{name}.{ending}") in printed
             assert (tmp_path / f"{name}.{ending}").read_bytes() == (folder / f"{name}.{ending}").read_bytes()
+    redundancies = pd.read_csv(folder / "redundancy.csv")
+    assert redundancies["delta"].unique().tolist() == [each / 100 for each in range(70, 100)]
+    assert redundancies[["low", "high"]].notna().all(axis=None)
     for name in ("results", "classes", "layers", "ensembles", "neighbours"):
         pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), full_run()[name].reset_index(drop=True))
     # A run that measures less leaves nothing of the one it replaces.
     (tmp_path / "notes.csv").write_text("what else a user keeps there")
     report(tmp_path, Results(tables(CURVE, CURVE), [Accuracy()], ACCURACY), [], {})
-    pictures = {f"{name}.{ending}" for name in ("curve", "classes") for ending in ("png", "svg")}
+    pictures = {f"{name}.{ending}" for name in ("curve", "redundancy", "classes") for ending in ("png", "svg")}
     assert {file.name for file in tmp_path.iterdir()} == pictures | {
-        *("results.csv", "classes.csv", "summary.json", "report.html", "notes.csv"),
+        *("results.csv", "classes.csv", "redundancy.csv", "summary.json", "report.html", "notes.csv"),
     }
 
 
@@ -104,13 +113,11 @@ def test_text_and_pictures_call_the_metric_what_the_target_calls_it(tmp_path):
     printed = report(tmp_path, Results(found, [], target), [], {})
     assert "net: test mean average precision on 1,000 images" in printed
     assert re.search(r"^random +0\.2 +20 +0\.820 ± 0\.024 +91\.1 %", printed, re.MULTILINE)
-    assert (
-        "To keep 90 % of the mean average precision: keep 20 of 100 neurons (random), lose 0.080 ± 0.024 (" in printed
-    )
-    assert "(0.820 instead of 0.900), store 20 % of the bytes." in printed
+    assert "To keep 90 % of the mean average precision, by the means on 1,000 validation images: keep 20 of" in printed
+    assert "20 % of the bytes. On 1,000 test images that keeps 91.1 %: 0.820 instead of 0.900." in printed
     page = Page((tmp_path / "report.html").read_text())
     assert "Mean average precision by fraction" in page.text
-    assert ["random", "0.2", "20", "0.820 ± 0.024", "91.1"] in page.rows
+    assert ["random", "0.2", "20", "0.820 ± 0.024", "91.1", "-0.080"] in page.rows
     assert "<!-- test mean average precision -->" in (tmp_path / "curve.svg").read_text()
     for place in (printed, page.text, *(file.read_text() for file in tmp_path.glob("*.svg"))):
         assert "accuracy" not in place

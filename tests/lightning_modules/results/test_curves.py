@@ -49,6 +49,7 @@ def test_a_curve_is_mean_and_spread_over_seeds_by_selection_and_fraction(split, 
         assert row["seeds"] == len(values) == (1 if row["selection"] == "first" else seeds)
         assert row["mean"] == pytest.approx(values.mean(), rel=1e-12)
         assert row["ratio"] == pytest.approx(values.mean() / full, rel=1e-12)
+        assert row["difference"] == pytest.approx(values.mean() - full, abs=1e-12)
         if len(values) > 1:
             spread = np.sqrt(((values - values.mean()) ** 2).mean())
             assert row["std"] == pytest.approx(spread, rel=1e-9)
@@ -67,15 +68,14 @@ def test_a_curve_does_not_depend_on_the_order_of_seeds():
 
 
 def test_a_curve_has_every_measure_that_is_there_with_its_spread():
-    table = results().assign(cka=lambda t: t["accuracy"] ** 2, cka_debiased=np.nan, gini=0.25, low=0.2)
-    columns = [Column(name, limits=("low",) if name == "gini" else ()) for name in ("cka", "cka_debiased", "gini")]
+    table = results().assign(cka=lambda t: t["accuracy"] ** 2, cka_debiased=np.nan, gini=0.25)
+    columns = [Column(name) for name in ("cka", "cka_debiased", "gini")]
     given = curve(complete(table), "test", "accuracy", columns).set_index(["selection", "fraction"])
     values = table.query("split == 'test' and selection == 'random' and fraction == 0.05")["cka"].to_numpy()
     assert given.loc[("random", 0.05), "cka"] == pytest.approx(values.mean())
     assert given.loc[("random", 0.05), "cka_std"] == pytest.approx(values.std())
     assert given.loc[("first", 0.1), "gini"] == 0.25
     assert np.isnan(given.loc[("first", 0.1), "gini_std"])
-    assert given.loc[("first", 0.1), "low"] == 0.2
     assert "cka_debiased" not in given
 
 

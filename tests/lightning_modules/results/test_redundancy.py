@@ -1,10 +1,9 @@
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_modules.results.redundancy import RULES, redundancy, sufficient_fraction
+from lightning_modules.results.redundancy import RULES, certain, redundancy, sufficient_fraction, sufficient_range
+from lightning_modules.results.resampling import resample
 
 GROWING = [0.1, 0.2, 0.4, 0.8], [0.5, 0.7, 0.9, 0.95]
 HUMP = [0.1, 0.2, 0.4, 0.8], [0.5, 0.92, 0.85, 0.97]
@@ -86,36 +85,37 @@ def few_seeds(seeds):
     return pd.DataFrame(rows).assign(split="test", layer="one", width=1000)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_intervals_are_those_of_all_ways_to_draw_seeds_jointly(rule):
-    table = few_seeds(4)
-    by_seed = table.query("selection == 'random'").pivot(index="seed", columns="fraction", values="accuracy")
-    drawn = np.sort(
-        [
-            1 - sufficient_fraction(list(by_seed), by_seed.loc[list(seeds)].mean() / 0.9, 0.9, rule)
-            for seeds in itertools.product(range(4), repeat=4)
-        ]
-    )
-    row = redundancy(table, "test", [0.9], "accuracy").set_index("rule").loc[rule]
-    assert row["redundancy"] == pytest.approx(
-        1 - sufficient_fraction(list(by_seed), (by_seed.mean() / 0.9).tolist(), 0.9, rule)
-    )
-    # Within what 2,000 draws of the 256 ways may miss.
-    assert drawn[int(0.01 * 256)] - 1e-9 <= row["low"] <= drawn[int(0.04 * 256)] + 1e-9
-    assert drawn[int(0.96 * 256) - 1] - 1e-9 <= row["high"] <= drawn[int(0.99 * 256)] + 1e-9
-    assert row["low"] < row["high"]
+def test_limits_of_what_is_enough_are_where_margins_are_surely_on_one_side():
+    drawn = np.column_stack([np.linspace(low, high, 2001) for low, high in [(0.5, 0.7), (0.68, 0.78), (0.7, 0.9)]])
+    full = np.full(2001, 0.8)  # so 0.72 is asked for, which the first never has, the third has in nine of ten draws
+    ranges = sufficient_range([0.1, 0.2, 0.4], drawn, full, 0.9)
+    assert ranges["threshold"] == (0.2, 1.0)
+    # Upper 97.5 % limits are 0.695 and 0.7775; lower 2.5 % limits 0.705 at 0.4 and 0.8 at the full layer.
+    low, high = ranges["interpolated"]
+    assert low == pytest.approx(0.1 + 0.1 * (0.72 - 0.695) / (0.7775 - 0.695), abs=1e-4)
+    assert high == pytest.approx(0.4 + 0.6 * (0.72 - 0.705) / (0.8 - 0.705), abs=1e-4)
+    assert ranges["nearest"] == (0.1, 0.4)
 
 
-def test_intervals_need_three_seeds_and_no_global_state():
-    assert redundancy(few_seeds(2), "test", [0.9], "accuracy")[["low", "high"]].isna().all(axis=None)
+def test_a_fraction_is_certain_only_if_all_larger_ones_are():
+    margins = np.column_stack([np.linspace(mean - 0.1, mean + 0.1, 101) for mean in (-0.2, 0.3, 0.05, 0.2)])
+    assert certain(margins, 0.05).tolist() == [False, False, False, True]
+    assert certain(margins, 0.3).tolist() == [False, True, True, True]
+
+
+def test_intervals_hold_the_estimate_and_need_draws_alone():
+    table = few_seeds(3)
+    assert redundancy(table, "test", [0.9], "accuracy")[["low", "high"]].isna().all(axis=None)
+    correct = np.arange(500) < (500 * table["accuracy"].to_numpy()[:, None]).round()
     np.random.seed(0)  # noqa: NPY002
-    once = redundancy(few_seeds(3), "test", [0.8, 0.9], "accuracy")
+    once = redundancy(table, "test", [0.8, 0.9], "accuracy", resample(correct, table))
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     np.random.seed(1)  # noqa: NPY002
-    pd.testing.assert_frame_equal(once, redundancy(few_seeds(3), "test", [0.8, 0.9], "accuracy"))
+    pd.testing.assert_frame_equal(once, redundancy(table, "test", [0.8, 0.9], "accuracy", resample(correct, table)))
     np.random.seed(0)  # noqa: NPY002
     assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
-    assert once[["low", "high"]].notna().all(axis=None)
+    assert (once["low"] <= once["redundancy"]).all()
+    assert (once["redundancy"] <= once["high"]).all()
 
 
 def test_the_critical_mass_is_as_many_neurons_as_are_enough():
@@ -128,6 +128,7 @@ def test_the_critical_mass_is_as_many_neurons_as_are_enough():
 
 
 def test_where_the_full_layer_is_never_right_all_of_it_is_needed():
-    given = redundancy(few_seeds(3).assign(accuracy=0.0), "test", [0.9], "accuracy")
+    table = few_seeds(3).assign(accuracy=0.0)
+    given = redundancy(table, "test", [0.9], "accuracy", resample(np.zeros((len(table), 50), bool), table))
     assert (given["redundancy"] == 0).all()
     assert (given["low"] == 0).all()

@@ -1,34 +1,95 @@
 import json
+import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_up import ACCURACY, CURVE, full_run, tables
+from made_up import ACCURACY, CURVE, full_run, per_image, tables
 
 from datamodules.targets import Multiclass
 from lightning_modules.measures import CKA, Accuracy, Inequality
 from lightning_modules.results import results as module
+from lightning_modules.results.resampling import resample
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import Predictions, assemble
+from lightning_modules.results.tables import Predictions, assemble, write_per_image
 from lightning_modules.subsets.plan import Plan
 
 
-def answers(val, test):
-    return Results(tables(val, test), [], ACCURACY).answers("penultimate")
+def answers(val, test, measured_images=True):
+    found = tables(val, test)
+    return Results(found, [], ACCURACY, per_image(found) if measured_images else None).answers("penultimate")
 
 
 def test_validation_chooses_and_test_only_tells():
-    val = {"random": {0.1: [0.70, 0.72], 0.2: [0.82, 0.84], 0.5: [0.88, 0.90]}}
+    val = {"random": {0.1: [0.70, 0.72], 0.2: [0.84, 0.84], 0.5: [0.88, 0.88]}}
     test = {"random": {0.1: [0.89, 0.89], 0.2: [0.60, 0.64], 0.5: [0.88, 0.90]}}
     answer = answers(val, test)[0.9]
     assert (answer["selection"], answer["fraction"], answer["neurons"]) == ("random", 0.2, 20)
+    assert answer["certain"]
+    assert answer["ratio"] == pytest.approx(62 / 90)
     assert answer["points_lost_mean"] == pytest.approx(90 - 62)
     assert answer["points_lost_std"] == pytest.approx(2)
     assert answer["bytes_kept_percent"] == pytest.approx(20)
+    low, high = (f"{100 * limit:.1f}" for limit in answer["ratio_interval"])
     assert answer["text"] == (
-        "To keep 90 % of the accuracy: keep 20 of 100 neurons (random), lose 28.0 ± 2.0 points (62.0 instead of "
-        "90.0 %), store 20 % of the bytes."
+        "To keep 90 % of the accuracy, 95 % certain on 1,000 validation images: keep 20 of 100 neurons (random), 20 % "
+        f"of the bytes. On 1,000 test images that keeps 68.9 % ({low} to {high}), short of 90 %: 62.0 instead of "
+        "90.0 %."
     )
+
+
+def test_what_validation_is_not_certain_of_is_told_as_what_the_means_say():
+    val = {"random": {0.1: [0.2, 0.3], 0.2: [0.70, 0.94], 0.5: [0.80, 0.86]}}  # 0.81 is asked for
+    answer = answers(val, val)[0.9]
+    assert not answer["certain"]
+    assert answer["neurons"] == 20
+    assert answer["text"].startswith(
+        "To keep 90 % of the accuracy: on 1,000 validation images no subset is 95 % certain to; by the means alone, "
+        "keep 20 of 100 neurons (random), 20 % of the bytes. On 1,000 test images that keeps 91.1 % ("
+    )
+    unknown = answers(val, val, measured_images=False)[0.9]
+    assert unknown["text"] == (
+        "To keep 90 % of the accuracy, by the means on 1,000 validation images: keep 20 of 100 neurons (random), 20 % "
+        "of the bytes. On 1,000 test images that keeps 91.1 %: 82.0 instead of 90.0 %."
+    )
+    assert unknown["ratio_interval"] is None
+
+
+def test_coordinates_that_are_made_from_all_neurons_are_stored_with_their_basis():
+    measured = {"pca": {0.1: [0.88], 0.5: [0.9]}}
+    answer = answers(measured, measured)[0.95]
+    assert answer["text"].startswith(
+        "To keep 95 % of the accuracy, 95 % certain on 1,000 validation images: store 10 numbers per vector (pca), "
+        "made from all 100 neurons with a 100 x 10 basis (0.004 MB). On 1,000 test images that keeps 97.8 % ("
+    )
+    assert answer["basis_bytes"] == 4 * 100 * 10
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_answer_contradicts_its_own_figures(seed):
+    random = np.random.default_rng(seed)
+
+    def measured():
+        return {
+            name: {f: random.uniform(0.6, 0.95, seeds).round(3).tolist() for f in (0.1, 0.2, 0.5)}
+            for name, seeds in (("random", 3), ("first", 1), ("pca", 1))
+        }
+
+    for delta, answer in answers(measured(), measured()).items():
+        if "ratio" not in answer:
+            assert "keep all 100 neurons" in answer["text"]
+            continue
+        kept, low, high, mean, full = map(
+            float,
+            re.search(
+                r"keeps ([\d.]+) % \(([\d.]+) to ([\d.]+)\).*?: ([\d.]+) instead of ([\d.]+) %", answer["text"]
+            ).groups(),
+        )
+        assert low <= kept <= high
+        assert kept == pytest.approx(100 * mean / full, abs=0.12)  # all three are rounded
+        assert ("short of" in answer["text"]) == (kept < 100 * delta)
+        assert ("of the bytes" in answer["text"]) == (answer["selection"] != "pca")
 
 
 def test_where_nothing_is_enough_all_neurons_are_kept():
@@ -45,7 +106,8 @@ def test_the_cheapest_of_several_selections_is_the_answer():
 
 
 def test_the_summary_has_every_layer_alike_with_intervals_and_critical_mass():
-    results = Results(full_run(), [Accuracy(), CKA(), Inequality()], ACCURACY)
+    found = full_run()
+    results = Results(found, [Accuracy(), CKA(), Inequality()], ACCURACY, per_image(found))
     summary = json.loads(json.dumps(results.summary()))
     assert summary["target"] == {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None}
     first, last = summary["layers"]
@@ -55,12 +117,14 @@ def test_the_summary_has_every_layer_alike_with_intervals_and_critical_mass():
     assert last["full_accuracy"] == pytest.approx(0.86)
     low, high = last["diffused_redundancy_interval"]["random"]["threshold"]["0.9"]
     assert low <= last["diffused_redundancy"]["random"]["threshold"]["0.9"] <= high
-    assert last["diffused_redundancy_interval"]["first"]["threshold"]["0.9"] is None
+    low, high = last["diffused_redundancy_interval"]["first"]["interpolated"]["0.9"]
+    assert low <= last["diffused_redundancy"]["first"]["interpolated"]["0.9"] <= high
     assert last["critical_mass"]["random"]["threshold"]["0.9"] in (20, 50)
     for point in last["curve"]:
         assert point["layer"] == "penultimate"
         assert point["cka"] == pytest.approx(point["fraction"])
         assert point["difference_low"] < point["difference"] < point["difference_high"]
+        assert point["ratio_low"] < point["ratio"] < point["ratio_high"]
 
 
 def test_curve_bootstrap_and_class_losses_are_computed_once(monkeypatch):
@@ -73,19 +137,24 @@ def test_curve_bootstrap_and_class_losses_are_computed_once(monkeypatch):
     counted(module.curves, "curve")
     counted(module.curves, "class_losses")
     counted(module, "redundancy")
-    results = Results(full_run(), [Accuracy(), CKA(), Inequality()], ACCURACY)
+    monkeypatch.setattr(module, "resample", lambda *args: calls.append(("resample", "")) or resample(*args))
+    found = full_run()
+    results = Results(found, [Accuracy(), CKA(), Inequality()], ACCURACY, per_image(found))
     for _ in range(2):
         results.summary()
         results.class_losses("test")
     for measure in results.measures:
         measure.pictures(results, "test")
         measure.shown(results, "test")
-    assert sorted(calls) == [("class_losses", "test"), ("curve", "test"), ("curve", "val"), ("redundancy", "test")]
+    expected = [("class_losses", "test"), ("curve", "test"), ("curve", "val"), ("redundancy", "test")]
+    assert sorted(calls) == [*expected, ("resample", ""), ("resample", "")]
 
 
 def test_what_was_written_is_read_back(tmp_path):
-    results = Results(tables(CURVE, CURVE), [], ACCURACY)
+    found = tables(CURVE, CURVE)
+    results = Results(found, [], ACCURACY, per_image(found))
     results.rows.to_csv(tmp_path / "results.csv", index=False)
+    write_per_image(results.per_image, tmp_path / "per_image.safetensors")
     read = Results.read(tmp_path)
     pd.testing.assert_frame_equal(read.redundancy("test"), results.redundancy("test"))
     assert read.headline == results.headline
@@ -96,13 +165,19 @@ def test_tables_are_assembled_in_the_order_of_the_contract():
     values = torch.arange(6.0, dtype=torch.float64)
     measured = {
         split: [
-            {"images": values + 9, "accuracy": values / 10, "gained": values, "loss": values},
+            {
+                "images": values + 9,
+                "accuracy": values / 10,
+                "gained": values,
+                "loss": values,
+                "per_image": values[:, None],
+            },
             {"own": -values, "table": pd.DataFrame({"split": [split], "value": [1]})},
         ]
         for split in ("val", "test")
     }
     facts = {"task": "task", "backbone": "net", "solver": "sgd", "epoch": [5, 4, 3, 2, 1, 0]}
-    found = assemble(probes, {"one": 10, "two": 20}, measured, "accuracy", facts)
+    found, of_images = assemble(probes, {"one": 10, "two": 20}, measured, "accuracy", facts)
     assert list(found["results"]) == [
         *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split", "images"),
         *("accuracy", "loss", "solver", "epoch", "gained", "own"),
@@ -110,6 +185,7 @@ def test_tables_are_assembled_in_the_order_of_the_contract():
     row = found["results"].iloc[6 + 4]
     assert row.tolist() == ["task", "net", "two", "random", 0.5, 10, 20, 0, "test", 13, 0.4, 4, "sgd", 1, 4, -4]
     assert found["table"]["split"].tolist() == ["val", "test"]
+    np.testing.assert_array_equal(of_images["test"], values[:, None])
 
 
 @pytest.mark.parametrize("several", [False, True])
