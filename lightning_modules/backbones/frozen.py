@@ -96,7 +96,9 @@ class FrozenBackbone(nn.Module):
         # Convolutions over channels-last images are never slower on current CPUs and GPUs, up to three times faster.
         self.network.to(memory_format=torch.channels_last)
         shapes = self._try(partial(check_rows, self.network, self.preprocessing["input_size"], self._places, name))
-        self._axes = neuron_axes(self.network, shapes, self._places, self._enlarged(), name) if pooling == "mean" else {}
+        self._axes = (
+            neuron_axes(self.network, shapes, self._places, self._enlarged(), name) if pooling == "mean" else {}
+        )
         # Measured, as what models say of their width is not always so.
         self.widths = {
             layer: shape[self._axes[layer]] if self._axes else prod(shape[1:]) for layer, shape in shapes.items()

@@ -101,10 +101,7 @@ def neuron_axes(
         left = {layer: places[layer] for layer, axis in axes.items() if axis is None}
         if not left:
             break
-        larger: dict[str, tuple[int, ...]] = {}
-        with contextlib.suppress(Exception):  # whatever a network raises; layers before that have been read
-            read_layers(*make(), left, lambda layer, output: larger.update({layer: tuple(output.shape)}))
-        axes |= {layer: _axis_that_stays(shapes[layer], shape) for layer, shape in larger.items()}
+        axes |= {layer: _axis_that_stays(shapes[layer], shape) for layer, shape in _shapes(make, left).items()}
     for layer, axis in axes.items():
         if axis is None:
             raise MisconfigurationException(
@@ -113,6 +110,14 @@ def neuron_axes(
                 f"layer, or keep every value as a neuron with model.backbone.pooling flatten."
             )
     return {layer: axis for layer, axis in axes.items() if axis is not None}
+
+
+def _shapes(make: Callable[[], tuple[nn.Module, Tensor]], places: dict[str, Place]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the outputs for an image, of those layers that are run before the network refuses it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    with contextlib.suppress(Exception):  # a network may raise whatever it likes
+        read_layers(*make(), places, lambda layer, output: shapes.update({layer: tuple(output.shape)}))
+    return shapes
 
 
 def _axis_by_kind(module: nn.Module, shape: tuple[int, ...]) -> int | None:
