@@ -214,6 +214,12 @@ def test_finding_the_neurons_draws_nothing_from_global_random_state():
 # Rows are images
 
 
+def test_a_network_of_one_channel_sees_grey_images():
+    backbone = FrozenBackbone("test_resnet", "random", {"in_chans": 1}, layer=["layer1", "penultimate"])
+    assert backbone.preprocessing["input_size"] == (1, 160, 160)
+    assert backbone(images(160)[:, :1]).shape == (3, 32 + 96)
+
+
 def test_windows_are_no_images():
     swin = "swin_tiny_patch4_window7_224"
     message = refusal(swin, weights="random", pretrained_cfg_overlay=SMALL, kwargs=SWIN, layer="layers.0.blocks.0.attn")
