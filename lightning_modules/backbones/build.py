@@ -143,9 +143,10 @@ def _channels(kwargs: dict[str, Any], overlay: PretrainedCfgOverlay) -> int | No
     channels = kwargs.get("in_chans")
     size = overlay.input_size
     if channels is not None and (channels not in (1, 3) or (size and size[0] != channels)):
+        beside = f", pretrained_cfg_overlay.input_size {size}" if size else ""
         raise MisconfigurationException(
-            f"kwargs.in_chans is {channels}{f', pretrained_cfg_overlay.input_size {size}' if size else ''}; images have "
-            f"3 channels, or 1 where both say so, for which they are made grey."
+            f"kwargs.in_chans is {channels}{beside}; images have 3 channels, or 1 where both say so, and are then "
+            f"made grey."
         )
     return channels
 
