@@ -48,19 +48,22 @@ class FrozenBackbone(nn.Module):
 
     Args:
         name: A timm model with its pretrained tag (`resnet50.a1_in1k`, `hf-hub:...`), or the import path of a callable
-            that returns an `nn.Module` (`torchvision.models.squeezenet1_1`): of an installed package only such a class
-            or what is annotated so, as a configuration must not run whatever else is installed.
-        weights: `pretrained`; a safetensors or torch file; or `random`, the only way to run an untrained network.
-        kwargs: Passed on to the model's constructor, for example `{pad_type: same}`.
+            that returns an `nn.Module` (`torchvision.models.squeezenet1_1`), also in the current folder: of an
+            installed package only such a class or what is annotated so, as a configuration must not run whatever else
+            is installed.
+        weights: `pretrained`; a safetensors or torch file, or the index of several, here or on the Hub
+            (`hf-hub:<owner>/<name>/<file>`); or `random`, the only way to run an untrained network.
+        kwargs: Passed on to the model's constructor, for example `{pad_type: same}`, or `{in_chans: 1}` for grey images.
         pretrained_cfg_overlay: Preprocessing, where it differs from the model's default, of which a callable has none.
         layer: `penultimate`, what enters the classifier (of a callable's network, the linear or convolutional layer
             that runs last); the name of a module, whose output is read; or a list of them, read in one pass and
             concatenated.
-        pooling: How maps (B, D, H, W) and tokens (B, N, D) become vectors: `mean` averages over space, `flatten` keeps
-            the value at every position as a neuron of its own.
+        pooling: How maps (B, D, H, W), also with channels last, and tokens (B, N, D) become vectors: `mean` averages
+            over space, `flatten` keeps the value at every position as a neuron of its own.
 
     Raises:
-        MisconfigurationException: If a name is unknown, weights or preprocessing are absent, or do not fit.
+        MisconfigurationException: If a name is unknown, weights or preprocessing are absent or do not fit, a layer's
+            rows are not the images, or it is open which of its axes holds the neurons.
     """
 
     def __init__(
