@@ -53,7 +53,7 @@ class FrozenBackbone(nn.Module):
             is installed.
         weights: `pretrained`; a safetensors or torch file, or the index of several, here or on the Hub
             (`hf-hub:<owner>/<name>/<file>`); or `random`, the only way to run an untrained network.
-        kwargs: Passed on to the model's constructor, for example `{pad_type: same}`, or `{in_chans: 1}` for grey images.
+        kwargs: Passed on to the model's constructor, for example `{pad_type: same}`; for grey images `{in_chans: 1}`.
         pretrained_cfg_overlay: Preprocessing, where it differs from the model's default, of which a callable has none.
         layer: `penultimate`, what enters the classifier (of a callable's network, the linear or convolutional layer
             that runs last); the name of a module, whose output is read; or a list of them, read in one pass and
