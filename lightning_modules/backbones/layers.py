@@ -106,8 +106,9 @@ def neuron_axes(
         if axis is None:
             raise MisconfigurationException(
                 f"Which axis of model.backbone.layer {layer!r} of {label} holds the neurons is open: it gives "
-                f"{shapes[layer]} for one image, and no other axis changes alone with the image's size. Name another "
-                f"layer, or keep every value as a neuron with model.backbone.pooling flatten."
+                f"{shapes[layer]} for one image, and a larger image does not tell (the network takes none, or not "
+                f"exactly one axis stays as long). Name another layer, or keep every value as a neuron with "
+                f"model.backbone.pooling flatten."
             )
     return {layer: axis for layer, axis in axes.items() if axis is not None}
 
