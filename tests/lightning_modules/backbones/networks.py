@@ -95,6 +95,18 @@ class Sequences(nn.Module):
         return self.fc(input=tokens.mean(1))
 
 
+class Volumes(nn.Module):
+    """Sees channels as depth, so that its kernels have five axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(1, 4, 3)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.conv(x[:, None]).mean((2, 3, 4)))
+
+
 class BatchStatistics(nn.Module):
     """Normalises with the statistics of the batch, in evaluation too."""
 

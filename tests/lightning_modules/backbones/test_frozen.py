@@ -10,6 +10,7 @@ from networks import (
     BatchStatistics,
     Fixed,
     Sequences,
+    Volumes,
     images,
     path_of,
     random_net,
@@ -91,6 +92,12 @@ def test_a_network_without_weights_is_read_where_a_layer_is_named():
     backbone = FrozenBackbone(name, weights="random", pretrained_cfg_overlay=PLAIN, layer="0")
     assert_close(backbone(images()), images().mean((2, 3)))
     assert "name a layer" in refusal(name, weights="random", pretrained_cfg_overlay=PLAIN)
+
+
+def test_a_network_with_kernels_of_five_axes_is_read():
+    backbone = FrozenBackbone(path_of(Volumes), weights="random", pretrained_cfg_overlay=PLAIN)
+    with torch.no_grad():
+        assert_close(backbone(images()), backbone.network.conv(images()[:, None]).mean((2, 3, 4)))
 
 
 @pytest.mark.parametrize(
