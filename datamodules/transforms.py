@@ -18,7 +18,13 @@ Preprocessing = dict[str, Any]
 
 def evaluation(preprocessing: Preprocessing) -> Transform:
     """Return the backbone's own evaluation transform: resize and centre crop, nothing random."""
-    return create_transform(**preprocessing, is_training=False, normalize=False)
+    transform = create_transform(**preprocessing, is_training=False, normalize=False)
+    return transforms.Compose([*_grey(preprocessing), transform])
+
+
+def _grey(preprocessing: Preprocessing) -> list[Callable[[Image.Image], Image.Image]]:
+    """Return what makes an image grey where the backbone takes one channel; grey images stay as they are stored."""
+    return [transforms.Grayscale()] if preprocessing["input_size"][0] == 1 else []
 
 
 def squashed(preprocessing: Preprocessing) -> Preprocessing:
@@ -34,6 +40,7 @@ def paper(preprocessing: Preprocessing) -> Transform:
     size, interpolation = preprocessing["input_size"][-2:], InterpolationMode(preprocessing["interpolation"])
     return transforms.Compose(
         [
+            *_grey(preprocessing),
             transforms.RandomResizedCrop(size, interpolation=interpolation),
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25),

@@ -52,7 +52,7 @@ class Pretraining(LightningModule):
         self.output = Path(output)
         self.kwargs = kwargs or {}
         self.overlay = pretrained_cfg_overlay
-        self.preprocessing = build.timm_preprocessing(name, pretrained_cfg_overlay)
+        self.preprocessing = build.timm_preprocessing(name, pretrained_cfg_overlay, self.kwargs)
         self.objective: Objective = CrossEntropy() if objective is None else objective
         self.objective_settings = repr(self.objective)  # taken before `setup`, which may add modules
         self.learning_rate = learning_rate

@@ -209,6 +209,22 @@ def test_the_example_of_a_selection_orders_neurons():
     assert names["SELECTIONS"]["mean_activation"].fitted
 
 
+def test_the_example_of_a_network_blurs_where_the_authors_do(made_up):
+    made_up(["my_networks.BlurredResNet50"])
+    module = importlib.import_module("my_networks")
+    with torch.device("meta"):
+        names = module.BlurredResNet50().state_dict()
+    blurred = [f"layer{stage}.0.{conv}" for stage in (2, 3, 4) for conv in ("conv2", "downsample.0")]
+    assert sorted(name for name in names if name.endswith("blur_filter")) == [f"{each}.blur_filter" for each in blurred]
+    assert {"conv1.weight", *(f"{each}.conv.weight" for each in blurred)} <= names.keys()
+    maps = torch.zeros(1, 2, 5, 5)
+    maps[0, 1, 2, 2] = 16
+    conv = torch.nn.Conv2d(2, 2, 1, groups=2, bias=False)
+    conv.weight.data.fill_(1)
+    rows = module.Blurred(conv)(maps)[0, 1].tolist()
+    assert rows[1:4] == [[0, 1, 2, 1, 0], [0, 2, 4, 2, 0], [0, 1, 2, 1, 0]]
+
+
 def test_the_example_of_an_objective_is_a_loss(made_up, tmp_path):
     made_up(["my_objectives.ConfidencePenalty"])
     objective = importlib.import_module("my_objectives").ConfidencePenalty(weight=0.2)

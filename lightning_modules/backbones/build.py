@@ -34,7 +34,7 @@ class PretrainedCfgOverlay:
     """The preprocessing that weights expect, where it differs from the architecture's default (timm's term).
 
     Args:
-        input_size: Channels, height and width, for example [3, 224, 224].
+        input_size: Channels (3, or 1 for grey), height and width, for example [3, 224, 224].
         mean: Mean of each channel, of pixels in [0, 1].
         std: Standard deviation of each channel.
         interpolation: `bicubic`, `bilinear` or another of timm's names.
@@ -47,12 +47,18 @@ class PretrainedCfgOverlay:
     interpolation: str | None = None
     crop_pct: float | None = None
 
-    def given(self) -> dict[str, Any]:
-        """Return the keys that are set, lists as tuples, as timm has them; refuse values that are out of range."""
-        n = self.input_size[0] if self.input_size else 3
+    def given(self, channels: int = 3) -> dict[str, Any]:
+        """Return the keys that are set, lists as tuples, as timm has them; refuse values that are out of range.
+
+        `channels` are those of the images where `input_size` does not say.
+        """
+        n = self.input_size[0] if self.input_size else channels
         known = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "input_size": (lambda v: len(v) == 3 and min(v) > 0, "channels, height and width"),
+            "input_size": (
+                lambda v: len(v) == 3 and v[0] in (1, 3) and min(v) > 0,
+                "channels (3, or 1 for grey), height and width",
+            ),
             "mean": (lambda v: len(v) == n and all(map(isfinite, v)), f"{n} numbers, finite, one per channel"),
             "std": (lambda v: len(v) == n and all(0 < x < inf for x in v), f"{n} numbers above 0, one per channel"),
             "interpolation": (known.__contains__, f"one of {', '.join(known)}"),
@@ -84,7 +90,8 @@ def build(
     if not name.startswith(HUBS) and not timm.is_model(name.split(".")[0]):
         return _build_callable(name, pretrained, kwargs, overlay)
     _check_tag(name)
-    settings: dict[str, Any] = {"pretrained_cfg_overlay": overlay.given(), "num_classes": num_classes}
+    given = overlay.given(_channels(kwargs, overlay) or 3)
+    settings: dict[str, Any] = {"pretrained_cfg_overlay": given, "num_classes": num_classes}
 
     def create(pretrained: bool) -> nn.Module:
         before = logging.root.manager.disable
@@ -108,14 +115,15 @@ def build(
             except Exception as cause:
                 problem = f"{name} does not take kwargs {kwargs} ({one_line(cause)})."
         raise MisconfigurationException(problem) from error
-    return network, resolve_model_data_config(network), _classifier(network)
+    return network, _in_channels(resolve_model_data_config(network), _channels(kwargs, overlay)), _classifier(network)
 
 
-def timm_preprocessing(name: str, overlay: PretrainedCfgOverlay) -> dict[str, Any]:
-    """Return the preprocessing of a timm architecture without building it; refuse a pretrained tag timm has not."""
+def timm_preprocessing(name: str, overlay: PretrainedCfgOverlay, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the preprocessing of a timm model without building it; refuse a pretrained tag that timm has not."""
     _check_tag(name)
-    cfg = replace(timm.get_pretrained_cfg(name) or PretrainedCfg(), **overlay.given())
-    return resolve_data_config(pretrained_cfg=cfg.to_dict())
+    channels = _channels(kwargs, overlay)
+    cfg = replace(timm.get_pretrained_cfg(name) or PretrainedCfg(), **overlay.given(channels or 3))
+    return _in_channels(resolve_data_config(pretrained_cfg=cfg.to_dict()), channels)
 
 
 def as_call(name: str, kwargs: dict[str, Any]) -> str:
@@ -128,6 +136,30 @@ def describe_preprocessing(preprocessing: dict[str, Any]) -> str:
     size = " x ".join(map(str, preprocessing["input_size"]))
     mean, std = (" ".join(f"{value:g}" for value in preprocessing[key]) for key in ("mean", "std"))
     return f"{size}, {preprocessing['interpolation']}, crop {preprocessing['crop_pct']:g}, mean {mean}, std {std}"
+
+
+def _channels(kwargs: dict[str, Any], overlay: PretrainedCfgOverlay) -> int | None:
+    """Return how many channels `kwargs` ask of a timm model, if they do; refuse a number that images do not have."""
+    channels = kwargs.get("in_chans")
+    size = overlay.input_size
+    if channels is not None and (channels not in (1, 3) or (size and size[0] != channels)):
+        beside = f", pretrained_cfg_overlay.input_size {size}" if size else ""
+        raise MisconfigurationException(
+            f"kwargs.in_chans is {channels}{beside}; images have 3 channels, or 1 where both say so, and are then "
+            f"made grey."
+        )
+    return channels
+
+
+def _in_channels(preprocessing: dict[str, Any], channels: int | None) -> dict[str, Any]:
+    """Return preprocessing with so many channels, grey with the average of the colours' means and deviations."""
+    colours, *size = preprocessing["input_size"]
+    averaged = {
+        key: (sum(preprocessing[key]) / colours,)
+        for key in ("mean", "std")
+        if channels == 1 and len(preprocessing[key]) == colours
+    }
+    return preprocessing | averaged | {"input_size": (channels or colours, *size)}
 
 
 def _classifier(network: Any) -> list[str]:
@@ -186,14 +218,19 @@ def _check_tag(name: str) -> None:
 
 def _import(name: str) -> Callable[..., Any]:
     """Return the callable with this import path, if calling it is safe; else refuse the name and suggest near ones."""
+    here, reason = str(Path.cwd()), ""
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that a file there hides no installed package
     try:
         found = pkgutil.resolve_name(name) if "." in name else None
-    except (ImportError, AttributeError, ValueError):
-        found = None
+    except Exception as error:  # a file of one's own may raise whatever it likes
+        found, reason = None, f" ({one_line(error)}; looked for in {here} and on Python's path)"
     if not callable(found):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `timm.list_models()` lists timm's."
-        raise MisconfigurationException(f"{name!r} is neither a timm model nor the import path of a callable{hint}")
+        raise MisconfigurationException(
+            f"{name!r} is neither a timm model nor the import path of a callable{reason}{hint}"
+        )
     if not _may_be_called(found):
         raise MisconfigurationException(
             f"{name} is not known to return an nn.Module and is not called; give a subclass of nn.Module, or a "

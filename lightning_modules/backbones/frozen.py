@@ -3,6 +3,8 @@
 import difflib
 import hashlib
 from collections.abc import Callable
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -13,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_modules.backbones import weights as weight_files
 from lightning_modules.backbones.build import PretrainedCfgOverlay, as_call, build, describe_preprocessing
+from lightning_modules.backbones.layers import Place, check_rows, neuron_axes, read_layers
 from lightning_modules.files import one_line
 
 PENULTIMATE = "penultimate"  # The layer before the classifier
@@ -45,19 +48,22 @@ class FrozenBackbone(nn.Module):
 
     Args:
         name: A timm model with its pretrained tag (`resnet50.a1_in1k`, `hf-hub:...`), or the import path of a callable
-            that returns an `nn.Module` (`torchvision.models.squeezenet1_1`): of an installed package only such a class
-            or what is annotated so, as a configuration must not run whatever else is installed.
-        weights: `pretrained`; a safetensors or torch file; or `random`, the only way to run an untrained network.
-        kwargs: Passed on to the model's constructor, for example `{pad_type: same}`.
+            that returns an `nn.Module` (`torchvision.models.squeezenet1_1`), also in the current folder: of an
+            installed package only such a class or what is annotated so, as a configuration must not run whatever else
+            is installed.
+        weights: `pretrained`; a safetensors or torch file, or the index of several, here or on the Hub
+            (`hf-hub:<owner>/<name>/<file>`); or `random`, the only way to run an untrained network.
+        kwargs: Passed on to the model's constructor, for example `{pad_type: same}`; for grey images `{in_chans: 1}`.
         pretrained_cfg_overlay: Preprocessing, where it differs from the model's default, of which a callable has none.
         layer: `penultimate`, what enters the classifier (of a callable's network, the linear or convolutional layer
             that runs last); the name of a module, whose output is read; or a list of them, read in one pass and
             concatenated.
-        pooling: How maps (B, D, H, W) and tokens (B, N, D) become vectors: `mean` averages over space, `flatten` keeps
-            the value at every position as a neuron of its own.
+        pooling: How maps (B, D, H, W), also with channels last, and tokens (B, N, D) become vectors: `mean` averages
+            over space, `flatten` keeps the value at every position as a neuron of its own.
 
     Raises:
-        MisconfigurationException: If a name is unknown, weights or preprocessing are absent, or do not fit.
+        MisconfigurationException: If a name is unknown, weights or preprocessing are absent or do not fit, a layer's
+            rows are not the images, or it is open which of its axes holds the neurons.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class FrozenBackbone(nn.Module):
         self.name = name
         self.weights = weights
         self.kwargs = kwargs or {}
+        self._overlay = pretrained_cfg_overlay
         self.layers = [layer] if isinstance(layer, str) else layer
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise MisconfigurationException(f"model.backbone.layer is {layer}; give at least one layer, each once.")
@@ -82,22 +89,25 @@ class FrozenBackbone(nn.Module):
         built = build(name, weights == "pretrained", self.kwargs, pretrained_cfg_overlay)
         self.network, self.preprocessing, classifier = built
         self.eval().requires_grad_(False)
-        self._captured: dict[str, Tensor] = {}
         self.is_timm = classifier is not None  # then the network is built without a classifier, and ends penultimate
         end = [] if self.is_timm else self._modules_from_classifier_on()
         # The classifier is not loaded, unless a callable's network is read there or after it.
         self._unread = classifier or ([] if set(self.layers) & set(end) else end[:1])
-        for each in self.layers:
-            if each != PENULTIMATE or end:
-                self._capture(each, end[0] if each == PENULTIMATE else each)
-            elif not self.is_timm:
-                raise MisconfigurationException(f"{name} has no linear or convolutional layer; name a layer.")
+        self._places = {layer: self._place(layer, end) for layer in self.layers}
         if file is not None:
             weight_files.load(self.network, file, self._unread)
         # Convolutions over channels-last images are never slower on current CPUs and GPUs, up to three times faster.
-        self.network.to(memory_format=torch.channels_last)
+        for parameter in self.network.parameters():
+            if parameter.ndim == 4:  # torch's own conversion of a network fails at five axes
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        shapes = self._try(partial(check_rows, self.network, self.preprocessing["input_size"], self._places, name))
+        self._axes = (
+            neuron_axes(self.network, shapes, self._places, self._enlarged(), name) if pooling == "mean" else {}
+        )
         # Measured, as what models say of their width is not always so.
-        self.widths = {layer: output.shape[1] for layer, output in self._try(self._read).items()}
+        self.widths = {
+            layer: shape[self._axes[layer]] if self._axes else prod(shape[1:]) for layer, shape in shapes.items()
+        }
 
     @property
     def label(self) -> str:
@@ -128,6 +138,7 @@ class FrozenBackbone(nn.Module):
             "weights": digest.hexdigest(),
             "layers": self.layers,
             "pooling": self.pooling,
+            "axes": self._axes,
             "preprocessing": {key: str(value) for key, value in sorted(self.preprocessing.items())},
         }
 
@@ -135,73 +146,77 @@ class FrozenBackbone(nn.Module):
         """Stay in evaluation mode whatever is asked, so that batch norm and dropout stay frozen too."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return the representations of `images`, shape (B, C, H, W), as float32 of shape (B, sum of widths)."""
         return torch.cat(list(self._read(images).values()), dim=1)
 
     def _read(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the output of each layer for `images`, as float32 of shape (B, D)."""
-        output = self.network(images.contiguous(memory_format=torch.channels_last))
-        captured, self._captured = self._captured, {}
-        if self.is_timm and PENULTIMATE in self.layers:
-            captured[PENULTIMATE] = self._pool(output, PENULTIMATE)
-        for layer in self.layers:
-            if layer not in captured:
-                raise MisconfigurationException(f"model.backbone.layer {layer!r} of {self.name} is never run.")
-        return {layer: captured[layer].float() for layer in self.layers}
+        """Return the output of each layer for `images`, as float32 of shape (B, D), in the order of `layers`."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        found = read_layers(self.network, images, self._places, self._pool)
+        for layer, output in found.items():
+            if output.shape[0] != images.shape[0]:
+                raise MisconfigurationException(
+                    f"model.backbone.layer {layer!r} of {self.name} gives {output.shape[0]} rows for "
+                    f"{images.shape[0]} images."
+                )
+        return {layer: found[layer].float() for layer in self.layers}
 
-    def _capture(self, layer: str, module: str) -> None:
-        """Have each pass keep what `module` returns, or what enters it where `layer` is penultimate."""
+    def _place(self, layer: str, end: list[str]) -> Place:
+        """Return where a layer is read; `end` are the names of a callable network's classifier and what follows it."""
+        if layer == PENULTIMATE:
+            if not self.is_timm and not end:
+                raise MisconfigurationException(f"{self.name} has no linear or convolutional layer; name a layer.")
+            return (end[0], True) if end else ("", False)
         names = [name for name, _ in self.network.named_modules() if name]
-        if module not in names:
-            near = difflib.get_close_matches(module, names, n=3, cutoff=0.3) or names[-3:]
+        if layer not in names:
+            near = difflib.get_close_matches(layer, names, n=3, cutoff=0.3) or names[-3:]
             raise MisconfigurationException(
-                f"{self.name} has no layer {module!r}; near it are {', '.join(near)} (or 'penultimate')."
+                f"{self.name} has no layer {layer!r}; near it are {', '.join(near)} (or 'penultimate')."
             )
+        return layer, False
 
-        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            self._captured[layer] = self._pool(arguments[0] if layer == PENULTIMATE else output, layer)
-
-        self.network.get_submodule(module).register_forward_hook(hook)
-
-    def _pool(self, output: Any, layer: str) -> Tensor:
-        """Return a module's output as vectors, shape (B, D); a copy, as the next module may overwrite it in place."""
-        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise MisconfigurationException(
-                f"model.backbone.layer {layer!r} of {self.name} gives {shape}; it must give (images, neurons), "
-                f"tokens (images, tokens, neurons) or a map (images, neurons, height, width)."
-            )
+    def _pool(self, layer: str, output: Tensor) -> Tensor:
+        """Return a layer's output as vectors, shape (B, D)."""
         if self.pooling == "flatten" or output.ndim == 2:
             return output.flatten(1).clone()
+        space = [axis for axis in range(1, output.ndim) if axis != self._axes[layer]]
         if output.ndim == 3:  # tokens; class and register tokens come first and are no part of the image
+            tokens = output.shape[space[0]]
             patches = getattr(getattr(self.network, "patch_embed", None), "num_patches", None)
             prefix = getattr(self.network, "num_prefix_tokens", 0)
-            return output[:, 0 if len(output[0]) == patches else prefix :].mean(1)
-        _, height, width, depth = output.shape
-        channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
-        if (height == width) != (width == depth):  # one pair of axes is square, as the images are: that is space
-            channels_last = height == width
-        return output.mean((1, 2) if channels_last else (2, 3))
+            start = 0 if tokens in (patches, 1) else prefix
+            output = output.narrow(space[0], start, tokens - start)
+        return output.mean(space)
+
+    def _enlarged(self) -> list[Callable[[], tuple[nn.Module, Tensor]]]:
+        """Return what gives a network and an image of twice the size: this one, or one that is built for that size."""
+        channels, height, width = self.preprocessing["input_size"]
+        image = torch.zeros(1, channels, 2 * height, 2 * width)
+        size = 2 * height if height == width else (2 * height, 2 * width)
+
+        def built(key: str) -> tuple[nn.Module, Tensor]:
+            with torch.random.fork_rng(devices=[]):
+                return build(self.name, False, self.kwargs | {key: size}, self._overlay)[0].eval(), image
+
+        # What timm and torchvision call the size that a network is built for, as most vision transformers are.
+        return [lambda: (self.network, image), partial(built, "img_size"), partial(built, "image_size")]
 
     def _modules_from_classifier_on(self) -> list[str]:
         """Run the network once; return the linear or convolutional layer that runs last, and all that ends after it."""
         ended: list[nn.Module] = []
         with register_module_forward_hook(lambda module, *_: ended.append(module)):
-            self._try(self.network)
+            self._try(lambda: self.network(torch.zeros(2, *self.preprocessing["input_size"])))
         last = max((i for i, each in enumerate(ended) if isinstance(each, nn.Linear | nn.Conv2d)), default=len(ended))
         names = {module: name for name, module in self.network.named_modules()}
         return [names[module] for module in ended[last:] if module in names]
 
-    def _try(self, run: Callable[[Tensor], Any]) -> Any:
-        """Return `run` of two blank images of the input size, or refuse a network that cannot take them."""
-        size = tuple(self.preprocessing["input_size"])
+    def _try(self, run: Callable[[], Any]) -> Any:
+        """Return what `run` returns, or refuse a network that cannot take images of the input size."""
         try:
-            with torch.no_grad():
-                return run(torch.zeros(2, *size))
+            return run()
         except (RuntimeError, AssertionError, ValueError) as error:
             raise MisconfigurationException(
-                f"{self.name} cannot take images of {size} ({one_line(error)}); set "
+                f"{self.name} cannot take images of {tuple(self.preprocessing['input_size'])} ({one_line(error)}); set "
                 f"model.backbone.pretrained_cfg_overlay.input_size or kwargs."
             ) from error

@@ -74,7 +74,12 @@ class FeatureCache:
         return [shard for shard in self.shards[process::processes] if not self._is_valid(shard)]
 
     def write(self, shard: range, values: Tensor) -> None:
-        """Write a shard's values, shape (len(shard), D)."""
+        """Write a shard's values, shape (len(shard), D); refuse another number of rows."""
+        if len(values) != len(shard):
+            raise MisconfigurationException(
+                f"Images {shard.start} to {shard.stop - 1} gave {len(values)} rows of features, not one each; name "
+                f"another model.backbone.layer."
+            )
         metadata = {"provenance": self.provenance, "rows": str(shard), "digest": _digest(values), "versions": VERSIONS}
         with self._writing():
             try:
@@ -85,7 +90,10 @@ class FeatureCache:
                 raise OSError(str(error)) from error
 
     def read(self, processes: int) -> FeatureRows:
-        """Return all features, in memory where they fit well beside those of the other processes, else mapped."""
+        """Return all features, in memory where they fit well beside those of the other processes, else mapped.
+
+        A MisconfigurationException is raised if a shard is not there, or has not one row for each of its images.
+        """
         try:
             tensors = [_open(self._path(shard)) for shard in self.shards]
         except (OSError, SafetensorError) as error:
@@ -93,6 +101,12 @@ class FeatureCache:
                 f"Features that another process wrote to {self.folder} cannot be read ({error}); all processes must "
                 f"see the same folder: name one with --model.cache_dir."
             ) from error
+        for tensor, shard in zip(tensors, self.shards, strict=True):
+            if tensor.shape != (len(shard), tensors[0].shape[-1]):
+                raise MisconfigurationException(
+                    f"{self._path(shard)} holds values of shape {tuple(tensor.shape)}, not {len(shard)} rows of "
+                    f"{tensors[0].shape[-1]}; delete it, and it is computed again."
+                )
         if sum(tensor.nbytes for tensor in tensors) * max(1, processes) < psutil.virtual_memory().available / 2:
             tensors = [torch.cat(tensors)]
         return FeatureRows(tensors)

@@ -1,5 +1,6 @@
 """The paper's views, against the composition that its authors published."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -57,3 +58,15 @@ def test_the_recipes_training_view_is_the_published_one(image, seed):
 def test_the_papers_backbone_is_normalised_as_the_authors_did():
     given = resolve_data_config(model="resnet50.a1_in1k", pretrained_cfg=None, args={})
     assert {key: given[key] for key in IMAGENET} == IMAGENET
+
+
+@pytest.mark.parametrize("view", ["none", "paper"])
+def test_a_backbone_of_one_channel_gets_grey_images_as_they_are_stored(view):
+    grey = {"input_size": (1, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+    grey |= {"mean": (0.5,), "std": (0.25,)}
+    stored = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
+    pixels = AUGMENTATIONS[view](grey)(Image.fromarray(stored).convert("RGB"))
+    assert pixels.shape == (1, 32, 32)
+    if view == "none":
+        given = normalise(pixels.permute(1, 2, 0).unsqueeze(0), grey)[0, 0]
+        np.testing.assert_allclose(given, (stored / 255 - 0.5) / 0.25, atol=1e-6)

@@ -75,6 +75,72 @@ def unweighted_net():
     return nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
 
 
+class Sequences(nn.Module):
+    """Tokens, which attention mixes over images where it takes tokens first, as it does by default."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 16, 16)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        self.turned = nn.Identity()
+        self.named = nn.Identity()
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x):
+        tokens = self.encoder(self.patches(x).flatten(2).mT)
+        self.attention(tokens, tokens, tokens)
+        self.turned(tokens.transpose(0, 1))
+        self.named({"tokens": tokens})
+        return self.fc(input=tokens.mean(1))
+
+
+class Volumes(nn.Module):
+    """Sees channels as depth, so that its kernels have five axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(1, 4, 3)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.conv(x[:, None]).mean((2, 3, 4)))
+
+
+class BatchStatistics(nn.Module):
+    """Normalises with the statistics of the batch, in evaluation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+        self.squeeze = nn.Identity()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        self.squeeze(x.mean((2, 3)).squeeze())
+        return self.fc(self.norm(x).mean((2, 3)))
+
+
+class Fixed(nn.Module):
+    """Takes 64 x 32 pixels alone; `turned` is channels last, `pool` and `latents` are as long for every image."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU())
+        self.turned = nn.Identity()
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.latents = nn.Identity()
+        self.neck = nn.Linear(8 * 16 * 8, 12)
+        self.late = nn.Identity()
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.turned(x.permute(0, 2, 3, 1))
+        self.latents(self.pool(x).flatten(2))
+        return self.head(self.late(self.neck(x.flatten(1)).unflatten(1, (3, 4))).flatten(1))
+
+
 def no_net():
     return {"conv": 1}
 

@@ -3,13 +3,27 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from networks import PLAIN, SMALL, images, path_of, random_net, refusal, shaken, unweighted_net
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from networks import (
+    PLAIN,
+    SMALL,
+    BatchStatistics,
+    Fixed,
+    Sequences,
+    Volumes,
+    images,
+    path_of,
+    random_net,
+    refusal,
+    shaken,
+    unweighted_net,
+)
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 from torchvision.models import squeezenet1_1
 
-from lightning_modules.backbones.build import PretrainedCfgOverlay
+from lightning_modules.backbones.build import PretrainedCfgOverlay, build
 from lightning_modules.backbones.frozen import FrozenBackbone, GivenVectors
 
 SHARED_WEIGHTS = Path(__file__).resolve().parents[4] / "shared" / "weights"
@@ -80,6 +94,12 @@ def test_a_network_without_weights_is_read_where_a_layer_is_named():
     assert "name a layer" in refusal(name, weights="random", pretrained_cfg_overlay=PLAIN)
 
 
+def test_a_network_with_kernels_of_five_axes_is_read():
+    backbone = FrozenBackbone(path_of(Volumes), weights="random", pretrained_cfg_overlay=PLAIN)
+    with torch.no_grad():
+        assert_close(backbone(images()), backbone.network.conv(images()[:, None]).mean((2, 3, 4)))
+
+
 @pytest.mark.parametrize(
     ("layer", "modules"),
     [("penultimate", 0), ("features", 0), ("classifier.1", 2), ("classifier.2", 3), ("classifier", 4)],
@@ -144,6 +164,111 @@ def test_tokens_are_averaged_without_the_class_token(layer, prefix):
     (tokens,) = seen
     assert tokens.shape[1] == 16 + prefix
     assert_close(given, torch.stack([tokens[:, i] for i in range(prefix, 16 + prefix)]).mean(0))
+
+
+WIDE = PretrainedCfgOverlay(input_size=[3, 64, 32], mean=[0.5] * 3, std=[0.5] * 3)
+WIDE_SWIN = SWIN | {"img_size": (64, 32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "averaged", "kwargs"),
+    [
+        ("resnet10t", "layer1", (2, 3), {"channels": [16, 32, 64, 128]}),  # a map of 16 x 16 x 8
+        ("resnet10t", "layer2.0.act1", (2, 3), {}),
+        ("test_convnext", "stages.1.blocks.0.norm", (1, 2), {}),  # channels last in a channels-first network
+        ("swin_tiny_patch4_window7_224", "layers.0", (1, 2), WIDE_SWIN),  # 16 x 8 x 8: built for one size
+        ("swin_tiny_patch4_window7_224", "patch_embed.proj", (2, 3), WIDE_SWIN),
+        ("test_vit", "blocks.0.mlp", (1,), {"img_size": (64, 32), "class_token": False, "global_pool": "avg"}),
+        (path_of(Fixed), "stem", (2, 3), {}),  # 16 x 8
+        (path_of(Fixed), "turned", (1, 2), {}),
+        (path_of(Fixed), "pool", (2, 3), {}),  # as wide for every size of the image
+    ],
+)
+def test_maps_of_any_shape_are_averaged_over_space_alone(name, layer, averaged, kwargs):
+    backbone = random_backbone(name, kwargs=kwargs, layer=layer, pretrained_cfg_overlay=WIDE)
+    seen = []
+    backbone.network.get_submodule(layer).register_forward_hook(lambda *hooked: seen.append(hooked[2].clone()))
+    given = backbone(images(64)[..., :32])
+    expected = seen[0].numpy().mean(averaged)
+    assert backbone.widths == {layer: expected.shape[1]}
+    assert_close(given, torch.from_numpy(expected))
+
+
+def test_the_papers_network_has_64_neurons_in_layer1_for_images_of_any_shape():
+    overlay = PretrainedCfgOverlay(input_size=[3, 256, 128])
+    assert random_backbone("resnet18", layer="layer1", pretrained_cfg_overlay=overlay).widths == {"layer1": 64}
+
+
+def test_neurons_that_cannot_be_told_from_positions_are_refused_and_may_be_flattened():
+    layers = ["late", "latents"]
+    for layer in layers:
+        message = refusal(path_of(Fixed), weights="random", pretrained_cfg_overlay=WIDE, layer=layer)
+        assert f"layer {layer!r} of {path_of(Fixed)}" in message
+        assert "is open" in message
+    flat = random_backbone(path_of(Fixed), pretrained_cfg_overlay=WIDE, layer=layers, pooling="flatten")
+    assert flat.widths == {"late": 12, "latents": 8 * 16}
+
+
+def test_finding_the_neurons_draws_nothing_from_global_random_state():
+    swin, after = "swin_tiny_patch4_window7_224", []
+    for make in (lambda: random_backbone(swin, kwargs=SWIN, layer="layers.0"), lambda: build(swin, False, SWIN, SMALL)):
+        torch.manual_seed(0)
+        make()
+        after.append(torch.rand(3))
+    assert torch.equal(*after)
+
+
+# Rows are images
+
+
+def test_a_network_of_one_channel_sees_grey_images():
+    backbone = FrozenBackbone("test_resnet", "random", {"in_chans": 1}, layer=["layer1", "penultimate"])
+    assert backbone.preprocessing["input_size"] == (1, 160, 160)
+    assert backbone(images(160)[:, :1]).shape == (3, 32 + 96)
+
+
+def test_windows_are_no_images():
+    swin = "swin_tiny_patch4_window7_224"
+    message = refusal(swin, weights="random", pretrained_cfg_overlay=SMALL, kwargs=SWIN, layer="layers.0.blocks.0.attn")
+    assert "(32, 16, 8) for 2 images and (16, 16, 8) for one" in message  # 4 x 4 windows of 4 x 4 patches
+    assert "'layers.0.blocks.0.attn'" in message
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "said"),
+    [
+        (Sequences, "encoder", "other values beside another image"),
+        (Sequences, "turned", "(16, 2, 8) for 2 images"),
+        (Sequences, "attention", "gives tuple"),
+        (Sequences, "named", "gives dict"),
+        (BatchStatistics, "norm", "other values beside another image"),
+        (BatchStatistics, "squeeze", "gives (3,)"),
+    ],
+)
+def test_a_layer_whose_rows_are_not_the_images_is_refused_by_name(network, layer, said):
+    kwargs = {"batch_first": False} if network is Sequences else {}
+    message = refusal(path_of(network), weights="random", pretrained_cfg_overlay=PLAIN, kwargs=kwargs, layer=layer)
+    assert f"layer {layer!r} of {path_of(network)}" in message
+    assert said in message
+
+
+def test_tokens_are_averaged_where_attention_stays_within_an_image():
+    kwargs = {"batch_first": True}
+    layer = ["encoder", "penultimate"]  # the classifier is called by keyword
+    backbone = random_backbone(path_of(Sequences), kwargs=kwargs, layer=layer, pretrained_cfg_overlay=PLAIN)
+    network = backbone.network
+    with torch.no_grad():
+        expected = network.encoder(network.patches(images()).flatten(2).mT).mean(1)
+    assert backbone.widths == {"encoder": 8, "penultimate": 8}
+    assert_close(backbone(images()), torch.cat([expected, expected], 1))
+
+
+def test_rows_are_counted_again_for_every_batch():
+    backbone = random_backbone("test_resnet", layer=["layer1", "penultimate"])
+    backbone.network.layer1.register_forward_hook(lambda *hooked: hooked[2][:2])
+    backbone.network.layer1.register_forward_hook(lambda *hooked: None)
+    with pytest.raises(MisconfigurationException, match="'layer1' of test_resnet gives 2 rows for 3 images"):
+        backbone(images())
 
 
 def test_several_layers_are_concatenated_and_flatten_keeps_every_position():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lightning_modules.features.cache import BATCH, FeatureCache, FeatureRows
 
@@ -74,6 +75,20 @@ def test_what_was_extracted_once_is_found_again(tmp_path):
     assert torch.equal(all_rows(again), VALUES)
     assert rows.shape == again.shape == (IMAGES, 5)
     assert len(rows) == IMAGES
+
+
+def test_rows_that_are_not_one_for_each_image_are_neither_written_nor_read(tmp_path):
+    with pytest.raises(MisconfigurationException, match="Images 0 to 31 gave 64 rows"):
+        features(tmp_path, lambda shard: VALUES[: 2 * len(shard)])
+    assert shards(tmp_path) == []
+    features(tmp_path, Extraction())
+    cache = FeatureCache(tmp_path, PROVENANCE, IMAGES)
+    for values in (VALUES[:5], torch.ones(BATCH, 6)):  # as another process might leave them
+        path = shards(tmp_path)[1]
+        save_file({"features": values}, path)
+        with pytest.raises(MisconfigurationException, match="not 32 rows of 5; delete it"):
+            cache.read(1)
+    assert torch.equal(all_rows(features(tmp_path, Extraction())), VALUES)
 
 
 @pytest.mark.parametrize("key", PROVENANCE)
