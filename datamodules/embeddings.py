@@ -86,7 +86,7 @@ class Embeddings(Task):
         split_key: str | None = "split",
         **kwargs: Any,
     ) -> None:
-        super().__init__(root or "", augmentation="none", num_workers=0, protocol="full", **kwargs)
+        super().__init__(root or "", augmentation="none", view="weights", num_workers=0, protocol="full", **kwargs)
         if (features is None) == (root is None):
             raise MisconfigurationException("Give data.features, a file of vectors, or data.root, a folder of splits.")
         if root is not None and (labels or splits):

@@ -21,9 +21,9 @@ def evaluation(preprocessing: Preprocessing) -> Transform:
     return create_transform(**preprocessing, is_training=False, normalize=False)
 
 
-def squashed(preprocessing: Preprocessing) -> Preprocessing:
-    """Return the preprocessing without its crop: images of any shape are resized to the input size as they are."""
-    return preprocessing | {"crop_pct": 1.0, "crop_mode": "squash"}
+def squash(preprocessing: Preprocessing) -> Transform:
+    """Return a resize of the whole image to the input size, whatever its shape, without a crop."""
+    return evaluation(preprocessing | {"crop_pct": 1.0, "crop_mode": "squash"})
 
 
 def paper(preprocessing: Preprocessing) -> Transform:
@@ -58,3 +58,5 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 AUGMENTATIONS: dict[str, Callable[[Preprocessing], Transform]] = {"none": evaluation, "paper": paper}
 """Transforms of training images by name; a new one is a function above and a line here."""
+VIEWS: dict[str, Callable[[Preprocessing], Transform]] = {"weights": evaluation, "squash": squash}
+"""Transforms of images without augmentation by name, as they are evaluated."""
