@@ -14,7 +14,7 @@ from datamodules.images import ArrayImages, Images, Labelled
 from datamodules.loading import Batch, FeatureBatches, ImageBatches, Request, RequestSampler, Rows
 from datamodules.splits import Part, stratified_split
 from datamodules.targets import Multiclass, Target
-from datamodules.transforms import AUGMENTATIONS, Preprocessing, evaluation, squashed
+from datamodules.transforms import AUGMENTATIONS, VIEWS, Preprocessing
 
 SPLITS = ("train", "val", "test")
 PROTOCOLS: dict[str, dict[str, int]] = {"full": {}, "vtab1k": {"train": 800, "val": 200}}
@@ -31,13 +31,16 @@ class Task(LightningDataModule, ABC):
 
     A concrete task sets `name` and returns in `load` the splits of its source. Class names are an attribute of the
     class where they are fixed; otherwise `load` reads them and sets `target`. Constructors read no data. Validation
-    and test images are only ever seen in the backbone's own evaluation view.
+    and test images are only ever seen as `view` says.
 
     Args:
         root: Folder that holds the data, or that they are downloaded to.
         batch_size: Images per batch, over all processes.
         augmentation: How training images are varied where a run asks for more than the clean view (`model.features`):
             `paper` or `none`; null is the task's own default, `none` for specialized and structured tasks.
+        view: How an image is fitted to the backbone's input: `weights`, resized and cropped as its weights were
+            evaluated, or `squash`, resized whole whatever its shape, as in VTAB; null is the task's own default,
+            `squash` for structured tasks, whose labels say where things are, and `weights` for all others.
         num_workers: Processes that load images, for each training process; null takes one per free core, at most 8,
             and none beside a backbone on the CPU, where threads load images while the backbone waits.
         seed: Decides the splits that are cut here, the order of training images, and the augmentation.
@@ -64,6 +67,7 @@ class Task(LightningDataModule, ABC):
         root: str = "data",
         batch_size: int = 256,
         augmentation: str | None = None,
+        view: str | None = None,
         num_workers: int | None = None,
         seed: int = 0,
         protocol: str = "full",
@@ -71,18 +75,22 @@ class Task(LightningDataModule, ABC):
         super().__init__()
         if augmentation is None:
             augmentation = "none" if self.group in ("specialized", "structured") else "paper"
+        if view is None:
+            view = "squash" if self.group == "structured" else "weights"
         if batch_size < 1:
             raise MisconfigurationException(f"data.batch_size is {batch_size}; it must be at least 1.")
         for option, value, possible in (
             ("augmentation", augmentation, sorted(AUGMENTATIONS)),
+            ("view", view, VIEWS),
             ("protocol", protocol, PROTOCOLS),
         ):
             if value not in possible:
                 raise MisconfigurationException(f"data.{option} is {value!r}; it must be one of {', '.join(possible)}.")
-        if self.group == "structured" and augmentation != "none":
-            raise MisconfigurationException(
-                f"data.augmentation is {augmentation!r}; {self.name} asks where things are, so it must be none."
-            )
+        for option, value, needed in (("augmentation", augmentation, "none"), ("view", view, "squash")):
+            if self.group == "structured" and value != needed:
+                raise MisconfigurationException(
+                    f"data.{option} is {value!r}; {self.name} asks where things are, so it must be {needed}."
+                )
         if num_workers is not None and num_workers < 0:
             raise MisconfigurationException(f"data.num_workers is {num_workers}; it must be at least 0.")
         if seed < 0:
@@ -90,6 +98,7 @@ class Task(LightningDataModule, ABC):
         self.root = Path(root).expanduser()
         self.batch_size = batch_size
         self.augmentation = augmentation
+        self.view = view
         self.num_workers = num_workers
         self.seed = seed
         self.protocol = protocol
@@ -184,9 +193,8 @@ class Task(LightningDataModule, ABC):
 
     def view_provenance(self, view: int | None) -> str:
         """Return what a view of an image depends on, beside its preprocessing: what features are checked against."""
-        if view is None:
-            return "clean view, squashed whole" if self.group == "structured" else "clean view"
-        return f"{self.augmentation} view {view} of seed {self.seed}"
+        name = "clean view" if view is None else f"{self.augmentation} view {view} of seed {self.seed}"
+        return name + ", squashed whole" * (self.view == "squash")
 
     # -------------------------------------------------------------------------------------------------- loaders
 
@@ -216,11 +224,9 @@ class Task(LightningDataModule, ABC):
         return RequestSampler(len(self.images[split]), self.batch_size, process, processes, shuffle_seed)
 
     def _image_batches(self, split: str, augmented: bool) -> ImageBatches:
-        # Labels of structured tasks say where things are: such images are resized without a crop.
-        preprocessing = squashed(self.preprocessing) if self.group == "structured" else self.preprocessing
         random = augmented and self.augmentation != "none"
-        transform = (AUGMENTATIONS[self.augmentation] if random else evaluation)(preprocessing)
-        return ImageBatches(cast(Images, self.images[split]), transform, preprocessing, self.seed, random)
+        transform = (AUGMENTATIONS[self.augmentation] if random else VIEWS[self.view])(self.preprocessing)
+        return ImageBatches(cast(Images, self.images[split]), transform, self.preprocessing, self.seed, random)
 
     def _loader(
         self, batches: ImageBatches | FeatureBatches, requests: RequestSampler | Sequence[Request]

@@ -12,12 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from datamodules.base import SPLITS, Task
+from datamodules.hub import SPLIT_NAMES
 from datamodules.images import Labelled
-from datamodules.readers import SEVERAL, check_file, open_arrays, read_labels, read_vectors
+from datamodules.readers import LABELS, SEVERAL, WORDS, check_file, open_arrays, read_labels, read_vectors
 from datamodules.targets import Multiclass
 
-SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-"""Split words in files, and the splits that they stand for."""
+SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
+"""The split that each word stands for, in rows and as a file's name."""
 CHUNK = 4096  # Rows that are checked or hashed at once, so that a file may be larger than memory
 
 
@@ -25,7 +26,7 @@ CHUNK = 4096  # Rows that are checked or hashed at once, so that a file may be l
 class Vectors(Labelled):
     """Labelled rows of a matrix that are one split; copied only when they are read."""
 
-    matrix: Tensor  # all vectors of the file, shape (m, D), of one of `readers.DTYPES`
+    matrix: Tensor  # all vectors of the file, shape (m, D), of one of the types `readers.INDEXED`
     rows: Tensor  # those of this split, shape (n,)
     labels: Tensor
 
@@ -51,22 +52,24 @@ class Vectors(Labelled):
 
 
 class Embeddings(Task):
-    """Vectors and their labels from .npy, .npz, safetensors or Parquet; the model runs without a backbone.
+    """Vectors and labels from NumPy, safetensors, torch, Parquet or text files; the model runs without a backbone.
 
     Either `features` names a file, with `labels` and `splits` in it or in files of their own, row by row; or `root` is
-    a folder with a file `train` (and `val` and `test`) that holds features and labels. Without given splits, `val` and
-    `test` are a seeded stratified fifth each. Classes are the sorted labels of train. A .npy or safetensors file is
-    mapped, not read into memory; nothing pickled is loaded. The task is named after the file or folder.
+    a folder with a file `train` (and `val` and `test`) that holds vectors and labels. Without given splits, `val` and
+    `test` are a seeded stratified fifth each. Classes are the sorted labels of train. A .npy, safetensors or torch file
+    is mapped, not read into memory; nothing pickled is loaded. The task is named after the file or folder.
 
     Args:
-        features: File of the vectors, shape (n, D): float16, bfloat16, float32, float64, int8 or uint8.
+        features: File of the vectors, shape (n, D), numbers of any type.
         labels: File of the n labels, whole numbers or strings; null is the file of the vectors.
         splits: File of n words, `train`, `val` or `test`; null is the file of the labels, if it holds such words.
         root: Folder of one file per split, in place of the three files.
-        feature_key: Name of the vectors in a file that holds several arrays; in Parquet, a column of lists, or a
-            pattern such as `dim_*` for one column per neuron.
-        label_key: Name of the labels there.
-        split_key: Name of the split words there; null uses none.
+        feature_key: Name of the vectors in a file of several arrays; in a table a column of lists, or a pattern such as
+            `dim_*` for one column per value. Null takes the array of a usual name (`features`, `embeddings`, `X`), or
+            the only matrix, and says which.
+        label_key: Name of the labels there. Null takes the array of a usual name (`labels`, `target`, `y`), or the only
+            one beside the vectors that has a value for each, and says which.
+        split_key: Name of the split words there, `split` in any case if it is there; null uses none.
         **kwargs: See `Task`.
 
     Raises:
@@ -81,12 +84,12 @@ class Embeddings(Task):
         labels: str | None = None,
         splits: str | None = None,
         root: str | None = None,
-        feature_key: str = "features",
-        label_key: str = "labels",
+        feature_key: str | None = None,
+        label_key: str | None = None,
         split_key: str | None = "split",
         **kwargs: Any,
     ) -> None:
-        super().__init__(root or "", augmentation="none", num_workers=0, protocol="full", **kwargs)
+        super().__init__(root or "", augmentation="none", view="weights", num_workers=0, protocol="full", **kwargs)
         if (features is None) == (root is None):
             raise MisconfigurationException("Give data.features, a file of vectors, or data.root, a folder of splits.")
         if root is not None and (labels or splits):
@@ -128,15 +131,14 @@ class Embeddings(Task):
 
     def _split_files(self) -> dict[str, Path]:
         """Return the file of each split in `root`; at least that of train."""
-        files = {}
-        for split in SPLITS:
-            found = [path for ending in SEVERAL if (path := self.root / f"{split}{ending}").is_file()]
-            if len(found) > 1:
-                raise MisconfigurationException(
-                    f"{self.root} holds {' and '.join(path.name for path in found)}; leave one file for each split."
-                )
-            if found:
-                files[split] = found[0]
+        files: dict[str, Path] = {}
+        for path in sorted(self.root.glob("*")):
+            if path.suffix in SEVERAL and (split := SPLIT_OF.get(path.stem.lower())):
+                if split in files:
+                    raise MisconfigurationException(
+                        f"{self.root} holds {files[split].name} and {path.name}; leave one file for each split."
+                    )
+                files[split] = path
         if "train" not in files:
             names = ", ".join(f"train{ending}" for ending in SEVERAL)
             raise MisconfigurationException(f"{self.root} holds no file train ({names}).")
@@ -144,23 +146,29 @@ class Embeddings(Task):
 
     def _read(self, file: Path, label_file: Path) -> "_Part":
         """Return all rows of a file of vectors, with their labels."""
-        matrix = read_vectors(file, self.feature_key)
-        labels = read_labels(label_file, self.label_key, "data.label_key", len(matrix), file)
+        name, matrix = read_vectors(file, self.feature_key)
+        others = [*self._word_keys(label_file), *[name] * (file == label_file)]
+        labels = read_labels(label_file, self.label_key, LABELS, len(matrix), file, others)
         return _Part(file, matrix, np.arange(len(matrix)), labels)
+
+    def _word_keys(self, file: Path) -> list[str]:
+        """Return the names of the arrays in a file that are split words."""
+        usual = WORDS.usual if self.split_key in ("split", None) else [self.split_key]
+        return [name for name in open_arrays(file).names if name in usual or name.lower() in usual]
 
     def _divide(self, part: "_Part", file: Path) -> dict[str, "_Part"]:
         """Return the rows of each split that the words in `file` name, or all of them as train where it has none."""
-        optional = self.split_file is None and self.split_key == "split"
-        if self.split_key is None or (optional and "split" not in open_arrays(file)[0]):
+        key = None if self.split_key == "split" else self.split_key
+        if self.split_key is None or (key is None and self.split_file is None and not self._word_keys(file)):
             return {"train": part}
-        words = read_labels(file, self.split_key, "data.split_key", len(part.rows), part.file)
-        unknown = np.flatnonzero(~np.isin(words, list(SPLIT_NAMES)))
+        words = read_labels(file, key, WORDS, len(part.rows), part.file)
+        named = np.array([SPLIT_OF.get(str(word).strip().lower(), "") for word in words.tolist()])
+        unknown = np.flatnonzero(named == "")
         if len(unknown):
             raise MisconfigurationException(
                 f"Row {unknown[0]} of {file} is of split {words[unknown[0]].item()!r}; it must be one of "
                 f"{', '.join(SPLITS)}."
             )
-        named = np.array([SPLIT_NAMES[word] for word in words.tolist()])
         if "train" not in named:
             raise MisconfigurationException(f"{file} has no row of split train.")
         rows = {split: np.flatnonzero(named == split) for split in SPLITS}
@@ -178,14 +186,20 @@ class Embeddings(Task):
                 f"Label {part.labels[unknown[0]].item()!r} of {split} (row {part.rows[unknown[0]]} of {part.file}) "
                 f"never occurs in train; every class must."
             )
+        first, alike = part.matrix[part.rows[:1]].float(), split == "train"
         for rows in torch.from_numpy(part.rows).split(CHUNK):
-            bad = (~part.matrix[rows].float().isfinite()).nonzero()
+            vectors = part.matrix[rows].float()
+            alike = alike and bool((vectors == first).all())
+            bad = (~vectors.isfinite()).nonzero()
             if len(bad):
                 row, column = int(rows[bad[0, 0]]), int(bad[0, 1])
                 raise MisconfigurationException(
                     f"{part.file} holds {part.matrix[row, column].item()} in row {row}, column {column} (from 0); "
                     f"every value must be finite as float32."
                 )
+        if alike:
+            what = "value" if bool((first == first[0, 0]).all()) else "vector"
+            raise MisconfigurationException(f"{part.file}: every {what} is the same, so nothing can be told from them.")
         labels = torch.from_numpy(np.searchsorted(classes, part.labels))
         return Vectors(part.matrix, torch.from_numpy(part.rows), labels)
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,17 @@ from datamodules.downloads import Download, DownloadedTask, listed_images, read_
 from datamodules.images import ArrayImages, FileImages, Images, as_labels, reading
 from datamodules.splits import Percent, stratified_split
 from datamodules.targets import Multiclass
+
+SUN397_ADDRESS = (
+    "https://raw.githubusercontent.com/tensorflow/datasets/33ac20e7a393cc07d7dccf96c13f9eaa23a7e4c5/"
+    "tensorflow_datasets/image_classification/"
+)
+SUN397_LISTS = {
+    "train": ("sun397_tfds_tr.txt", "2e8dd4c1bc68ece3d8510c22085c3777"),
+    "val": ("sun397_tfds_va.txt", "cf69489da6db30ebc6e36730a2fd499b"),
+    "test": ("sun397_tfds_te.txt", "2a9dce8a9102a225ab264ae2d8057af8"),
+}
+"""TensorFlow Datasets' lists of the images of each split, and their MD5 sums."""
 
 
 def _cifar_archive(source: Any) -> tuple[Download]:
@@ -98,7 +110,8 @@ class Flowers102(DownloadedTask):
 class OxfordIIITPet(DownloadedTask):
     """7,349 photographs of pets in 37 breeds (Parkhi et al., 2012).
 
-    Test is the official one; validation is a seeded stratified tenth of the official 3,680 images for train and val.
+    Test is the official one. Of the official 3,680 images for train and val a seeded stratified part is validation: a
+    tenth as in the paper, or with the protocol `vtab1k` a fifth as in VTAB.
     """
 
     name = "oxford_iiit_pet"
@@ -113,7 +126,11 @@ class OxfordIIITPet(DownloadedTask):
 
     def read(self) -> dict[str, Images]:
         """Return the official images for training and validation as train, and those for test."""
-        return {"train": self._listed("trainval"), "test": self._listed("test")}
+        images: dict[str, Images] = {"train": self._listed("trainval"), "test": self._listed("test")}
+        if self.protocol == "vtab1k":
+            pieces = stratified_split(images["train"].labels, [Percent(20)], self.seed)
+            images |= dict(zip(("train", "val"), map(images["train"].subset, pieces), strict=True))
+        return images
 
     def _listed(self, part: str) -> FileImages:
         """Return the images of a list with lines like `Abyssinian_100 1 1 1`: name, breed, species, breed of it."""
@@ -201,19 +218,25 @@ class SVHN(DownloadedTask):
 class SUN397(DownloadedTask):
     """108,754 photographs of scenes in 397 classes (Xiao et al., 2010).
 
-    As in VTAB, 70 % are for training, 10 % for validation and 20 % for test; which ones is seeded here, as VTAB's own
-    draw is not part of the source. Class names are read with the data.
+    As in VTAB, TensorFlow Datasets' lists say which are for training (70 %), validation (10 %) and test (20 %); they
+    lack one image. Class names are read with the data.
     """
 
     name = "sun397"
     group = "natural"
-    cut: ClassVar = {"val": Percent(10), "test": Percent(20)}
-    downloads = (Download(datasets.SUN397._DATASET_URL, datasets.SUN397._DATASET_MD5, "SUN397"),)
+    downloads = (
+        Download(datasets.SUN397._DATASET_URL, datasets.SUN397._DATASET_MD5, "SUN397"),
+        *(Download(SUN397_ADDRESS + file, md5) for file, md5 in SUN397_LISTS.values()),
+    )
 
     def read(self) -> dict[str, Images]:
-        """Return all images as train; `ClassName.txt` has lines like `/a/apartment_building/outdoor`."""
+        """Return the listed images; `ClassName.txt` has lines like `/a/apartment_building/outdoor`."""
         folder = self.folder / "SUN397"
         self.target = Multiclass([name[3:] for name in self.read_class_names(folder / "ClassName.txt", 397)])
-        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("sun_*.jpg"))
-        labels = self.named_class_indices([file[2 : file.rindex("/")] for file in files], folder)
-        return {"train": FileImages(folder, files, labels)}
+        return {split: self._listed(self.folder / file) for split, (file, _) in SUN397_LISTS.items()}
+
+    def _listed(self, file: Path) -> FileImages:
+        """Return the images of a list with lines like `/a/abbey/sun_aaaulhwrhqgejnyt.jpg`."""
+        names = [line.strip("/\n ") for line in read_lines(file)]
+        labels = self.named_class_indices([name[2:].rpartition("/")[0] for name in names], file)
+        return listed_images(self.folder / "SUN397", names, labels)

@@ -1,29 +1,58 @@
-"""Read arrays by name from .npy, .npz, safetensors and Parquet files; nothing pickled is loaded.
+"""Read arrays by name from NumPy, safetensors, torch, Parquet, CSV and TSV files; nothing pickled is loaded.
 
 A file or array that is not there, damaged or of another kind ends in a MisconfigurationException that names it.
 """
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import functools
+import glob
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import safe_open
 from torch import Tensor
 
 from datamodules.images import reading
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8)
-"""How vectors may be stored."""
-DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+INDEXED = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+    *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
+)
+"""Types of which torch can take rows; numbers of any other type become float32 when they are read."""
 
-Arrays = tuple[Sequence[str], Callable[[str], Any]]
-"""The names of a file's arrays (none where it holds a single one), and what reads one of them."""
+NUMBERS = "biuf"  # the same, as NumPy's kinds
+
+
+class Arrays(NamedTuple):
+    """What a file holds."""
+
+    names: Sequence[str]  # of its arrays; none where it holds a single one
+    read: Callable[[str], Any]  # returns the array of a name
+    columns: Sequence[str] = ()  # of a table; a pattern of them stands for the matrix that they make
+
+
+class Wanted(NamedTuple):
+    """An array that is looked for in a file."""
+
+    what: str  # in words
+    option: str  # that names it
+    usual: Sequence[str]  # names that it usually has, in any case
+
+
+VECTORS = Wanted("vectors", "data.feature_key", ("features", "embeddings", "embedding", "vectors", "x"))
+LABELS = Wanted("labels", "data.label_key", ("labels", "label", "targets", "target", "class", "y"))
+WORDS = Wanted("split words", "data.split_key", ("split", "splits"))
 
 
 def check_file(file: Path) -> None:
@@ -35,97 +64,198 @@ def check_file(file: Path) -> None:
 
 
 def open_arrays(file: Path) -> Arrays:
-    """Return the names of the arrays in a file, none for .npy, and a function that reads one of them."""
+    """Return the names of the arrays in a file, and a function that reads one of them."""
     check_file(file)
     with reading(file):
         return READERS[file.suffix](file)
 
 
-def read_array(file: Path, key: str, option: str) -> Any:
-    """Return the array or tensor called `key`, or the only one of a .npy file; `option` is what names it.
+def read_vectors(file: Path, key: str | None) -> tuple[str, Tensor]:
+    """Return the name and the values of a matrix of numbers, shape (n, D); mapped where the format allows.
 
-    In Parquet, `key` may be a pattern of columns that become the columns of a matrix.
+    `key` is its name, or a pattern of a table's columns; None takes one of a usual name, or the only matrix there is.
     """
-    names, read = open_arrays(file)
-    if names and key not in names and not (file.suffix == ".parquet" and fnmatch.filter(names, key)):
-        more = f", ... ({len(names)})" if len(names) > 10 else ""
-        raise MisconfigurationException(
-            f"{file} has no {key!r}; it holds {', '.join(names[:10])}{more}: name one with {option}."
-        )
-    with reading(f"{key!r} of {file}"):
-        return read(key)
-
-
-def read_vectors(file: Path, key: str) -> Tensor:
-    """Return a matrix of vectors, shape (n, D), of one of `DTYPES`; mapped into memory where the format allows."""
-    matrix = read_array(file, key, "data.feature_key")
-    if isinstance(matrix, np.ndarray):
-        native = np.ascontiguousarray(matrix, matrix.dtype.newbyteorder("="))  # stays mapped where nothing changes
-        matrix = torch.from_numpy(native) if native.dtype.name in DTYPE_NAMES else native
-    if not isinstance(matrix, Tensor) or matrix.dtype not in DTYPES:
-        raise MisconfigurationException(
-            f"The vectors of {file} are {str(matrix.dtype).removeprefix('torch.')}; they must be one of "
-            f"{', '.join(DTYPE_NAMES)}."
-        )
+    name, matrix = _find(file, key, VECTORS, _is_matrix)
+    if isinstance(matrix, np.ndarray) and matrix.dtype.kind in NUMBERS:
+        kind = matrix.dtype.newbyteorder("=") if matrix.itemsize <= 8 else np.float64
+        matrix = torch.from_numpy(np.ascontiguousarray(matrix, kind))  # stays mapped where nothing changes
+    if not isinstance(matrix, Tensor) or matrix.is_complex():
+        kind = str(matrix.dtype).removeprefix("torch.")
+        raise MisconfigurationException(f"The vectors of {file} are of type {kind}; they must be numbers.")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise MisconfigurationException(
             f"The vectors of {file} have shape {tuple(matrix.shape)}; they must have (vectors, values)."
         )
-    return matrix
+    return name, matrix if matrix.dtype in INDEXED else matrix.float()
 
 
-def read_labels(file: Path, key: str, option: str, number: int, features: Path) -> np.ndarray:
-    """Return whole numbers or strings, shape (number,), one for each vector of `features`."""
-    labels = np.asarray(read_array(file, key, option))
+def read_labels(
+    file: Path, key: str | None, wanted: Wanted, number: int, features: Path, others: Collection[str] = ()
+) -> np.ndarray:
+    """Return whole numbers or strings, shape (number,), one for each vector of `features`.
+
+    A `key` of None takes an array of a usual name, or the only one of that length that is none of the `others`. Floats
+    must be whole; shape (number, 1) will do.
+    """
+    name, labels = _find(file, key, wanted, lambda array: np.shape(array) in ((number,), (number, 1)), others)
+    if isinstance(labels, Tensor):
+        labels = (labels.double() if labels.is_floating_point() else labels).numpy()
+    source = f"{name!r} of {file}" if name else str(file)
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8")
-    if labels.dtype.kind not in "iubU":
+    if labels.dtype.kind not in "iubUf":
+        raise MisconfigurationException(f"{source} is of type {labels.dtype}; it must be of whole numbers or strings.")
+    if labels.shape not in ((number,), (number, 1)):
         raise MisconfigurationException(
-            f"{key!r} of {file} is of type {labels.dtype}; it must be of whole numbers or strings."
+            f"{source} has shape {labels.shape}, {features} has {number:,} vectors; give one of the {wanted.what} for "
+            f"each."
         )
-    if labels.shape != (number,):
-        raise MisconfigurationException(
-            f"{key!r} of {file} has shape {labels.shape}, {features} has {number:,} vectors; give one value for each."
-        )
+    labels = labels.reshape(number)
+    if labels.dtype.kind == "f":
+        wrong = np.flatnonzero(~np.isfinite(labels) | (labels % 1 != 0))
+        if len(wrong):
+            raise MisconfigurationException(
+                f"{source} is {labels[wrong[0]]:g} in row {wrong[0]} (from 0); it must be a whole number or a string."
+            )
+        labels = labels.astype(np.int64)
     return labels
+
+
+def _is_matrix(array: Any) -> bool:
+    numbers = isinstance(array, Tensor) or array.dtype.kind in NUMBERS
+    return numbers and array.ndim == 2 and array.shape[1] > 1
+
+
+def _find(
+    file: Path, key: str | None, wanted: Wanted, fits: Callable[[Any], bool], others: Collection[str] = ()
+) -> tuple[str, Any]:
+    """Return the name and the values of the array that `key` names; None finds it among those that fit.
+
+    That is the only one of a usual name, or the only one at all, and is said where it is not the first of those names.
+    The name is empty where the file holds a single array.
+    """
+    arrays = open_arrays(file)
+
+    def read(name: str) -> Any:
+        with reading(f"{name!r} of {file}" if name else file):
+            return arrays.read(name)
+
+    if not arrays.names:
+        return "", read("")
+    more = f", ... ({len(arrays.names)})" if len(arrays.names) > 10 else ""
+    there = f"it holds {', '.join(arrays.names[:10])}{more}"
+    if key is not None:
+        if key not in (*arrays.names, *arrays.columns) and not fnmatch.filter(arrays.columns, key):
+            raise MisconfigurationException(f"{file} has no {key!r}; {there}: name one with {wanted.option}.")
+        return key, read(key)
+    names = [name for name in arrays.names if name not in others]
+    some = [name for name in names if name.lower() in wanted.usual] or names
+    found = {}
+    for name in some:
+        try:
+            array = read(name)
+        except MisconfigurationException as error:  # it might have been the one, so no other is taken in its place
+            raise MisconfigurationException(
+                f"{error} If it is not the {wanted.what}, name them with {wanted.option}."
+            ) from error
+        if len(some) == 1 or fits(array):  # of a single one, whoever asked says what is wrong with it
+            found[name] = array
+    if len(found) != 1:
+        raise MisconfigurationException(
+            f"It is not clear which are the {wanted.what} of {file}; {there}: name one with {wanted.option}."
+        )
+    name, array = found.popitem()
+    if name != wanted.usual[0]:
+        rank_zero_info(f"The {wanted.what} of {file} are {name!r}.")
+    return name, array
 
 
 def _npy(file: Path) -> Arrays:
     # Copy-on-write, as torch expects writable memory; nothing writes.
-    return [], lambda _: np.load(file, mmap_mode="c", allow_pickle=False)
+    return Arrays([], lambda _: np.load(file, mmap_mode="c", allow_pickle=False))
 
 
 def _npz(file: Path) -> Arrays:
     arrays = np.load(file, allow_pickle=False)  # reads an array when asked for it
-    return arrays.files, arrays.__getitem__
+    return Arrays(arrays.files, arrays.__getitem__)
 
 
 def _safetensors(file: Path) -> Arrays:
     tensors = safe_open(file, framework="pt")
-    return list(tensors.keys()), tensors.get_tensor
+    return Arrays(list(tensors.keys()), tensors.get_tensor)
+
+
+def _torch(file: Path) -> Arrays:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # torch raises many kinds
+        raise MisconfigurationException(
+            f"{file} cannot be read: it is damaged, or holds more than tensors and plain values, which is never loaded."
+        ) from error
+    if isinstance(content, list | tuple) and all(isinstance(each, Tensor) for each in content):
+        alike = len({each.shape for each in content}) == 1
+        content = torch.stack(list(content)) if alike else dict(enumerate(content))
+    named = {str(name): each for name, each in content.items()} if isinstance(content, dict) else {}
+
+    def read(name: str) -> Any:
+        array = named[name] if named else content
+        return array.detach() if isinstance(array, Tensor) else np.asarray(array)
+
+    return Arrays(list(named), read)
 
 
 def _parquet(file: Path) -> Arrays:
-    names = pyarrow.parquet.read_schema(file).names
+    return _table(
+        file,
+        pyarrow.parquet.read_schema(file).names,
+        lambda names: pyarrow.parquet.read_table(file, columns=names),
+    )
 
-    def read(key: str) -> np.ndarray:
-        chosen = [key] if key in names else fnmatch.filter(names, key)
-        table = pyarrow.parquet.read_table(file, columns=chosen)
-        columns = [_arrow(table[name], f"{name!r} of {file}") for name in chosen]
-        return columns[0] if key in names else np.stack(columns, axis=1)
 
-    return names, read
+def _text(file: Path) -> Arrays:
+    """Open a text file of commas or tabs; where its first row holds numbers only, it is a matrix without a header."""
+    parse = pyarrow.csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",")
+    convert = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+    with pyarrow.csv.open_csv(file, pyarrow.csv.ReadOptions(block_size=2**24), parse) as reader:
+        names = reader.schema.names
+    numbers = all(re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", name.lower()) for name in names)
+    bare = numbers and (len(names) == 1 or names != [str(index) for index in range(len(names))])
+    options = pyarrow.csv.ReadOptions(block_size=2**24, autogenerate_column_names=bare)
+    read = functools.cache(lambda: pyarrow.csv.read_csv(file, options, parse, convert))
+    if bare:
+        return Arrays([], lambda _: np.stack([_arrow(each, str(file)) for each in read().columns], axis=1))
+    return _table(file, names, lambda names: read().select(names))
+
+
+def _table(file: Path, columns: Sequence[str], read: Callable[[list[str]], pyarrow.Table]) -> Arrays:
+    """Return the columns of a table; those that are numbered, as `dim_0` and `dim_1`, are a matrix `dim_[0-9]*`."""
+    stems = [match[1] if (match := re.fullmatch(r"(.*?)\d+", name)) else None for name in columns]
+    counts = Counter(stem for stem in stems if stem is not None)
+    numbered = {stem: f"{glob.escape(stem)}[0-9]*" for stem, count in counts.items() if count > 1}
+    names = [numbered.get(stem, name) for stem, name in zip(stems, columns, strict=True)]
+
+    def read_array(key: str) -> np.ndarray:
+        chosen = [key] if key in columns else fnmatch.filter(columns, key)
+        table = read(chosen)
+        arrays = [_arrow(table[name], f"{name!r} of {file}") for name in chosen]
+        return arrays[0] if key in columns else np.stack(arrays, axis=1)
+
+    return Arrays(list(dict.fromkeys(names)), read_array, columns)
 
 
 def _arrow(column: pyarrow.ChunkedArray, source: str) -> np.ndarray:
-    """Return a column of numbers or strings, shape (n,), or of lists of one length, shape (n, D)."""
+    """Return a column of numbers or strings, shape (n,), or of lists or tensors of one shape, shape (n, D)."""
+    kind, shape = column.type, [-1]
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        shape = getattr(kind, "shape", shape)
+        column = column.cast(kind.storage_type)
     if pyarrow.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if column.null_count:
         row = column.is_null().index(True).as_py()
         raise MisconfigurationException(f"{source} is empty in row {row} (from 0); every row needs a value.")
     kind = column.type
-    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+    if any(is_kind(kind) for is_kind in STRINGS):
         return np.array(column.to_pylist(), dtype=np.str_)
     if not hasattr(kind, "value_type"):
         return column.to_numpy()
@@ -137,14 +267,19 @@ def _arrow(column: pyarrow.ChunkedArray, source: str) -> np.ndarray:
         )
     # Chunk by chunk: an Arrow array of lists holds at most 2^31 values.
     values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
-    return values.reshape(len(lengths), -1)
+    return values.reshape(len(lengths), *shape)
 
 
+STRINGS = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
 READERS: dict[str, Callable[[Path], Arrays]] = {
     ".npy": _npy,
     ".npz": _npz,
     ".safetensors": _safetensors,
+    ".pt": _torch,
+    ".pth": _torch,
     ".parquet": _parquet,
+    ".csv": _text,
+    ".tsv": _text,
 }
 """Formats by ending; a new one is a function above and an entry here."""
-SEVERAL = tuple(ending for ending in READERS if ending != ".npy")  # Formats that hold several arrays by name
+SEVERAL = tuple(ending for ending in READERS if ending != ".npy")  # Formats that can hold several arrays by name

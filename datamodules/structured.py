@@ -5,10 +5,11 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
+import numpy as np
 from torch import Tensor
 from torchvision import datasets
 
+from datamodules.base import SPLITS
 from datamodules.downloads import Download, DownloadedTask, listed_images, read_lines
 from datamodules.hub import HubTask
 from datamodules.images import FileImages, Images, as_labels, reading
@@ -82,8 +83,8 @@ class KITTIDistance(DownloadedTask):
     """7,481 photographs from a car: how far is the closest vehicle? (Geiger et al., 2012.)
 
     Only images for training have annotations, so all splits are cut from those. Neighbouring frames of a drive look
-    alike: as in VTAB all of a drive lie in one split, a tenth of the drives each in validation and test. Which ones is
-    seeded here.
+    alike, so all of a drive lie in one split: a tenth of the drives each in validation and test, the very ones of
+    TensorFlow Datasets and so of VTAB, whatever the seed.
     """
 
     name = "kitti_distance"
@@ -100,20 +101,22 @@ class KITTIDistance(DownloadedTask):
     )
 
     def read(self) -> dict[str, Images]:
-        """Return the three splits; a seeded tenth of the drives each is for validation and test."""
+        """Return the three splits, as TensorFlow Datasets draws the drives of test and, of the rest, of validation."""
         folder = self.folder / "training" / "image_2"
         files = sorted(path.name for path in folder.glob("*.png"))
         labels = [self._label(self.folder / "training" / "label_2" / file.replace(".png", ".txt")) for file in files]
         images = FileImages(folder, files, self.class_indices(labels, folder))
         of_image = self._drives(self.folder / "mapping")
         drives = [of_image[int(file.removesuffix(".png"))] for file in files]
-        known = sorted(set(drives))
-        order = torch.randperm(len(known), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        shuffled, part = [known[index] for index in order], max(1, len(known) // 10)
-        chosen = {"train": shuffled[2 * part :], "val": shuffled[part : 2 * part], "test": shuffled[:part]}
+        known, random = set(of_image), np.random.RandomState(123)
+        chosen: dict[str, set[str]] = {}
+        for split in ("test", "val"):
+            left = sorted(known.difference(*chosen.values()))
+            chosen[split] = set(random.choice(left, max(1, len(known) // 10), replace=False).tolist())
+        chosen["train"] = known.difference(*chosen.values())
         return {
             split: images.subset(as_labels([i for i, drive in enumerate(drives) if drive in chosen[split]]))
-            for split in chosen
+            for split in SPLITS
         }
 
     @staticmethod

@@ -27,9 +27,9 @@ def _grey(preprocessing: Preprocessing) -> list[Callable[[Image.Image], Image.Im
     return [transforms.Grayscale()] if preprocessing["input_size"][0] == 1 else []
 
 
-def squashed(preprocessing: Preprocessing) -> Preprocessing:
-    """Return the preprocessing without its crop: images of any shape are resized to the input size as they are."""
-    return preprocessing | {"crop_pct": 1.0, "crop_mode": "squash"}
+def squash(preprocessing: Preprocessing) -> Transform:
+    """Return a resize of the whole image to the input size, whatever its shape, without a crop."""
+    return evaluation(preprocessing | {"crop_pct": 1.0, "crop_mode": "squash"})
 
 
 def paper(preprocessing: Preprocessing) -> Transform:
@@ -65,3 +65,5 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 AUGMENTATIONS: dict[str, Callable[[Preprocessing], Transform]] = {"none": evaluation, "paper": paper}
 """Transforms of training images by name; a new one is a function above and a line here."""
+VIEWS: dict[str, Callable[[Preprocessing], Transform]] = {"weights": evaluation, "squash": squash}
+"""Transforms of images without augmentation by name, as they are evaluated."""

@@ -121,6 +121,7 @@ def provenance_of_probes(model: RedundancyProbe) -> dict[str, Any]:
         "layer": ", ".join(model.widths),
         "weights": backbone["weights"],
         "preprocessing": str(backbone["preprocessing"]),
+        "data.view": model.task.view,
         "selection": model.plan.selections,
         "fractions": sorted({probe.fraction for probe in asked}),
         "seeds": sorted({probe.seed for probe in asked}),

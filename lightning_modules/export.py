@@ -30,6 +30,9 @@ USE = {
 }
 """What the card says of `subset = safetensors.torch.load_file('subset.safetensors')`."""
 
+VIEWS: dict[str, dict[str, Any]] = {"weights": {}, "squash": {"crop_pct": 1.0, "crop_mode": "squash"}}
+"""What `data.view` changes of timm's data configuration."""
+
 
 def export(run: str, selection: str, fraction: float, output: str, seed: int = 0, layer: str | None = None) -> None:
     """Write one subset of a finished run, with its probe, as files that need nothing of this project.
@@ -83,7 +86,7 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
         **probe._asdict(),
         "width": widths[probe.layer],
         "accuracy": accuracy,
-        "preprocessing": backbone.preprocessing if backbone else None,
+        "preprocessing": backbone.preprocessing | VIEWS[provenance["data.view"]] if backbone else None,
         "use": [USE["neurons" if "indices" in tensors else "basis"], *[USE["program"]] * bool(program)],
         "versions": {"python": platform.python_version()}
         | {library.__name__: library.__version__ for library in (torch, timm, safetensors)},

@@ -123,6 +123,7 @@ class Pretraining(LightningModule):
             "weight_decay": self.weight_decay,
             "data.batch_size": task.batch_size,
             "data.seed": task.seed,
+            "data.view": task.view,
             "trainer.max_epochs": self.trainer.max_epochs,  # the schedule spans them
         }
 

@@ -109,7 +109,8 @@ class RedundancyProbe(LightningModule):
         views = {"clean": "clean view, extracted once", "off": "augmented afresh in every epoch"}
         return {
             "backbone": self.backbone.describe(),
-            "features": views.get(str(self.features), f"{self.features} augmented views"),
+            "features": views.get(str(self.features), f"{self.features} augmented views")
+            + ", images squashed whole to the input size" * (task.view == "squash"),
             "probes": f"{len(self.probes):,}: {self.plan.describe()}{', standardised' * self.standardise}",
             "solver": self.solver.describe(),
             "measures": ", ".join(type(measure).__name__ for measure in self.measures),
@@ -257,6 +258,7 @@ class RedundancyProbe(LightningModule):
             "backbone": self.backbone.label,
             "solver": self.solver.name,
             "augmentation": "none" if self.features == "clean" else self.task.augmentation,
+            "view": "none" if self.task.vectors else self.task.view,
             "features": self.features,
             "epoch": self.grid.of_chosen(self.grid.kept_epoch).tolist(),
             **{column.name: values for column, values in zip(self.solver.columns, chosen, strict=True)},

@@ -502,6 +502,7 @@ FOREIGN = {
     "seeds": (["--model.seeds=4"], "its seeds is [0, 1, 2, 3, 4], not [0, 1, 2, 3]"),
     "standardise": (["--model.standardise=true"], "its standardise is False, not True"),
     "interpolation": ([f"--{OVERLAY}.interpolation=bicubic"], "its preprocessing is"),
+    "view": (["--data.view=squash"], "its data.view is weights, not squash"),
 }
 CHANGED = {
     "learning rate": (["--model.solver.learning_rate=0.2"], "its learning_rate and weight_decay is [[0.1, 0.0001]]"),

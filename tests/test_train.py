@@ -24,7 +24,7 @@ QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trai
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
 COLUMNS = (
     *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split", "images", "accuracy"),
-    *("loss", "solver", "augmentation", "features", "epoch"),
+    *("loss", "solver", "augmentation", "view", "features", "epoch"),
 )
 
 

@@ -23,6 +23,7 @@ MUST_AGREE = {
     "features": "features",
     "images": "number of test images of {task}",
     "augmentation": "augmentation of {task}",  # colour or orientation is what some tasks ask for
+    "view": "view of {task}",
     "width": "width of {backbone}, layer {layer}",
 }
 """Columns of results.csv that must be the same in all runs, and of what they are."""

@@ -17,6 +17,7 @@ from scipy.io import savemat
 from timm.data import ImageNetInfo
 
 import datamodules
+from datamodules.natural import SUN397_LISTS
 
 NOWHERE = "http://127.0.0.1:9"
 """An address that nothing answers at."""
@@ -282,9 +283,17 @@ def svhn(replica):
 
 def sun397(replica):
     names = ["/a/abbey", "/a/apartment_building/outdoor", *(f"/z/zoo{i:03d}" for i in range(395))]
-    chosen = (*names[:2], names[-1])
-    files = {f"SUN397{name}/sun_{i:032x}.jpg": replica.image() for name in chosen for i in range(10)}
+    files, lists = {}, {split: [] for split in SUN397_LISTS}
+    for label, name in ((0, names[0]), (1, names[1]), (396, names[-1])):
+        for i, split in enumerate(["train"] * 7 + ["val", "test", "test"]):
+            path = f"{name}/sun_{i:032x}.jpg"
+            files[f"SUN397{path}"] = data = replica.image()
+            lists[split].append(path)
+            replica.parts.setdefault(split, []).append((pixels(data), label))
+    files["SUN397/a/abbey/sun_unlisted.jpg"] = replica.image()
     replica.published["SUN397.tar.gz"] = {"SUN397/ClassName.txt": "\n".join([*names, ""]).encode(), **files}
+    for split, (file, _) in SUN397_LISTS.items():
+        replica.published[file] = "".join(f"{path}\n" for path in lists[split]).encode()
     return 21, 3, 6
 
 

@@ -34,8 +34,12 @@ def write(folder, ending, vectors=VECTORS, labels=LABELS, **more):
     file = folder / f"mine{ending}"
     if ending == ".npz":
         np.savez(file, features=vectors, labels=labels, **more)
-    elif ending == ".safetensors":
-        save_file({"features": torch.from_numpy(vectors), "labels": torch.from_numpy(labels)}, file)
+    elif ending in (".safetensors", ".pt"):
+        save = save_file if ending == ".safetensors" else torch.save
+        save({"features": torch.from_numpy(vectors), "labels": torch.from_numpy(labels)}, file)
+    elif ending in (".csv", ".tsv"):  # an index of rows is what pandas leaves
+        table = pd.DataFrame(vectors).add_prefix("dim_").assign(labels=labels, **more)
+        table.to_csv(file, sep="," if ending == ".csv" else "\t")
     else:
         pd.DataFrame({"features": list(vectors), "labels": labels, **more}).to_parquet(file, row_group_size=32)
     return str(file)
@@ -56,7 +60,7 @@ def refused(**arguments):
 # What is served
 
 
-@pytest.mark.parametrize("ending", [".npz", ".safetensors", ".parquet", ".npy", "columns"])
+@pytest.mark.parametrize("ending", [".npz", ".safetensors", ".parquet", ".npy", "columns", ".pt", ".csv", ".tsv"])
 def test_every_format_serves_the_same_vectors_labels_and_splits(tmp_path, ending):
     if ending == ".npy":
         np.save(tmp_path / "mine.npy", VECTORS)
@@ -85,7 +89,7 @@ def test_every_format_serves_the_same_vectors_labels_and_splits(tmp_path, ending
     assert {s: i.digest() for s, i in task.images.items()} == {s: i.digest() for s, i in reference.images.items()}
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", np.int8])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", np.int8, ">i2", np.int64, "u2", "u8", np.longdouble])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_vectors_of_other_types_are_served_as_float32(tmp_path, dtype, order):
     stored = np.asarray(VECTORS * 10, dtype=dtype, order=order)
@@ -111,9 +115,133 @@ def test_half_precision_of_safetensors_and_arrow_is_read(tmp_path):
     assert np.array_equal(served(task, "val")[0].numpy(), half[task.images["val"].rows.numpy()].astype(np.float32))
 
 
+def test_tensors_and_views_of_arrow_are_read(tmp_path):
+    file = str(tmp_path / "t.parquet")
+    words = pyarrow.array(np.where(LABELS == 7, "seven", "three")).cast(pyarrow.string_view())
+    tensors = pyarrow.FixedShapeTensorArray.from_numpy_ndarray(VECTORS)
+    pyarrow.parquet.write_table(pyarrow.table({"features": tensors, "labels": words}), file, row_group_size=32)
+    task = set_up(features=file)
+    assert task.target.classes == ["seven", "three"]
+    assert np.array_equal(served(task, "val")[0].numpy(), VECTORS[task.images["val"].rows.numpy()])
+    tensors = pyarrow.FixedShapeTensorArray.from_numpy_ndarray(VECTORS.reshape(100, 4, 3))
+    pyarrow.parquet.write_table(pyarrow.table({"features": tensors, "labels": words}), file)
+    assert "shape (100, 4, 3)" in refused(features=file)
+
+
+COLUMN = {"id": np.arange(100), "text": np.array(["a"] * 100)}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "taken"),
+    [
+        ({"X": VECTORS, "y": LABELS}, ("X", "y")),
+        (
+            {"Embeddings": VECTORS, "image": VECTORS.reshape(100, 4, 3), "Label": LABELS, **COLUMN},
+            ("Embeddings", "Label"),
+        ),
+        ({"features": VECTORS, "raw": VECTORS, "target": LABELS, **COLUMN}, ("features", "target")),
+        ({"clip": VECTORS, "breed": LABELS, "class_names": np.array(["a", "b"])}, ("clip", "breed")),
+        ({"clip": VECTORS, "breed": LABELS, "words": np.array([["a", "b"]] * 100), "Split": WORDS}, ("clip", "breed")),
+        ({"vectors": VECTORS, "classes": np.array(["a", "b"]), "kind": LABELS}, ("vectors", "kind")),
+    ],
+)
+def test_what_is_meant_is_found_where_only_one_can_be_and_an_unusual_name_is_said(tmp_path, caplog, arrays, taken):
+    caplog.set_level("INFO")
+    np.savez(tmp_path / "a.npz", **arrays)
+    task = set_up(features=str(tmp_path / "a.npz"))
+    assert np.array_equal(task.images["train"].matrix.numpy(), VECTORS)
+    assert task.target.classes == ["3", "7"]
+    said = [
+        f"The {what} of {tmp_path / 'a.npz'} are {name!r}."
+        for what, name in zip(("vectors", "labels"), taken, strict=True)
+        if name != "features"
+    ]
+    said += [f"The split words of {tmp_path / 'a.npz'} are 'Split'."] * ("Split" in arrays)
+    assert [message for message in caplog.messages if message.startswith("The ")] == said
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"X": VECTORS, "embeddings": VECTORS, "y": LABELS}, ["vectors", "X, embeddings, y", "data.feature_key"]),
+        ({"a": VECTORS, "b": VECTORS, "y": LABELS}, ["vectors", "a, b, y", "data.feature_key"]),
+        ({"X": VECTORS, "y": LABELS, "label": LABELS}, ["labels", "X, y, label", "data.label_key"]),
+        ({"X": VECTORS, **COLUMN}, ["labels", "X, id, text", "data.label_key"]),
+        ({"X": VECTORS}, ["labels", "it holds X", "data.label_key"]),
+        ({"X": VECTORS, "labels": LABELS[:90], "id": LABELS[:80]}, ["'labels'", "(90,)", "100 vectors"]),
+        ({"X": VECTORS, "labels": LABELS[:90], "id": np.arange(100)}, ["'labels'", "(90,)", "100 vectors"]),
+        ({"X": VECTORS[0], "emb": VECTORS, "y": LABELS}, ["shape (12,)"]),
+    ],
+)
+def test_what_could_be_several_is_refused_with_all_that_there_is(tmp_path, arrays, named):
+    np.savez(tmp_path / "a.npz", **arrays)
+    message = refused(features=str(tmp_path / "a.npz"))
+    assert [name for name in named if name not in message] == [], message
+
+
+@pytest.mark.parametrize("labels", [LABELS[:, None], LABELS.astype(np.float32), LABELS[:, None].astype(float)])
+@pytest.mark.parametrize("ending", [".npz", ".pt"])
+def test_labels_may_be_a_column_or_whole_floats(tmp_path, labels, ending):
+    task = set_up(features=write(tmp_path, ending, labels=labels))
+    assert task.target.classes == ["3", "7"]
+    rows = task.images["test"].rows.numpy()
+    assert [task.target.classes[label] for label in task.images["test"].labels] == [
+        str(label) for label in LABELS[rows]
+    ]
+
+
+def test_tensors_that_torch_saved_together_are_told_apart_by_their_shape(tmp_path):
+    file = str(tmp_path / "t.pt")
+    vectors, labels = torch.from_numpy(VECTORS).requires_grad_(), torch.from_numpy(LABELS)
+    np.save(tmp_path / "labels.npy", LABELS)
+    for content, arguments in (
+        ((vectors, labels), {}),
+        ([labels.tolist(), vectors], {"features": None}),
+        (list(vectors), {"labels": str(tmp_path / "labels.npy")}),
+        (torch.nn.Parameter(vectors), {"labels": str(tmp_path / "labels.npy")}),
+        ({"emb": vectors, "word": ["seven" if label == 7 else "three" for label in LABELS]}, {}),
+    ):
+        torch.save(content, file)
+        if "features" in arguments:
+            assert "t.pt" in refused(features=file)
+            continue
+        task = set_up(features=file, **arguments)
+        assert np.array_equal(served(task, "test")[0].numpy(), VECTORS[task.images["test"].rows.numpy()])
+        assert task.target.classes in (["3", "7"], ["seven", "three"])
+
+
+def test_text_without_a_header_is_a_matrix_or_a_column_of_labels(tmp_path):
+    np.savetxt(tmp_path / "v.csv", VECTORS, delimiter=",")
+    np.savetxt(tmp_path / "l.csv", LABELS, fmt="%d")
+    task = set_up(features=str(tmp_path / "v.csv"), labels=str(tmp_path / "l.csv"))
+    assert np.array_equal(served(task, "test")[0].numpy(), VECTORS[task.images["test"].rows.numpy()])
+    assert task.target.classes == ["3", "7"]
+    pd.DataFrame(VECTORS).assign(kind=LABELS).to_csv(tmp_path / "n.csv", index=False)  # columns 0 to 11, and kind
+    assert set_up(features=str(tmp_path / "n.csv")).width == 12
+
+
+def test_cells_that_are_empty_or_no_numbers_are_named(tmp_path):
+    file = write(tmp_path, ".csv")
+    table = pd.read_csv(file)
+    for column, value, named in (
+        ("labels", None, ["'labels'", "row 3"]),
+        ("dim_4", None, ["'dim_4'", "row 3"]),
+        ("dim_4", "much", ["type <U", "numbers"]),
+        ("labels", 1.5, ["'labels'", "1.5", "row 3"]),
+    ):
+        changed = table.astype({column: object})
+        changed.loc[3, column] = value
+        changed.to_csv(file, index=False)
+        arguments = {"feature_key": "dim_*"} if column == "dim_4" else {}
+        message = refused(features=file, **arguments)
+        assert [name for name in named if name not in message] == [], message
+
+
 @pytest.mark.parametrize("ending", [".npz", ".parquet", "files"])
 def test_given_splits_are_kept_row_by_row(tmp_path, ending):
     words = np.where(WORDS == "val", "validation", WORDS)
+    words = np.where(np.arange(100) % 2, np.char.upper(words), np.char.capitalize(words))
+    words[[0, 6, 16, 7]] = ["training", "dev", " valid", "Testing "]
     arguments = {}
     if ending == "files":
         np.save(tmp_path / "splits.npy", words)
@@ -139,13 +267,20 @@ def test_a_split_that_is_not_given_is_cut_from_train_alone(tmp_path):
 def test_a_folder_holds_a_file_for_each_split(tmp_path):
     root = tmp_path / "vectors"
     root.mkdir()
-    for split, ending in (("train", ".parquet"), ("test", ".npz")):
+    for split, ending, name in (
+        ("train", ".parquet", "Train"),
+        ("test", ".npz", "test"),
+        ("val", ".csv", "validation"),
+    ):
         write(root, ending, VECTORS[rows_of(split)], LABELS[rows_of(split)])
-        (root / f"mine{ending}").rename(root / f"{split}{ending}")
+        (root / f"mine{ending}").rename(root / f"{name}{ending}")
     task = set_up(root=str(root))
     assert task.name == "vectors"
-    assert np.array_equal(served(task, "test")[0].numpy(), VECTORS[rows_of("test")])
-    assert sizes(task) == (56, 14, 20)
+    for split in ("val", "test"):
+        assert np.array_equal(served(task, split)[0].numpy(), VECTORS[rows_of(split)])
+    assert sizes(task) == (70, 10, 20)
+    (root / "valid.npz").write_bytes(b"")
+    assert "valid.npz and validation.csv" in refused(root=str(root))
 
 
 def test_a_npy_file_is_mapped_and_not_read(tmp_path):
@@ -178,7 +313,7 @@ def test_wrong_arguments_and_files_are_named(tmp_path):
     vectors = str(tmp_path / "v.npy")
     np.save(tmp_path / "few.npy", LABELS[:90])
     np.save(tmp_path / "floats.npy", LABELS / 2)
-    np.save(tmp_path / "words.npy", np.where(WORDS == "val", "dev", WORDS))
+    np.save(tmp_path / "words.npy", np.where(WORDS == "val", "fold 1", WORDS))
     np.save(tmp_path / "one.npy", np.full(100, 5))
     np.save(tmp_path / "complex.npy", VECTORS.astype(complex))
     (tmp_path / "empty").mkdir()
@@ -188,21 +323,21 @@ def test_wrong_arguments_and_files_are_named(tmp_path):
         ({"root": str(tmp_path), "labels": file}, ["data.labels"]),
         ({"root": str(tmp_path / "empty")}, ["empty", "train.npz"]),
         ({"features": "nowhere.npz"}, ["nowhere.npz"]),
-        ({"features": "vectors.csv"}, ["vectors.csv", ".npy, .npz, .safetensors, .parquet"]),
+        ({"features": "vectors.mat"}, ["vectors.mat", ".npy, .npz, .safetensors, .pt, .pth, .parquet, .csv, .tsv"]),
         ({"features": vectors}, ["v.npy", "data.labels"]),
         ({"features": file, "feature_key": "x"}, ["'x'", "features, labels, split", "data.feature_key"]),
         ({"features": file, "label_key": "y"}, ["'y'", "features, labels, split", "data.label_key"]),
         ({"features": file, "split_key": "fold"}, ["'fold'", "features, labels, split", "data.split_key"]),
-        ({"features": file, "feature_key": "labels"}, ["int64", "float32"]),
+        ({"features": file, "feature_key": "labels"}, ["shape (100,)"]),
         ({"features": vectors, "labels": str(tmp_path / "few.npy")}, ["few.npy", "(90,)", "v.npy", "100"]),
-        ({"features": vectors, "labels": str(tmp_path / "floats.npy")}, ["floats.npy", "float64", "strings"]),
+        ({"features": vectors, "labels": str(tmp_path / "floats.npy")}, ["floats.npy", "3.5 in row 0", "string"]),
         ({"features": vectors, "labels": vectors + ".npy"}, ["v.npy.npy"]),
         (
             {"features": file, "splits": str(tmp_path / "words.npy")},
-            ["Row 6", "words.npy", "'dev'", "train, val, test"],
+            ["Row 6", "words.npy", "'fold 1'", "train, val, test"],
         ),
         ({"features": vectors, "labels": str(tmp_path / "one.npy")}, ["v has 1 classes (5)", "two"]),
-        ({"features": str(tmp_path / "complex.npy"), "labels": file}, ["complex128", "float32"]),
+        ({"features": str(tmp_path / "complex.npy"), "labels": file}, ["complex128", "numbers"]),
         ({"features": file, "batch_size": 0}, ["data.batch_size", "0"]),
     ):
         message = refused(**arguments)
@@ -215,6 +350,11 @@ def test_a_value_that_is_not_finite_is_named_by_row_and_file(tmp_path, value, sa
     vectors[37, 5] = value
     message = refused(features=write(tmp_path, ".parquet", vectors, split=WORDS))
     assert message.startswith(f"{tmp_path / 'mine.parquet'} holds {said} in row 37, column 5")
+
+
+@pytest.mark.parametrize(("change", "said"), [(0, "every value is the same"), (VECTORS[0], "every vector is the same")])
+def test_vectors_that_tell_nothing_are_refused(tmp_path, change, said):
+    assert said in refused(features=write(tmp_path, ".npz", np.zeros_like(VECTORS) + change))
 
 
 def test_a_label_that_train_lacks_is_named(tmp_path):
@@ -245,15 +385,17 @@ def test_pickles_are_never_loaded_and_torn_files_are_named(tmp_path):
 
     np.save(tmp_path / "bomb.npy", np.array([Bomb()] * 100, dtype=object), allow_pickle=True)
     np.savez(tmp_path / "bomb.npz", features=VECTORS, labels=np.array([Bomb()] * 100, dtype=object))
+    torch.save({"features": torch.from_numpy(VECTORS), "labels": Bomb()}, tmp_path / "bomb.pt")
     np.save(tmp_path / "v.npy", VECTORS)
     for arguments in (
         {"features": str(tmp_path / "bomb.npy"), "labels": str(tmp_path / "v.npy")},
         {"features": str(tmp_path / "v.npy"), "labels": str(tmp_path / "bomb.npy")},
         {"features": str(tmp_path / "bomb.npz")},
+        {"features": str(tmp_path / "bomb.pt")},
     ):
         assert "cannot be read" in refused(**arguments)
     assert not (tmp_path / "exploded").exists()
-    for ending in (".npz", ".safetensors", ".parquet"):
+    for ending in (".npz", ".safetensors", ".parquet", ".pt"):
         file = tmp_path / f"mine{ending}"
         write(tmp_path, ending)
         file.write_bytes(file.read_bytes()[:-100])

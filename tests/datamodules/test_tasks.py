@@ -119,6 +119,31 @@ def test_validation_and_test_see_timms_own_evaluation_view(augmentation):
             assert torch.equal(batch.inputs, expected) == (split != "train" or augmentation == "none")
 
 
+@pytest.mark.parametrize("view", [None, "weights", "squash"])
+def test_a_view_crops_as_the_weights_were_evaluated_or_squashes_the_whole_image(tmp_path, view):
+    pixels = np.random.default_rng(0).integers(0, 256, (36, 90, 3), dtype=np.uint8)
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{i}.png")
+    task = set_up(ImageFolder(str(tmp_path), **({"view": view} if view else {})))
+    image = Image.fromarray(pixels)
+    if view == "squash":
+        seen = image.resize((24, 24), Image.Resampling.BICUBIC)
+    else:  # the shorter side becomes 24 / 0.8 pixels, and the middle of the rest is cut out
+        seen = image.resize((75, 30), Image.Resampling.BICUBIC).crop((26, 3, 50, 27))
+    expected = (np.asarray(seen) / 255 - PREPROCESSING["mean"]) / PREPROCESSING["std"]
+    for loader in (task.val_dataloader(), task.extraction_loader("train", [[0]], None)):
+        for image in next(iter(loader)).inputs:
+            np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+    told = ", squashed whole" * (view == "squash")
+    assert [task.view_provenance(each) for each in (None, 1)] == [f"clean view{told}", f"paper view 1 of seed 0{told}"]
+
+
+def test_a_view_that_is_none_is_refused():
+    assert "data.view is 'crop'; it must be one of weights, squash" in refusal(lambda: Digits(view="crop"))
+
+
 def test_loaders_yield_features_once_these_are_extracted_and_images_beside_them():
     task = set_up(Digits([0, 1], batch_size=1000))
     (before,) = task.clean_loader("train")

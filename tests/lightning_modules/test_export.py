@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     arguments = ["--config", "quickstart.yaml", "--name", "digits", "--trainer.max_epochs", "2"]
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--model.seeds", "2"]
     arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.measures", "[]"]
-    arguments += ["--model.selection", "[random, pca, random_projection]"]
+    arguments += ["--model.selection", "[random, pca, random_projection]", "--data.view", "squash"]
     with pytest.MonkeyPatch.context() as patch:
         for verb in ("fit", "predict"):
             patch.setattr(sys, "argv", ["train.py", verb, *arguments])
@@ -104,6 +104,7 @@ def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_
         right = (run.predictions[column] == run.predictions.label).mean()
         assert card["accuracy"]["test"] == pytest.approx(right, abs=1e-12)
         assert card["preprocessing"]["input_size"] == [3, 32, 32]
+        assert card["preprocessing"]["crop_mode"] == "squash"
 
 
 def test_exported_neurons_are_the_papers_for_that_seed(run, cli, tmp_path):

@@ -70,12 +70,15 @@ def test_without_augmentation_features_kept_give_what_features_off_does(tmp_path
 
 
 def test_augmented_views_differ_and_are_cycled(tmp_path):
-    model, task, _ = fit(tmp_path, build(features=2), data={"augmentation": "paper"})
+    model, task, _ = fit(tmp_path, build(features=2), data={"augmentation": "paper", "view": "squash"})
     first, second = task.features("train")
     everything = torch.arange(len(first))
     assert not torch.allclose(first[everything], second[everything], atol=1e-2)
-    assert model.results().tables["results"]["features"].unique().tolist() == [2]
-    assert model.results().tables["results"]["augmentation"].unique().tolist() == ["paper"]
+    results = model.results().tables["results"]
+    assert results[["features", "augmentation", "view"]].drop_duplicates().to_numpy().tolist() == [
+        [2, "paper", "squash"]
+    ]
+    assert model.describe(task)["features"] == "2 augmented views, images squashed whole to the input size"
 
 
 def test_probes_in_a_run_do_not_feel_each_other(tmp_path):

@@ -23,7 +23,7 @@ def write(folder, **changes):
     rows = [
         {"task": "pets", "backbone": "net", "layer": "penultimate", "selection": selection, "fraction": fraction}
         | {"neurons": int(100 * fraction), "width": 100, "seed": seed, "split": split, "images": 1000}
-        | {"accuracy": accuracy, "solver": "sgd", "augmentation": "none", "features": "clean"}
+        | {"accuracy": accuracy, "solver": "sgd", "augmentation": "none", "view": "weights", "features": "clean"}
         for split in ("val", "test")
         for (selection, fraction), values in accuracies.items()
         for seed, accuracy in enumerate(values)
@@ -127,6 +127,7 @@ def test_a_real_run_is_compared_with_one_of_an_older_version(quickstart, cli, tm
         ({"backbone": "two", "solver": "ridge"}, "solver is sgd in a, but ridge in b"),
         ({"backbone": "two", "features": "off"}, "features is clean in a, but off in b"),
         ({"backbone": "two", "augmentation": "paper"}, "augmentation of pets is none in a, but paper in b"),
+        ({"backbone": "two", "view": "squash"}, "view of pets is weights in a, but squash in b"),
         ({"task": "cars", "width": 50}, "width of net, layer penultimate is 100 in a, but 50 in b"),
         ({}, "a and b both measure random subsets of net, layer penultimate, on pets"),
     ],
