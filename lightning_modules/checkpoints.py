@@ -127,6 +127,7 @@ def provenance_of_probes(model: RedundancyProbe) -> dict[str, Any]:
         "probes": [list(probe) for probe in model.probes],
         **model.solver.provenance(),
         "standardise": model.stream.standardise,
+        "refit": model.refit,
     }
 
 

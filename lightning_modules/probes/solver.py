@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -45,7 +46,10 @@ class Solver(ABC):
         """Return logits, with classes on the second axis from the end, as probabilities or estimates of them."""
 
     def optimizer(self, grid: Grid) -> OptimizerLRScheduler:
-        """Return optimiser and schedule over the grid's banks, if this solver trains."""
+        """Return an optimiser over the grid's banks, if this solver trains; with a schedule, as a dict of both.
+
+        The schedule makes a step after every epoch.
+        """
         return None
 
     def after_epoch(self, grid: Grid, epoch: int) -> None:  # noqa: B027 (most solvers need not)
@@ -53,6 +57,38 @@ class Solver(ABC):
 
     def after_validation(self, grid: Grid, scores: Tensor, epoch: int) -> None:  # noqa: B027 (most need not)
         """Keep weights by validation scores of every candidate and probe, shape (K, P); higher is better."""
+
+    def refit(self, model: RedundancyProbe) -> None:
+        """Find every probe again, on train and validation together, with what validation chose.
+
+        Training starts from the same initial weights and follows the same schedule. A probe ends with its weights at
+        the end of the epoch that was kept before.
+
+        Raises:
+            MisconfigurationException: If a solver that does not train has no way of its own.
+        """
+        refitted = model.grid.refitted
+        if not self.trains or refitted is None:
+            raise MisconfigurationException(f"The solver {self.name} cannot refit; leave model.refit false.")
+        chosen, epochs = model.grid.kept_score.argmax(0), model.grid.of_chosen(model.grid.kept_epoch)
+        grid = Grid(model.probes, model.target.outputs, self.candidates()).to(refitted.weight)
+        found: Any = self.optimizer(grid)
+        parts = found if isinstance(found, dict) else {"optimizer": found}
+        optimizer, schedule = parts["optimizer"], parts.get("lr_scheduler")
+        loader = model.task.refit_dataloader()
+        for epoch in range(int(epochs.max()) + 1):
+            loader.sampler.set_epoch(epoch)
+            for batch in loader:
+                seen = model.stream(batch, "train")
+                optimizer.zero_grad()
+                (model.losses(grid, seen).sum() / seen.total).backward()
+                for parameter in grid.banks.parameters():
+                    parameter.grad = model.stream.reduce(parameter.grad)
+                optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            for place, bank in enumerate(grid.banks):
+                refitted.copy_probes(bank, (chosen == place) & (epochs == epoch))
 
     def remarks(self, model: RedundancyProbe) -> list[str]:
         """Name the probes that should not be trusted as they are, one line per reason."""
