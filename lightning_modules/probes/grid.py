@@ -22,7 +22,7 @@ class Grid(nn.Module):
 
     banks: Any  # nn.ModuleList of ProbeBank
     kept: Any  # nn.ModuleList of ProbeBank
-    refitted: ProbeBank | None
+    refitted: Any  # ProbeBank, or None
     kept_score: Tensor
     kept_epoch: Tensor
     hyperparameters: Tensor

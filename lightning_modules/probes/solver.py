@@ -67,10 +67,10 @@ class Solver(ABC):
         Raises:
             MisconfigurationException: If a solver that does not train has no way of its own.
         """
-        refitted = model.grid.refitted
-        if not self.trains or refitted is None:
+        if not self.trains:
             raise MisconfigurationException(f"The solver {self.name} cannot refit; leave model.refit false.")
-        chosen, epochs = model.grid.kept_score.argmax(0), model.grid.of_chosen(model.grid.kept_epoch)
+        refitted, chosen = model.grid.refitted, model.grid.kept_score.argmax(0)
+        epochs = model.grid.of_chosen(model.grid.kept_epoch)
         grid = Grid(model.probes, model.target.outputs, self.candidates()).to(refitted.weight)
         found: Any = self.optimizer(grid)
         parts = found if isinstance(found, dict) else {"optimizer": found}

@@ -68,7 +68,7 @@ class Plan:
     ) -> None:
         self.selections = [selection] if isinstance(selection, str) else list(selection)
         self.fractions = list(fractions) if isinstance(fractions, Sequence) else [fractions]
-        self.neurons = [neurons] if isinstance(neurons, int) else neurons
+        self.neurons = None if neurons is None else [neurons] if isinstance(neurons, int) else list(neurons)
         self.seeds = _seed_list(seeds, "seeds")
         self.full_seeds = _seed_list(full_seeds, "full_seeds")
         self._check()

@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     arguments = ["--config", "quickstart.yaml", "--name", "digits", "--trainer.max_epochs", "2"]
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--model.seeds", "2"]
     arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.measures", "[]"]
-    arguments += ["--model.selection", "[random, pca, random_projection]"]
+    arguments += ["--model.selection", "[random, pca, random_projection]", "--model.refit", "true"]
     with pytest.MonkeyPatch.context() as patch:
         for verb in ("fit", "predict"):
             patch.setattr(sys, "argv", ["train.py", verb, *arguments])
