@@ -93,12 +93,18 @@ def load_probes(model: RedundancyProbe, checkpoint: dict[str, Any]) -> list[Tens
     """Return the training losses of a checkpoint's epochs, shape (K, P) each.
 
     Raises:
-        MisconfigurationException: If it is of another run, or its training went further than the one that resumes it.
+        MisconfigurationException: If it is of another run, its training went further than the one that resumes it, or
+            it is to be tested before its probes were refitted.
     """
     saved = checkpoint.get("probes")
     if saved is None:
         raise MisconfigurationException("The checkpoint holds no probes; name one that a fit of RedundancyProbe left.")
     check_provenance(saved["provenance"], provenance_of_probes(model))
+    refitted = checkpoint["state_dict"]["grid.is_refitted"] or not model.refit
+    if model.trainer.state.fn in ("test", "predict") and not refitted:
+        raise MisconfigurationException(
+            "The checkpoint is of a fit that did not come to its refit; go on with fit and --ckpt_path last first."
+        )
     losses = list(saved["train_losses"])
     if model.trainer.state.fn == "fit":
         check_provenance(saved["training"], provenance_of_training(model))

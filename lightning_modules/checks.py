@@ -56,15 +56,6 @@ def backbone(given: bool, vectors: bool) -> None:
         raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
 
 
-def ended(trainer: Trainer, epochs: int) -> None:
-    """Refuse to go on where a fit ended after so many epochs, before the last of all, when probes are refitted."""
-    if epochs != trainer.max_epochs:
-        raise MisconfigurationException(
-            f"Training ended after {epochs} of {trainer.max_epochs} epochs, so that no probe was refitted; go on with "
-            f"--ckpt_path last, or set model.refit false."
-        )
-
-
 def schedule(trainer: Trainer, steps: int, refit: bool) -> None:
     """Refuse a fit that would make no step, or keep or refit no probe, at this many steps an epoch."""
     plain = {"max_steps": -1, "accumulate_grad_batches": 1, "gradient_clip_val": None}

@@ -143,6 +143,7 @@ def _tensors(
     grid = Grid(probes, len(provenance["classes"]), values, provenance["refit"])
     measured = nn.ModuleDict({"coordinates": coordinates, "grid": grid})
     measured.load_state_dict({name: state[name] for name in measured.state_dict()})
+    grid.check_kept()
     weight, bias = (each.double() for each in grid.final_probe(index))
     scale = torch.stack([state["stream.mean"], state["stream.std"]]).double()
     mean, std = coordinates.by_layer(scale)[probes[index].layer]

@@ -212,14 +212,13 @@ class RedundancyProbe(LightningModule):
         self.train_losses.append(loss.cpu())
         self._log("train", "loss", self.grid.of_chosen(loss))
         self.solver.after_epoch(self.grid, self.current_epoch)
+        self.grid.is_refitted.fill_(False)  # of a run that is lengthened
         if self.refit and self.current_epoch + 1 == self.trainer.max_epochs:  # before the last checkpoint is written
             self.solver.refit(self)
 
     def on_fit_end(self) -> None:
-        """Refuse to go on with probes that were never validated, and so never kept, or not refitted as is wanted."""
+        """Refuse to go on with probes that were never validated, and so never kept, or not refitted."""
         self.grid.check_kept()
-        if self.refit and self.solver.trains:
-            checks.ended(self.trainer, len(self.train_losses))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score the weights in training during a fit; otherwise measure those that validation chose."""

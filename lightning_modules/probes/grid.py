@@ -23,6 +23,7 @@ class Grid(nn.Module):
     banks: Any  # nn.ModuleList of ProbeBank
     kept: Any  # nn.ModuleList of ProbeBank
     refitted: Any  # ProbeBank, or None
+    is_refitted: Tensor  # whether it holds what became of `kept`
     kept_score: Tensor
     kept_epoch: Tensor
     hyperparameters: Tensor
@@ -39,6 +40,7 @@ class Grid(nn.Module):
         self.register_buffer("kept_score", torch.full(values.shape[:2], -1.0, dtype=torch.float64))
         self.register_buffer("kept_epoch", torch.full(values.shape[:2], -1))
         self.register_buffer("hyperparameters", values)  # (K, P, H)
+        self.register_buffer("is_refitted", torch.tensor(False))
 
     def kept_logits(self, coordinates: Tensor) -> Tensor:
         """Return the logits of the kept weights of each probe's chosen candidate, shape (P, C, B)."""
@@ -64,11 +66,16 @@ class Grid(nn.Module):
         return (self.refitted or self.kept[int(self.kept_score[:, index].argmax())]).get_probe(index)
 
     def check_kept(self) -> None:
-        """Raise a MisconfigurationException where a probe was never validated, and so never kept."""
+        """Raise a MisconfigurationException where a probe was never validated, and so never kept, or not refitted."""
         if self.kept_epoch.min() < 0:
             raise MisconfigurationException(
                 "Training ended before the first validation, so no probe was kept; raise trainer.max_epochs, max_steps "
                 "or max_time, or validate more often."
+            )
+        if self.refitted is not None and not self.is_refitted:
+            raise MisconfigurationException(
+                "Training ended before the last of trainer.max_epochs, after which model.refit finds probes again; go "
+                "on with fit and --ckpt_path last, without early stopping."
             )
 
     def of_chosen(self, values: Tensor) -> Tensor:

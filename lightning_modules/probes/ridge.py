@@ -80,6 +80,7 @@ class Ridge(Solver):
                 which = [index for index, its in enumerate(chosen) if its == penalty]
                 for index, probe in _solved(model, layer, (both, both), which, [penalty]):
                     model.grid.refitted.set_probe(index, probe.weight, probe.bias)
+        model.grid.is_refitted.fill_(True)
 
     def provenance(self) -> dict[str, Any]:
         """Return the solver: its penalties are chosen anew only by a fit."""

@@ -61,8 +61,8 @@ class Solver(ABC):
     def refit(self, model: RedundancyProbe) -> None:
         """Find every probe again, on train and validation together, with what validation chose.
 
-        Training starts from the same initial weights and follows the same schedule. A probe ends with its weights at
-        the end of the epoch that was kept before.
+        They go to `grid.refitted`, and `grid.is_refitted` says so. Training starts from the same initial weights and
+        follows the same schedule. A probe ends with its weights at the end of the epoch that was kept before.
 
         Raises:
             MisconfigurationException: If a solver that does not train has no way of its own.
@@ -89,6 +89,7 @@ class Solver(ABC):
                 schedule.step()
             for place, bank in enumerate(grid.banks):
                 refitted.copy_probes(bank, (chosen == place) & (epochs == epoch))
+        model.grid.is_refitted.fill_(True)
 
     def remarks(self, model: RedundancyProbe) -> list[str]:
         """Name the probes that should not be trusted as they are, one line per reason."""

@@ -209,8 +209,14 @@ def test_a_refit_trains_on_train_and_validation_for_the_epochs_that_were_chosen(
 
 def test_a_refit_that_did_not_come_or_cannot_is_told(tmp_path, monkeypatch):
     stop = LambdaCallback(on_train_epoch_end=lambda trainer, _: setattr(trainer, "should_stop", True))
-    with pytest.raises(MisconfigurationException, match="ended after 1 of 3 epochs, so that no probe was refitted"):
+    with pytest.raises(
+        MisconfigurationException, match=r"before the last of trainer\.max_epochs, after which model\.re"
+    ):
         fit(tmp_path, build(refit=True), callbacks=[stop])
+    save = LambdaCallback(on_train_epoch_end=lambda trainer, _: trainer.save_checkpoint(tmp_path / "halfway.ckpt"))
+    _, task, trainer = fit(tmp_path, build(refit=True), callbacks=[save])
+    with pytest.raises(MisconfigurationException, match="did not come to its refit"):
+        trainer.test(build(refit=True), datamodule=task, ckpt_path=tmp_path / "halfway.ckpt")
     monkeypatch.setattr(Ridge, "refit", Solver.refit)
     with pytest.raises(MisconfigurationException, match=r"solver ridge cannot refit; leave model\.refit false"):
         fit(tmp_path, build(refit=True, solver=Ridge()))
