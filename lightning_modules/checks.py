@@ -67,6 +67,11 @@ def schedule(trainer: Trainer, steps: int, refit: bool) -> None:
         )
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
     ends = any(isinstance(callback, Timer | EarlyStopping) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if refit and (ends or trainer.max_epochs == -1):
+        raise MisconfigurationException(
+            "model.refit trains again after the last of trainer.max_epochs; give a number of them, and leave max_time "
+            "and early stopping out."
+        )
     if trainer.max_epochs == trainer.max_steps == -1 and not ends:
         raise MisconfigurationException(
             "trainer.max_epochs is -1, and nothing else ends the fit; give a number, max_steps or max_time."
@@ -90,7 +95,9 @@ def schedule(trainer: Trainer, steps: int, refit: bool) -> None:
 def memory(probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int], refit: bool) -> None:
     """Refuse a bank, or second moments of layers with these widths, that do not fit into memory."""
     parameters = sum((probe.neurons + 1) * outputs for probe in probes) * candidates
-    needed = 4 * 4 * parameters * (1 + refit)  # with gradient, momentum and the weights that are kept
+    needed = (
+        4 * 4 * parameters * (1 + refit)
+    )  # with gradient, momentum and the weights that are kept; a refit has its own
     available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > available:
         raise MisconfigurationException(

@@ -228,6 +228,10 @@ MISTAKES = {
         ["--model.refit=true", "--trainer.max_steps=20"],
         "trainer.max_steps is 20, but model.refit repeats plain steps up to trainer.max_epochs",
     ),
+    "refit after some time": (
+        ["--model.refit=true", "--trainer.max_time=00:01:00:00"],
+        "leave max_time and early stop",
+    ),
     "refit on augmented views": (["--model.refit=true", "--model.features=2"], "model.refit trains on the clean view"),
     "no validation batch": (
         ["--trainer.limit_val_batches=0"],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -75,8 +76,9 @@ class Solver(ABC):
         found: Any = self.optimizer(grid)
         parts = found if isinstance(found, dict) else {"optimizer": found}
         optimizer, schedule = parts["optimizer"], parts.get("lr_scheduler")
-        loader = model.task.refit_dataloader()
-        for epoch in range(int(epochs.max()) + 1):
+        loader, last = model.task.refit_dataloader(), int(epochs.max())
+        rank_zero_info(f"Training again on train and validation together, for {last + 1} epochs.")
+        for epoch in range(last + 1):
             loader.sampler.set_epoch(epoch)
             for batch in loader:
                 seen = model.stream(batch, "train")
