@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from datamodules.images import ArrayImages, Images, Labelled
-from datamodules.loading import Batch, FeatureBatches, ImageBatches, Request, RequestSampler, Rows
+from datamodules.loading import Batch, FeatureBatches, ImageBatches, JoinedRows, Request, RequestSampler, Rows
 from datamodules.splits import Part, stratified_split
 from datamodules.targets import Multiclass, Target
 from datamodules.transforms import AUGMENTATIONS, VIEWS, Preprocessing
@@ -189,7 +190,7 @@ class Task(LightningDataModule, ABC):
 
     def clean_loader(self, split: str) -> "DataLoader[Batch]":
         """Return the images of a split in order, in the clean view, also where its loader yields features."""
-        return self._loader(self._image_batches(split, augmented=False), self._requests(split))
+        return self._loader(self._image_batches(split, augmented=False), self._requests(len(self.images[split])))
 
     def view_provenance(self, view: int | None) -> str:
         """Return what a view of an image depends on, beside its preprocessing: what features are checked against."""
@@ -212,16 +213,25 @@ class Task(LightningDataModule, ABC):
 
     predict_dataloader = test_dataloader
 
+    def refit_dataloader(self) -> "DataLoader[Batch]":
+        """Return shuffled batches of the features of train and validation together, the latter's indices after train's.
+
+        Of train, as of validation, the first view is read.
+        """
+        parts = [cast(Sequence[Rows], self.features(split))[0] for split in ("train", "val")]
+        labels = torch.cat([self.images[split].labels for split in ("train", "val")])
+        return self._loader(FeatureBatches([JoinedRows(*parts)], labels), self._requests(len(labels), self.seed))
+
     def _split_loader(self, split: str, shuffle_seed: int | None = None) -> "DataLoader[Batch]":
-        requests = self._requests(split, shuffle_seed)
+        requests = self._requests(len(self.images[split]), shuffle_seed)
         views = self.features(split)
         if views is not None:
             return self._loader(FeatureBatches(views, self.images[split].labels), requests)
         return self._loader(self._image_batches(split, augmented=split == "train"), requests)
 
-    def _requests(self, split: str, shuffle_seed: int | None = None) -> RequestSampler:
+    def _requests(self, images: int, shuffle_seed: int | None = None) -> RequestSampler:
         process, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return RequestSampler(len(self.images[split]), self.batch_size, process, processes, shuffle_seed)
+        return RequestSampler(images, self.batch_size, process, processes, shuffle_seed)
 
     def _image_batches(self, split: str, augmented: bool) -> ImageBatches:
         random = augmented and self.augmentation != "none"

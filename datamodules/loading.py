@@ -45,6 +45,24 @@ class Rows(Protocol):
 
 
 @dataclass(eq=False)
+class JoinedRows:
+    """The rows of two matrices, those of the second after those of the first."""
+
+    first: Rows
+    second: Rows
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        before = indices < len(self.first)
+        parts = self.first[indices[before]], self.second[indices[~before] - len(self.first)]
+        rows = torch.empty(len(indices), parts[0].shape[1], dtype=parts[0].dtype)
+        rows[before], rows[~before] = parts
+        return rows
+
+
+@dataclass(eq=False)
 class RequestSampler(Sampler[Request]):
     """Cuts a split into batches and gives this process every `processes`-th image of each.
 

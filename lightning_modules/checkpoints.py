@@ -22,7 +22,7 @@ from lightning_modules.subsets.selections import FULL
 if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
 
-FORMAT = 1  # Number of the layout of checkpoints; to be raised where an older one can no longer be read
+FORMAT = 2  # Number of the layout of checkpoints; to be raised where an older one can no longer be read
 PAUSE = 5.0  # Seconds between two writes, at least
 SHARE = 0.05  # Share of the time that may go into writing
 
@@ -93,12 +93,18 @@ def load_probes(model: RedundancyProbe, checkpoint: dict[str, Any]) -> list[Tens
     """Return the training losses of a checkpoint's epochs, shape (K, P) each.
 
     Raises:
-        MisconfigurationException: If it is of another run, or its training went further than the one that resumes it.
+        MisconfigurationException: If it is of another run, its training went further than the one that resumes it, or
+            it is to be tested before its probes were refitted.
     """
     saved = checkpoint.get("probes")
     if saved is None:
         raise MisconfigurationException("The checkpoint holds no probes; name one that a fit of RedundancyProbe left.")
     check_provenance(saved["provenance"], provenance_of_probes(model))
+    refitted = checkpoint["state_dict"]["grid.is_refitted"] or not model.refit
+    if model.trainer.state.fn in ("test", "predict") and not refitted:
+        raise MisconfigurationException(
+            "The checkpoint is of a fit that did not come to its refit; go on with fit and --ckpt_path last first."
+        )
     losses = list(saved["train_losses"])
     if model.trainer.state.fn == "fit":
         check_provenance(saved["training"], provenance_of_training(model))
@@ -128,6 +134,7 @@ def provenance_of_probes(model: RedundancyProbe) -> dict[str, Any]:
         "probes": [list(probe) for probe in model.probes],
         **model.solver.provenance(),
         "standardise": model.stream.standardise,
+        "refit": model.refit,
     }
 
 

@@ -37,10 +37,41 @@ def trainer(trainer: Trainer) -> None:
         )
 
 
-def schedule(trainer: Trainer, steps: int) -> None:
-    """Refuse a fit that would make no step, or keep no probe, at this many steps an epoch."""
+def views(features: str | int, vectors: bool, refit: bool) -> None:
+    """Refuse views of the training images that there cannot be, or that a refit cannot train on."""
+    if isinstance(features, int) and features < 1:
+        raise MisconfigurationException(
+            f"model.features is {features}; it must be clean, off or a number of augmented views from 1."
+        )
+    if features != "clean" and (vectors or refit):
+        reason = "vectors have no views" if vectors else "model.refit trains on the clean view"
+        raise MisconfigurationException(f"model.features is {features}, but {reason}; leave it clean.")
+
+
+def backbone(given: bool, vectors: bool) -> None:
+    """Refuse a task of images without a backbone, and one of vectors with it."""
+    if not (given or vectors):
+        raise MisconfigurationException("model.backbone is null, but the task holds images; name a backbone.")
+    if given and vectors:
+        raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
+
+
+def schedule(trainer: Trainer, steps: int, refit: bool) -> None:
+    """Refuse a fit that would make no step, or keep or refit no probe, at this many steps an epoch."""
+    plain = {"max_steps": -1, "accumulate_grad_batches": 1, "gradient_clip_val": None}
+    others = [name for name, value in plain.items() if refit and getattr(trainer, name) != value]
+    if others:
+        raise MisconfigurationException(
+            f"trainer.{others[0]} is {getattr(trainer, others[0])}, but model.refit repeats plain steps up to "
+            f"trainer.max_epochs; leave it out."
+        )
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
     ends = any(isinstance(callback, Timer | EarlyStopping) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if refit and (ends or trainer.max_epochs == -1):
+        raise MisconfigurationException(
+            "model.refit trains again after the last of trainer.max_epochs; give a number of them, and leave max_time "
+            "and early stopping out."
+        )
     if trainer.max_epochs == trainer.max_steps == -1 and not ends:
         raise MisconfigurationException(
             "trainer.max_epochs is -1, and nothing else ends the fit; give a number, max_steps or max_time."
@@ -61,10 +92,12 @@ def schedule(trainer: Trainer, steps: int) -> None:
         )
 
 
-def memory(probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int]) -> None:
+def memory(probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int], refit: bool) -> None:
     """Refuse a bank, or second moments of layers with these widths, that do not fit into memory."""
     parameters = sum((probe.neurons + 1) * outputs for probe in probes) * candidates
-    needed = 4 * 4 * parameters  # with gradient, momentum and the weights that are kept
+    needed = (
+        4 * 4 * parameters * (1 + refit)
+    )  # with gradient, momentum and the weights that are kept; a refit has its own
     available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > available:
         raise MisconfigurationException(

@@ -75,7 +75,7 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
                 f"The weights of {backbone.label} are not those that {folder} was measured with; its model.backbone is "
                 f"{settings}."
             )
-    tensors = _tensors(probes, index, widths, checkpoint["state_dict"], len(provenance["classes"]))
+    tensors = _tensors(probes, index, widths, checkpoint["state_dict"], provenance)
     program = _program(backbone, tensors) if backbone and backbone.is_timm else None
     accuracy, results = {"val": None, "test": None}, folder / "results.csv"  # null where a run did not come so far
     if results.is_file():
@@ -137,14 +137,17 @@ def _find(probes: list[Probe], run: Path, **asked: Any) -> int:
 
 
 def _tensors(
-    probes: list[Probe], index: int, widths: dict[str, int], state: dict[str, Tensor], classes: int
+    probes: list[Probe], index: int, widths: dict[str, int], state: dict[str, Tensor], provenance: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Return what `subset.safetensors` holds; products and sums in float64."""
     candidates, _, hyperparameters = state["grid.hyperparameters"].shape
-    coordinates, grid = Coordinates(probes, widths), Grid(probes, classes, [(0.0,) * hyperparameters] * candidates)
+    values = [(0.0,) * hyperparameters] * candidates
+    coordinates = Coordinates(probes, widths)
+    grid = Grid(probes, len(provenance["classes"]), values, provenance["refit"])
     measured = nn.ModuleDict({"coordinates": coordinates, "grid": grid})
     measured.load_state_dict({name: state[name] for name in measured.state_dict()})
-    weight, bias = (each.double() for each in grid.kept_probe(index))
+    grid.check_kept()
+    weight, bias = (each.double() for each in grid.final_probe(index))
     scale = torch.stack([state["stream.mean"], state["stream.std"]]).double()
     mean, std = coordinates.by_layer(scale)[probes[index].layer]
     chosen = coordinates.subset(index).clone()  # not with the storage of the whole order

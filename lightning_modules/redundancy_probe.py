@@ -1,11 +1,11 @@
 """The LightningModule of the project: a frozen backbone, and a linear probe on every subset of its neurons."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from lightning_modules.measures.measure import Batch, Context, Measure
 from lightning_modules.measures.suite import Suite
 from lightning_modules.probes import SGD, Solver
 from lightning_modules.probes.grid import Grid
+from lightning_modules.reporting.metrics import log
 from lightning_modules.results.results import Results
 from lightning_modules.results.tables import Predictions, assemble
 from lightning_modules.subsets.coordinates import Coordinates
@@ -30,6 +31,7 @@ class RedundancyProbe(LightningModule):
     Args:
         backbone: The frozen pre-trained network, see `FrozenBackbone`; null where the task holds vectors.
         fractions: Fractions of the layer's neurons to probe, each in (0, 1].
+        neurons: Subset sizes as numbers of neurons, one or a list, in place of `fractions`; null takes `fractions`.
         seeds: Subset seeds; a number n means 0 to n - 1.
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
@@ -37,6 +39,8 @@ class RedundancyProbe(LightningModule):
         features: What the probes train on: `clean`, one view without augmentation, extracted once; a number of
             augmented views, each extracted once and cycled over epochs; or `off`, fresh augmentation in every epoch,
             with a pass of the backbone each.
+        refit: Whether every probe is found again on train and validation together, with what validation chose, before
+            it is tested; standardisation, bases and rankings stay those of train.
         standardise: Whether to subtract each neuron's mean and divide by its standard deviation over train.
         measures: What is measured beside the target's own metric, one or a list of classes with their arguments; null
             is CKA (with the ranks of the layers) and Inequality.
@@ -50,26 +54,24 @@ class RedundancyProbe(LightningModule):
         self,
         backbone: FrozenBackbone | None,
         fractions: float | list[float] = list(PAPER_FRACTIONS),  # noqa: B006 (never changed)
+        neurons: int | list[int] | None = None,
         seeds: int | list[int] = 5,
         selection: str | list[str] = "random",
         full_seeds: int | list[int] = 1,
         solver: Solver | None = None,
         features: Literal["clean", "off", False] | int = "clean",
+        refit: bool = False,
         standardise: bool = False,
         measures: Measure | list[Measure] | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.plan = Plan(selection, fractions, seeds, full_seeds)
+        self.plan = Plan(selection, fractions, seeds, full_seeds, neurons)
         self.features = "off" if features is False else features  # how YAML reads a bare off
-        if isinstance(self.features, int) and self.features < 1:
-            raise MisconfigurationException(
-                f"model.features is {features}; it must be clean, off or a number of augmented views from 1."
-            )
-        if backbone is None and self.features != "clean":
-            raise MisconfigurationException(f"model.features is {features}, but vectors have no views; leave it clean.")
+        checks.views(self.features, backbone is None, refit)
         self.backbone: Any = GivenVectors() if backbone is None else backbone
         self.solver = SGD() if solver is None else solver
+        self.refit = refit
         self.standardise = standardise
         self.measures = Suite(measures, self.features == "clean")
         self.cache_dir = cache_dir
@@ -112,7 +114,7 @@ class RedundancyProbe(LightningModule):
             "features": views.get(str(self.features), f"{self.features} augmented views")
             + ", images squashed whole to the input size" * (task.view == "squash"),
             "probes": f"{len(self.probes):,}: {self.plan.describe()}{', standardised' * self.standardise}",
-            "solver": self.solver.describe(),
+            "solver": f"{self.solver.describe()}{', then refit on train and validation' * self.refit}",
             "measures": ", ".join(type(measure).__name__ for measure in self.measures),
         }
 
@@ -120,12 +122,9 @@ class RedundancyProbe(LightningModule):
         """Plan the probes, once the task says what it holds; refuse a backbone and a task that do not fit."""
         if self.probes:
             return
-        if isinstance(self.backbone, GivenVectors):
-            if not task.vectors:
-                raise MisconfigurationException("model.backbone is null, but the task holds images; name a backbone.")
+        checks.backbone(not isinstance(self.backbone, GivenVectors), task.vectors)
+        if task.vectors:
             self.backbone.widths = {"none": task.width}
-        elif task.vectors:
-            raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
         first = task.target.measure  # a class, or the name of one of this project's
         first = getattr(measures, first) if isinstance(first, str) else first
         self.measures[:] = [first(), *(each for each in self.measures if type(each) is not first)]
@@ -137,7 +136,7 @@ class RedundancyProbe(LightningModule):
         checks.trainer(self.trainer)
         self._plan(self.task)
         if self.trainer.state.fn == "fit" and self.solver.trains:
-            checks.schedule(self.trainer, -(-len(self.task.images["train"]) // self.task.batch_size))
+            checks.schedule(self.trainer, -(-len(self.task.images["train"]) // self.task.batch_size), self.refit)
         if not hasattr(self, "grid"):
             self._build()
         if self.features != "off" and not self.task.vectors:
@@ -147,15 +146,15 @@ class RedundancyProbe(LightningModule):
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
         squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        checks.memory(self.probes, outputs, len(candidates), self.widths if squared else {})
-        self.grid = Grid(self.probes, outputs, candidates)
+        checks.memory(self.probes, outputs, len(candidates), self.widths if squared else {}, self.refit)
+        self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         self.stream = FeatureStream(
             Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features), self.standardise
         )
         context = Context(
             probes=self.probes,
-            fractions=self.plan.fractions,
+            fractions=[each for layer, width in self.widths.items() for each in self.plan.asked(layer, width)],
             coordinates=self.coordinates,
             target=self.target,
             solver=self.solver,
@@ -189,6 +188,8 @@ class RedundancyProbe(LightningModule):
         self.solver.prepare(self)
         if not self.solver.trains:
             self.trainer.should_stop = True  # the probes are found: no epoch follows
+            if self.refit:
+                self.solver.refit(self)
 
     def on_train_epoch_start(self) -> None:
         """Start the sums of the training losses; no buffer, as DDP would give all processes those of the first."""
@@ -196,39 +197,45 @@ class RedundancyProbe(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of all probes' losses; a sum, so that no probe feels another."""
-        coordinates = self.coordinates(batch.inputs)
-        losses = (self.solver.loss(self.target, bank(coordinates), batch.labels) for bank in self.grid.banks)
-        summed = torch.stack(list(losses))
+        summed = self.losses(self.grid, batch)
         self.epoch_loss += summed.detach()
         # Gradients are averaged over processes; each weighs as much as its share of the batch.
         return summed.sum() * (self.trainer.world_size / batch.total)
 
+    def losses(self, grid: Grid, batch: Any) -> Tensor:
+        """Return the loss over a batch of every candidate and probe of a grid in training, summed, shape (K, P)."""
+        coordinates = self.coordinates(batch.inputs)
+        return torch.stack([self.solver.loss(self.target, bank(coordinates), batch.labels) for bank in grid.banks])
+
     def on_train_epoch_end(self) -> None:
-        """Note each probe's training loss, and let the solver keep weights."""
+        """Note each probe's training loss, and let the solver keep weights; after the last epoch, let it refit."""
         loss = self.stream.reduce(self.epoch_loss) / len(self.task.images["train"])
         self.train_losses.append(loss.cpu())
         self._log("train", "loss", self.grid.of_chosen(loss))
         self.solver.after_epoch(self.grid, self.current_epoch)
+        self.grid.is_refitted.fill_(False)  # of a run that is lengthened
+        if self.refit and self.current_epoch + 1 == self.trainer.max_epochs:  # before the last checkpoint is written
+            self.solver.refit(self)
 
     def on_fit_end(self) -> None:
-        """Refuse to go on with probes that were never validated, and so never kept."""
+        """Refuse to go on with probes that were never validated, and so never kept, or not refitted."""
         self.grid.check_kept()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score the weights in training during a fit; otherwise measure those kept."""
+        """Score the weights in training during a fit; otherwise measure those that validation chose."""
         if self.trainer.state.fn == "fit":
             coordinates = self.coordinates(batch.inputs)
             self.scores.update(torch.cat([bank(coordinates) for bank in self.grid.banks]), batch.labels)
         else:
-            self._measure(batch, "val")
+            self._measure(batch, "val", self.grid.kept_logits)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure the weights that were kept."""
-        self._measure(batch, "test")
+        """Measure the weights that the run ends with."""
+        self._measure(batch, "test", self.grid.final_logits)
 
-    def _measure(self, batch: Any, split: str) -> None:
-        logits = self.grid.kept_logits(self.coordinates(batch.inputs))
-        self.measures.update(split, Batch(batch.inputs, logits, batch.labels, batch.indices))
+    def _measure(self, batch: Any, split: str, logits: Callable[[Tensor], Tensor]) -> None:
+        found = logits(self.coordinates(batch.inputs))
+        self.measures.update(split, Batch(batch.inputs, found, batch.labels, batch.indices))
 
     def on_validation_epoch_end(self) -> None:
         """Let the solver keep weights by their validation scores; outside a fit, take what was measured."""
@@ -272,7 +279,7 @@ class RedundancyProbe(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         """Note what each probe decides for each test image."""
-        self.predictions.update(self.grid.kept_logits(self.coordinates(batch.inputs)), batch.indices)
+        self.predictions.update(self.grid.final_logits(self.coordinates(batch.inputs)), batch.indices)
 
     def on_predict_end(self) -> None:
         """Join the decisions of all processes."""
@@ -288,12 +295,4 @@ class RedundancyProbe(LightningModule):
 
     def _log(self, split: str, metric: str, values: Tensor) -> None:
         """Log means over seeds, from values of shape (P,)."""
-        means = mean_by_fraction(self.probes, values.tolist(), f"{split}/{metric}")
-        if self.trainer.state.fn != "fit":
-            self.log_dict(means, rank_zero_only=True)
-            return
-        # Twice in every epoch, log_dict would take a tenth of the training's time to handle single numbers.
-        self.trainer.callback_metrics.update({name: torch.tensor(mean) for name, mean in means.items()})
-        for logger in self.trainer.loggers:
-            logger.log_metrics({"epoch": self.current_epoch, **means}, self.global_step)
-            logger.save()
+        log(self, mean_by_fraction(self.probes, values.tolist(), f"{split}/{metric}"))

@@ -60,7 +60,14 @@ def full_run():
         [{"layer": "penultimate", "width": 100, "split": "test", "images": 1000, "participation_ratio": 12.5}]
     )
     single = {"single_fraction": 0.2, "single_neurons": 20, "single_accuracy": 0.8, "images": 1000, "accuracy": 0.7}
-    rules = ("mean_probability", "majority_vote")
+    rules = ("mean_probability", "mean_logit", "majority_vote")
     found["ensembles"] = pd.DataFrame([subset | single | {"members": 2, "rule": rule} for rule in rules])
+    found["inequality_of_means"] = pd.DataFrame(
+        [
+            subset
+            | {"fraction": fraction, "neurons": int(100 * fraction), "gini": 0.1, "coefficient_of_variation": 0.2}
+            for fraction in (0.1, 0.2)
+        ]
+    )
     found["neighbours"] = pd.DataFrame([subset | {"seed": seed, "neighbours": 10, "kept": 0.3} for seed in (0, 1)])
     return found

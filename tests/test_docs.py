@@ -10,6 +10,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
@@ -111,6 +112,25 @@ def test_a_command_parses_as_written(cli, made_up, monkeypatch, words):
         status, _, err = cli(verb, *options)
         assert status == 0, err
         assert len(called) == 1
+
+
+def recipes():
+    """Return the table of the paper's recipes: experiment, epochs, epochs between two drops, batch and flags."""
+    table = (ROOT / ".github" / "docs" / "paper.md").read_text().partition("| experiment |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe[0][:40])
+def test_the_flags_of_a_recipe_of_the_paper_are_what_its_row_says(cli, recipe):
+    _, *numbers, flags = recipe
+    command = ("fit", "--config", "cifar10_curve.yaml", "--config", "paper_recipe.yaml", *shlex.split(flags.strip("`")))
+    status, out, err = cli(*command, "--print_config")
+    assert status == 0, err
+    config = yaml.safe_load(out)
+    model, data = (config[part]["init_args"] for part in ("model", "data"))
+    found = config["trainer"]["max_epochs"], model["solver"]["init_args"]["step_size"], data["batch_size"]
+    for said, value in zip(numbers, found, strict=True):
+        assert value in map(int, re.findall(r"\d+", said.replace(",", "")))
 
 
 @pytest.mark.parametrize("words", [words for words in DOCUMENTED if "train.py" not in words], ids=" ".join)

@@ -61,6 +61,9 @@ MISTAKES = {
     "fraction twice": (["--model.fractions=[0.1,0.1]"], "model.fractions lists 0.1 twice"),
     "no fraction": (["--model.fractions=[]"], "model.fractions is empty"),
     "null for fractions": (["--model.fractions=null"], "model.fractions is null", "give it a value"),
+    "no neuron": (["--model.neurons=[2,0]"], "model.neurons has 0; a subset has at least 1 neuron"),
+    "neurons twice": (["--model.neurons=[2,2]"], "model.neurons lists 2 twice"),
+    "more neurons than there are": (["--model.neurons=[2,385]"], "has 385, but layer penultimate has 384 neurons"),
     "no seed": (["--model.seeds=[]"], "model.seeds is []"),
     "zero seeds": (["--model.seeds=0"], "model.seeds is 0; give a number of seeds from 1"),
     "negative number of seeds": (["--model.seeds=-3"], "model.seeds is -3; give a number of seeds from 1"),
@@ -221,6 +224,15 @@ MISTAKES = {
         ["--trainer.val_check_interval=1000"],
         "trainer.val_check_interval is 1000, beyond the 9 steps",
     ),
+    "refit after some steps": (
+        ["--model.refit=true", "--trainer.max_steps=20"],
+        "trainer.max_steps is 20, but model.refit repeats plain steps up to trainer.max_epochs",
+    ),
+    "refit after some time": (
+        ["--model.refit=true", "--trainer.max_time=00:01:00:00"],
+        "leave max_time and early stop",
+    ),
+    "refit on augmented views": (["--model.refit=true", "--model.features=2"], "model.refit trains on the clean view"),
     "no validation batch": (
         ["--trainer.limit_val_batches=0"],
         "trainer.limit_val_batches is 0",
@@ -501,6 +513,7 @@ FOREIGN = {
     "fractions": (["--model.fractions=[0.1,0.5]"], "its fractions is [0.005"),
     "seeds": (["--model.seeds=4"], "its seeds is [0, 1, 2, 3, 4], not [0, 1, 2, 3]"),
     "standardise": (["--model.standardise=true"], "its standardise is False, not True"),
+    "refit": (["--model.refit=true"], "its refit is False, not True"),
     "interpolation": ([f"--{OVERLAY}.interpolation=bicubic"], "its preprocessing is"),
     "view": (["--data.view=squash"], "its data.view is weights, not squash"),
 }

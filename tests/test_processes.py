@@ -15,6 +15,7 @@ from lightning_modules import FrozenBackbone, RedundancyProbe
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
 SHORT = ("fit", "--config", "quickstart.yaml", *QUIET, "--trainer.max_epochs=3", "--model.seeds=2")
 SHORT += ("--model.fractions=[0.1,0.5]", "--data.batch_size=50", "--trainer.logger=false")
+SHORT += ("--model.refit=true",)
 
 
 def shards(folder):

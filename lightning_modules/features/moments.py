@@ -1,5 +1,6 @@
 """First and second moments of features, summed over a split in one pass and over processes."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -40,6 +41,13 @@ class Moments:
         """Sum over processes, each of which has added its own images; `reduce` sums a tensor."""
         self._flush()
         self.sums = {name: reduce(values) for name, values in self.sums.items()}
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Return the sums over the images of both."""
+        both = copy.copy(self)
+        both.sums = {name: self._sum(name) + other._sum(name) for name in self.sums}
+        both._waiting = []
+        return both
 
     def _flush(self) -> None:
         if self._waiting:

@@ -12,15 +12,16 @@ from lightning_modules.results.results import Results
 from lightning_modules.subsets import plan
 from lightning_modules.subsets.selections import FULL
 
-RULES = ("mean_probability", "majority_vote")
+RULES = ("mean_probability", "mean_logit", "majority_vote")
 COLUMNS = ["layer", "selection", "fraction", "members", "neurons", "rule", "split", "images", "accuracy"]
 COLUMNS += ["single_fraction", "single_neurons", "single_accuracy"]
 
 
 class Ensembles(Measure):
-    """Accuracy of a fraction's subsets together, by averaged probabilities and by majority vote: table `ensembles`.
+    """Accuracy of a fraction's subsets together: the table `ensembles`.
 
-    A tied vote goes to the higher average. Costs a further probe for each fraction and seed of a seeded selection: on
+    By averaged probabilities, by averaged logits as in the paper, and by majority vote, in which a tie goes to the
+    higher average probability. Costs a further probe for each fraction and seed of a seeded selection: on
     as many neurons as the subsets of all seeds hold together, to compare with.
     """
 
@@ -47,8 +48,9 @@ class Ensembles(Measure):
             mean = self.context.solver.probabilities(batch.logits[members]).mean(0)
             votes = one_hot(batch.predicted[members], len(mean)).sum(0).t()  # (C, B)
             leading = mean.masked_fill(votes < votes.amax(0), -torch.inf)
-            self.correct[index, 0] += (mean.argmax(0) == batch.labels).sum()
-            self.correct[index, 1] += (leading.argmax(0) == batch.labels).sum()
+            logits = batch.logits[members].mean(0)
+            for place, decisive in enumerate((mean, logits, leading)):
+                self.correct[index, place] += (decisive.argmax(0) == batch.labels).sum()
 
     def compute(self) -> Mapping[str, pd.DataFrame]:
         """Return the table; the single probe beside an ensemble is the full layer's where none has as many neurons."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -12,9 +13,15 @@ from lightning_modules.results.results import Results
 from lightning_modules.results.tables import Column
 from lightning_modules.subsets.selections import FULL
 
+KEYS = ["layer", "selection", "fraction", "neurons"]
+
 
 class Inequality(ClassCounts):
-    """Gini coefficient, coefficient of variation and largest gap of the accuracy over classes, and its mean."""
+    """Gini coefficient, coefficient of variation and largest gap of the accuracy over classes, and its mean.
+
+    Of every probe, in the columns; and, as in the paper, of class accuracies that were averaged over seeds before: the
+    table `inequality_of_means`. The latter are smaller, as an average evens out what differs by the seed.
+    """
 
     columns = (
         Column("mean_class_accuracy", "mean class accuracy", "%", digits=1),
@@ -23,10 +30,17 @@ class Inequality(ClassCounts):
         Column("largest_gap", "largest gap"),
     )
 
-    def compute(self) -> Mapping[str, Tensor]:
-        """Return the columns; classes without images do not count."""
-        values = class_inequality(self.correct.cpu().numpy(), self.images.cpu().numpy())
-        return {name: torch.from_numpy(value) for name, value in values.items()}
+    table = "inequality_of_means"
+
+    def compute(self) -> Mapping[str, Tensor | pd.DataFrame]:
+        """Return the columns and the table; classes without images do not count."""
+        correct, images = self.correct.cpu().numpy(), self.images.cpu().numpy()
+        columns = {name: torch.from_numpy(value) for name, value in class_inequality(correct, images).items()}
+        groups = pd.DataFrame(list(self.context.probes)).groupby(KEYS, sort=False)
+        rows = pd.DataFrame([key for key, _ in groups], columns=KEYS)
+        rows["seeds"], rows["split"] = [len(group) for _, group in groups], self.split
+        means = np.stack([correct[group.index].mean(0) for _, group in groups])
+        return {**columns, self.table: rows.assign(**class_inequality(means, images))}
 
     def pictures(self, results: Results, split: str) -> dict[str, Picture]:
         """Draw Gini coefficient and coefficient of variation against the headline metric: a point per probe."""
@@ -36,6 +50,7 @@ class Inequality(ClassCounts):
         several = len(results.layers) > 1
         figure, grid = figures.grid(len(results.layers), 2, results.title)
         styles = figures.styles(rows.loc[rows["selection"] != FULL, "selection"])
+        means = results.table(self.table, split).merge(results.curve(split)[[*KEYS, "mean"]])
         styles[FULL] = {"color": "black", "marker": "*", "markersize": 9}
         named = {"gini": "Gini coefficient over classes", "coefficient_of_variation": "coefficient of variation"}
         for panels, layer in zip(grid, results.layers, strict=True):
@@ -45,11 +60,16 @@ class Inequality(ClassCounts):
                     options = {"markersize": 4, "alpha": 0.7} | style | {"linestyle": ""}
                     label = "full layer" if selection == FULL else selection
                     axes.plot(headline.scale * points[headline.name], points[column], label=label, **options)
+                    line = means[(means["layer"] == layer) & (means["selection"] == selection)]
+                    axes.plot(headline.scale * line["mean"], line[column], color=style["color"], linestyle=":")
                 axes.set_xlabel(f"{split} {headline.heading}")
                 axes.grid(visible=True, linewidth=0.4, alpha=0.5)
                 figures.value_axis(axes, name, f"layer {layer}" if several and axes is panels[0] else "")
         figures.legend(figure, grid.flat)
-        caption = f"How unequal accuracy is over classes, against {headline.label}; a point is a probe. 0 is equal."
+        caption = (
+            f"How unequal accuracy is over classes, against {headline.label}. A point is a probe; dotted: of class "
+        )
+        caption += "accuracies averaged over seeds, as in the paper. 0 is equal."
         return {"inequality": Picture(figure, caption)}
 
 

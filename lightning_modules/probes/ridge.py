@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,18 +64,23 @@ class Ridge(Solver):
         """Solve every probe from sums over train and validation."""
         train, val = model.stream.moments("train"), model.stream.moments("val")
         for layer in model.widths:
-            groups = model.coordinates.of_layer(layer)
-            solved = ridge_probes(
-                train[layer], val[layer], [model.coordinates.ordering(group) for group in groups], self.penalty
-            )
-            for group, probes in zip(groups, solved, strict=True):
-                centre = model.coordinates.centre(group)
-                for index, probe in zip(group.probes, probes, strict=True):
-                    # Moments are of coordinates that are not centred; the bank's are.
-                    bias = probe.bias + probe.weight @ centre[: probe.weight.shape[1]]
-                    model.grid.set_probe(index, probe.weight, bias)
-                    model.grid.hyperparameters[0, index, 0] = probe.penalty
+            moments, everything = (train[layer], val[layer]), range(len(model.probes))
+            for index, probe in _solved(model, layer, moments, everything, self.penalty):
+                model.grid.set_probe(index, probe.weight, probe.bias)
+                model.grid.hyperparameters[0, index, 0] = probe.penalty
         model.grid.kept_epoch.zero_()
+
+    def refit(self, model: RedundancyProbe) -> None:
+        """Solve every probe from the sums of train and validation together, with the penalty that was chosen."""
+        train, val = model.stream.moments("train"), model.stream.moments("val")
+        chosen = model.grid.hyperparameters[0, :, 0].tolist()
+        for layer in model.widths:
+            both = train[layer] + val[layer]
+            for penalty in set(chosen):
+                which = [index for index, its in enumerate(chosen) if its == penalty]
+                for index, probe in _solved(model, layer, (both, both), which, [penalty]):
+                    model.grid.refitted.set_probe(index, probe.weight, probe.bias)
+        model.grid.is_refitted.fill_(True)
 
     def provenance(self) -> dict[str, Any]:
         """Return the solver: its penalties are chosen anew only by a fit."""
@@ -155,6 +160,27 @@ def ridge_probes(
                 )
         results.append([probe for probe in best if probe is not None])
     return results
+
+
+def _solved(
+    model: RedundancyProbe,
+    layer: str,
+    moments: tuple[Moments, Moments],
+    which: Sequence[int],
+    penalties: Sequence[float],
+) -> Iterator[tuple[int, RidgeProbe]]:
+    """Yield those probes of a layer that are in `which`, by `ridge_probes`, as they are over the bank's coordinates."""
+    members = {group: [i for i in group.probes if i in which] for group in model.coordinates.of_layer(layer)}
+    members = {group: indices for group, indices in members.items() if indices}
+    sizes = [[model.probes[index].neurons for index in indices] for indices in members.values()]
+    orderings = [model.coordinates.ordering(group) for group in members]
+    orderings = [each._replace(sizes=its) for each, its in zip(orderings, sizes, strict=True)]
+    solved = ridge_probes(*moments, orderings, penalties)
+    for (group, indices), probes in zip(members.items(), solved, strict=True):
+        centre = model.coordinates.centre(group)
+        for index, probe in zip(indices, probes, strict=True):
+            # Moments are of coordinates that are not centred; the bank's are.
+            yield index, probe._replace(bias=probe.bias + probe.weight @ centre[: probe.weight.shape[1]])
 
 
 def _split(moments: Moments, scatter: Tensor, ordering: Ordering) -> _Split:

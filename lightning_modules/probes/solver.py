@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -45,7 +47,10 @@ class Solver(ABC):
         """Return logits, with classes on the second axis from the end, as probabilities or estimates of them."""
 
     def optimizer(self, grid: Grid) -> OptimizerLRScheduler:
-        """Return optimiser and schedule over the grid's banks, if this solver trains."""
+        """Return an optimiser over the grid's banks, if this solver trains; with a schedule, as a dict of both.
+
+        The schedule makes a step after every epoch.
+        """
         return None
 
     def after_epoch(self, grid: Grid, epoch: int) -> None:  # noqa: B027 (most solvers need not)
@@ -53,6 +58,40 @@ class Solver(ABC):
 
     def after_validation(self, grid: Grid, scores: Tensor, epoch: int) -> None:  # noqa: B027 (most need not)
         """Keep weights by validation scores of every candidate and probe, shape (K, P); higher is better."""
+
+    def refit(self, model: RedundancyProbe) -> None:
+        """Find every probe again, on train and validation together, with what validation chose.
+
+        They go to `grid.refitted`, and `grid.is_refitted` says so. Training starts from the same initial weights and
+        follows the same schedule. A probe ends with its weights at the end of the epoch that was kept before.
+
+        Raises:
+            MisconfigurationException: If a solver that does not train has no way of its own.
+        """
+        if not self.trains:
+            raise MisconfigurationException(f"The solver {self.name} cannot refit; leave model.refit false.")
+        refitted, chosen = model.grid.refitted, model.grid.kept_score.argmax(0)
+        epochs = model.grid.of_chosen(model.grid.kept_epoch)
+        grid = Grid(model.probes, model.target.outputs, self.candidates()).to(refitted.weight)
+        found: Any = self.optimizer(grid)
+        parts = found if isinstance(found, dict) else {"optimizer": found}
+        optimizer, schedule = parts["optimizer"], parts.get("lr_scheduler")
+        loader, last = model.task.refit_dataloader(), int(epochs.max())
+        rank_zero_info(f"Training again on train and validation together, for {last + 1} epochs.")
+        for epoch in range(last + 1):
+            loader.sampler.set_epoch(epoch)
+            for batch in loader:
+                seen = model.stream(batch, "train")
+                optimizer.zero_grad()
+                (model.losses(grid, seen).sum() / seen.total).backward()
+                for parameter in grid.banks.parameters():
+                    parameter.grad = model.stream.reduce(parameter.grad)
+                optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            for place, bank in enumerate(grid.banks):
+                refitted.copy_probes(bank, (chosen == place) & (epochs == epoch))
+        model.grid.is_refitted.fill_(True)
 
     def remarks(self, model: RedundancyProbe) -> list[str]:
         """Name the probes that should not be trusted as they are, one line per reason."""

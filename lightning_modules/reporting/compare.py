@@ -27,7 +27,8 @@ MUST_AGREE = {
     "width": "width of {backbone}, layer {layer}",
 }
 """Columns of results.csv that must be the same in all runs, and of what they are."""
-SETTINGS = ("model.init_args.standardise", "model.init_args.solver.init_args.keep")  # as much, of config.yaml
+SETTINGS = ("model.init_args.standardise", "model.init_args.refit", "model.init_args.solver.init_args.keep")
+"""Keys of config.yaml that must be, too."""
 REFERENCES = Path(__file__).with_name("reference")
 """Curves and redundancies that the paper's authors measured, from their notebooks (nvedant07/invariances_in_reps)."""
 ADVICE = "name another folder with --output"

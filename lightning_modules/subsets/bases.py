@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lightning_modules.features.moments import Moments, rounding
 
@@ -79,8 +80,9 @@ def orthogonal_projection(width: int, seed: int) -> Tensor:
 
 
 def positive_projection(width: int, seed: int) -> Tensor:
-    """Draw a projection with entries uniform in [0, 1), as the paper's code does, shape (D, D), float64.
+    """Draw the projection of the paper's code: float32 entries uniform in [0, 1), columns of length 1, shape (D, D).
 
     For reproduction: as no entry is negative, all columns are nearly parallel (their expected cosine is 3/4).
     """
-    return torch.rand(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    entries = torch.rand(width, width, generator=torch.Generator().manual_seed(seed))
+    return normalize(entries, dim=0).double()

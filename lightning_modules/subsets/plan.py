@@ -51,11 +51,11 @@ def neurons(fraction: float, width: int) -> int:
 
 
 class Plan:
-    """What a run asks for: selections (names of `OFFERED`), fractions and seeds, as `RedundancyProbe` takes them.
+    """What a run asks for: selections (names of `OFFERED`), subset sizes and seeds, as `RedundancyProbe` takes them.
 
     Raises:
         MisconfigurationException: If a list is empty or repeats itself, a selection is unknown, a fraction is not in
-            (0, 1], or a seed is negative.
+            (0, 1], a number of neurons is below 1, or a seed is negative.
     """
 
     def __init__(
@@ -64,9 +64,11 @@ class Plan:
         fractions: float | Sequence[float],
         seeds: int | Sequence[int],
         full_seeds: int | Sequence[int] = 1,
+        neurons: int | Sequence[int] | None = None,
     ) -> None:
         self.selections = [selection] if isinstance(selection, str) else list(selection)
         self.fractions = list(fractions) if isinstance(fractions, Sequence) else [fractions]
+        self.neurons = None if neurons is None else [neurons] if isinstance(neurons, int) else list(neurons)
         self.seeds = _seed_list(seeds, "seeds")
         self.full_seeds = _seed_list(full_seeds, "full_seeds")
         self._check()
@@ -78,31 +80,45 @@ class Plan:
             widths: D of each layer.
             together: Whether a seeded selection also gets, for each fraction, a probe with as many neurons as the
                 subsets of all its seeds hold together.
+
+        Raises:
+            MisconfigurationException: If more neurons are asked for than a layer has.
         """
         probes = []
         for layer, width in widths.items():
             probes += [Probe(FULL, 1.0, width, seed, layer) for seed in self.full_seeds]
             for selection in self.selections:
                 seeded = SELECTIONS[selection].seeded
-                asked = set(self.fractions)
+                asked = set(self.asked(layer, width))
                 if together and seeded:
-                    sizes = (
-                        held_together(selection, neurons(each, width), self.seeds, width) for each in self.fractions
-                    )
+                    sizes = [held_together(selection, neurons(each, width), self.seeds, width) for each in asked]
                     asked |= {size / width for size in sizes if size < width}
                 for seed in self.seeds if seeded else [0]:
                     probes += [Probe(selection, each, neurons(each, width), seed, layer) for each in sorted(asked)]
         return probes
 
+    def asked(self, layer: str, width: int) -> list[float]:
+        """Return the fractions that are asked for of a layer with D = `width` neurons; for k neurons that is k / D."""
+        if self.neurons is None:
+            return self.fractions
+        if max(self.neurons) > width:
+            raise MisconfigurationException(
+                f"model.neurons has {max(self.neurons):,}, but layer {layer} has {width:,} neurons; give at most "
+                f"{width:,}."
+            )
+        return [size / width for size in self.neurons]
+
     def describe(self) -> str:
-        """Return selections, fractions and seeds in one line."""
-        fractions = ", ".join(f"{fraction:g}" for fraction in sorted(self.fractions))
+        """Return selections, subset sizes and seeds in one line."""
+        sizes = ", ".join(f"{size:g}" for size in sorted(self.neurons or self.fractions))
+        sizes = f"{sizes} neurons" if self.neurons else f"fractions {sizes}"
         seeds = f" x {len(self.seeds)} seeds" if any(SELECTIONS[name].seeded for name in self.selections) else ""
-        return f"{', '.join(self.selections)} x fractions {fractions}{seeds}, and the full layer"
+        return f"{', '.join(self.selections)} x {sizes}{seeds}, and the full layer"
 
     def _check(self) -> None:
         lists: dict[str, list[Any]] = {"selection": self.selections, "fractions": self.fractions}
         lists |= {"seeds": self.seeds, "full_seeds": self.full_seeds}
+        lists |= {} if self.neurons is None else {"neurons": self.neurons}
         for name, values in lists.items():
             if not values:
                 raise MisconfigurationException(f"model.{name} is empty; give at least one.")
@@ -117,6 +133,9 @@ class Plan:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise MisconfigurationException(f"model.fractions has {fraction:g}; a fraction must be in (0, 1].")
+        for size in self.neurons or []:
+            if size < 1:
+                raise MisconfigurationException(f"model.neurons has {size}; a subset has at least 1 neuron.")
         for name in ("seeds", "full_seeds"):
             negative = [seed for seed in lists[name] if seed < 0]
             if negative:

@@ -151,6 +151,20 @@ def test_a_clean_batch_does_not_feel_the_number_of_threads(batches, threads):
     assert batch.labels.tolist() == [index % 7 for index in indices]
 
 
+def test_for_a_refit_every_image_of_train_and_validation_is_served_once_with_its_own_label():
+    task = Digits([3, 7], batch_size=90, num_workers=0)
+    task.setup()
+    parts = [task.images[split] for split in ("train", "val")]
+    pixels = torch.cat([torch.from_numpy(part.pixels.reshape(len(part), -1)).float() for part in parts])
+    labels = torch.cat([part.labels for part in parts])
+    task.extract = lambda split: [pixels[: len(parts[0])] if split == "train" else pixels[len(parts[0]) :]]
+    seen = list(task.refit_dataloader())
+    indices = torch.cat([batch.indices for batch in seen])
+    assert indices.sort().values.tolist() == list(range(len(pixels)))
+    assert torch.equal(torch.cat([batch.inputs for batch in seen]), pixels[indices])
+    assert torch.equal(torch.cat([batch.labels for batch in seen]), labels[indices])
+
+
 def test_an_empty_request_gives_an_empty_batch(batches):
     for source, shape in (
         (batches, (0, 3, 12, 12)),

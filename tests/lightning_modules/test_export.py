@@ -53,6 +53,7 @@ def run(tmp_path_factory):
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--model.seeds", "2"]
     arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.measures", "[]"]
     arguments += ["--model.selection", "[random, pca, random_projection]", "--data.view", "squash"]
+    arguments += ["--model.refit", "true"]
     with pytest.MonkeyPatch.context() as patch:
         for verb in ("fit", "predict"):
             patch.setattr(sys, "argv", ["train.py", verb, *arguments])

@@ -2,11 +2,13 @@
 
 import copy
 import csv
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn import linear_model
@@ -14,6 +16,7 @@ from sklearn import linear_model
 from datamodules import Digits, Embeddings
 from lightning_modules import FrozenBackbone, RedundancyProbe
 from lightning_modules.backbones.build import PretrainedCfgOverlay
+from lightning_modules.probes import Solver
 from lightning_modules.probes.bank import ProbeBank
 from lightning_modules.probes.ridge import Ridge
 from lightning_modules.probes.sgd import SGD
@@ -172,12 +175,77 @@ def test_a_sweep_keeps_each_probes_best_rate_on_validation(tmp_path):
     np.testing.assert_array_equal(chosen, np.where(val[1] >= val[2], *rates))
 
 
+def test_a_refit_trains_on_train_and_validation_for_the_epochs_that_were_chosen(tmp_path):
+    rates, decay, drop = [0.05, 0.002], 1e-2, 3
+    settings = {"solver": SGD(rates, weight_decay=decay, step_size=drop), "fractions": [0.02, 0.1], "standardise": True}
+    model, task, _ = fit(tmp_path, build(**settings, refit=True), epochs=6)
+    before, _, _ = fit(tmp_path, build(**settings), epochs=6)
+    (refitted, once), by_split = (each.results().tables["results"] for each in (model, before)), ["split"]
+    val, val_before = (dict(list(each.groupby(by_split)))["val",] for each in (refitted, once))
+    assert val.equals(val_before)  # measured before the refit, as it chose
+    assert val[["learning_rate", "epoch"]].drop_duplicates().shape[0] > 1
+    (train, labels), (more, more_labels) = (rows_of(task, split) for split in ("train", "val"))
+    std = train.std(0)
+    inputs = (np.r_[train, more] - train.mean(0)) / np.where(std < 1e-9, 1, std)
+    targets = np.eye(5)[np.r_[labels, more_labels]]
+    test, test_labels = rows_of(task, "test")
+    test = (test - train.mean(0)) / np.where(std < 1e-9, 1, std)
+    for index, chosen in enumerate(val.itertuples()):
+        subset = model.coordinates.subset(index).numpy()
+        state = [part.double().numpy() for part in ProbeBank(model.probes, 5).get_probe(index)]  # as it starts
+        speed = [np.zeros_like(part) for part in state]
+        for epoch in range(chosen.epoch + 1):
+            shuffled = torch.Generator().manual_seed(zlib.crc32(f"{task.seed}/{epoch}".encode()))
+            for rows in torch.randperm(len(inputs), generator=shuffled).split(64):
+                seen = inputs[rows][:, subset]
+                powers = np.exp(seen @ state[0].T + state[1])
+                errors = (powers / powers.sum(1, keepdims=True) - targets[rows]) / len(rows)
+                for place, slope in enumerate((errors.T @ seen, errors.sum(0))):
+                    speed[place] = 0.9 * speed[place] + slope + decay * state[place]
+                    state[place] = state[place] - chosen.learning_rate * 0.1 ** (epoch // drop) * speed[place]
+        for mine, theirs in zip(model.grid.final_probe(index), state, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+        right = ((test[:, subset] @ state[0].T + state[1]).argmax(1) == test_labels).mean()
+        measured = refitted.query("split == 'test'")["accuracy"].iloc[index]
+        assert measured == pytest.approx(right, abs=1.1 / len(test))  # an image may lie on a border
+
+
+def test_a_refit_that_did_not_come_or_cannot_is_told(tmp_path, monkeypatch):
+    stop = LambdaCallback(on_train_epoch_end=lambda trainer, _: setattr(trainer, "should_stop", True))
+    with pytest.raises(
+        MisconfigurationException, match=r"before the last of trainer\.max_epochs, after which model\.re"
+    ):
+        fit(tmp_path, build(refit=True), callbacks=[stop])
+    save = LambdaCallback(on_train_epoch_end=lambda trainer, _: trainer.save_checkpoint(tmp_path / "halfway.ckpt"))
+    _, task, trainer = fit(tmp_path, build(refit=True), callbacks=[save])
+    with pytest.raises(MisconfigurationException, match="did not come to its refit"):
+        trainer.test(build(refit=True), datamodule=task, ckpt_path=tmp_path / "halfway.ckpt")
+    monkeypatch.setattr(Ridge, "refit", Solver.refit)
+    with pytest.raises(MisconfigurationException, match=r"solver ridge cannot refit; leave model\.refit false"):
+        fit(tmp_path, build(refit=True, solver=Ridge()))
+
+
 def test_metric_names_and_means_are_those_of_the_contract(tmp_path):
     model, _, trainer = fit(tmp_path, build())
     results = model.results().tables["results"].query("split == 'test'")
     for (selection, fraction), rows in results.groupby(["selection", "fraction"]):
         logged = trainer.logged_metrics[f"test/accuracy/{selection}/{fraction:g}"].item()
         assert logged == pytest.approx(rows["accuracy"].mean(), abs=1e-6)
+
+
+def test_steps_too_long_for_the_papers_projection_are_named_and_shorter_ones_train_it(tmp_path, caplog):
+    settings = {"selection": "positive_projection", "fractions": [0.01, 0.5]}
+    fit(tmp_path, build(**settings), epochs=1)
+    assert "past the edge of stability at 3.8, for positive_projection 0.01 (x2), positive_projection" in caplog.text
+    model, task, _ = fit(tmp_path, build(**settings, solver=SGD(5e-4)), epochs=20)
+    columns = torch.rand(384, 384, generator=torch.Generator().manual_seed(1))
+    columns = columns / columns.norm(dim=0)
+    features = torch.from_numpy(rows_of(task, "test")[0]).float()
+    start = sum(group.sizes[-1] for group in model.coordinates.groups[:-1])
+    torch.testing.assert_close(model.coordinates(features)[start:].t(), features @ columns[:, :192])
+    assert not any("diverged" in remark for remark in model.solver.remarks(model))
+    accuracies = model.results().tables["results"].query("split == 'test' and fraction == 0.5")["accuracy"]
+    assert accuracies.min() > 0.4  # of five digits
 
 
 def test_a_diverging_probe_is_named(tmp_path):
@@ -242,33 +310,38 @@ def test_layers_read_in_one_pass_are_those_read_alone(tmp_path):
                 torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_ridge_probes_are_those_of_scikit_learn(tmp_path, standardise):
+@pytest.mark.parametrize(("standardise", "refit"), [(False, False), (True, False), (True, True)])
+def test_ridge_probes_are_those_of_scikit_learn(tmp_path, standardise, refit):
     penalties = [1e-3, 1e-1, 10.0]
-    selections = ["random", "pca", "fisher"]
-    model, task, _ = fit(tmp_path, build(solver=Ridge(penalties), selection=selections, standardise=standardise))
+    settings = {"selection": ["random", "pca", "fisher"], "standardise": standardise, "refit": refit}
+    model, task, _ = fit(tmp_path, build(solver=Ridge(penalties), **settings))
     (train, labels), (val, val_labels), (test, test_labels) = (rows_of(task, s) for s in ("train", "val", "test"))
     if standardise:
         mean, std = train.mean(0), train.std(0)
         std[std < 1e-9] = 1
         train, val, test = ((part - mean) / std for part in (train, val, test))
-    scale = (train - train.mean(0)).var(0).mean() * len(train)
-    results = model.results().tables["results"].query("split == 'test'")
+    final, final_labels = (np.r_[train, val], np.r_[labels, val_labels]) if refit else (train, labels)
+    scale, final_scale = (part.var(0).mean() * len(part) for part in (train, final))
+    results = model.results().tables["results"]
+    judged, results = (results[results["split"] == split].reset_index() for split in ("val", "test"))
     for index, row in enumerate(results.itertuples()):
         group = next(group for group in model.coordinates.groups if index in group.probes)
         ordering = model.coordinates.ordering(group)
         place = group.probes.index(index)
         seen = [
-            ordering.coordinates(torch.from_numpy(part)).numpy()[:, : group.sizes[place]] for part in (train, val, test)
+            ordering.coordinates(torch.from_numpy(part)).numpy()[:, : group.sizes[place]]
+            for part in (train, val, test, final)
         ]
         fits = [linear_model.Ridge(alpha=penalty * scale).fit(seen[0], np.eye(5)[labels]) for penalty in penalties]
         errors = [np.square(each.predict(seen[1]) - np.eye(5)[val_labels]).sum(1).mean() for each in fits]
         best = int(np.argmin(errors))
         assert row.penalty == penalties[best]
-        assert row.accuracy == (fits[best].predict(seen[2]).argmax(1) == test_labels).mean()
-        np.testing.assert_allclose(model.grid.kept[0].get_probe(index)[0], fits[best].coef_, rtol=1e-4, atol=1e-6)
+        assert judged["loss"][index] == pytest.approx(errors[best], rel=1e-4)
+        ends = linear_model.Ridge(alpha=penalties[best] * final_scale).fit(seen[3], np.eye(5)[final_labels])
+        assert row.accuracy == (ends.predict(seen[2]).argmax(1) == test_labels).mean()
+        np.testing.assert_allclose(model.grid.final_probe(index)[0], ends.coef_, rtol=1e-4, atol=1e-6)
         assert row.loss == pytest.approx(
-            np.square(fits[best].predict(seen[2]) - np.eye(5)[test_labels]).sum(1).mean(), rel=1e-4
+            np.square(ends.predict(seen[2]) - np.eye(5)[test_labels]).sum(1).mean(), rel=1e-4
         )
 
 

@@ -15,7 +15,7 @@ LABELS = torch.randint(5, (150,), generator=torch.Generator().manual_seed(1))
 def test_ensembles_are_counted_as_numpy_counts_them():
     logits = random_logits(PROBES, 5, LABELS)
     (table,) = evaluate(Ensembles(), PROBES, LABELS, logits=logits, fractions=FRACTIONS).values()
-    assert len(table) == 2 * len(FRACTIONS)  # none of `first`, which is not seeded
+    assert len(table) == 3 * len(FRACTIONS)  # none of `first`, which is not seeded
     right = (logits.argmax(1) == LABELS).numpy()
     for fraction in FRACTIONS:
         rows = table[table["fraction"] == fraction].set_index("rule")
@@ -25,6 +25,7 @@ def test_ensembles_are_counted_as_numpy_counts_them():
         votes = np.eye(5)[of_members.argmax(1)].sum(0).T
         voted = np.where(votes == votes.max(0), mean, -1).argmax(0)
         assert rows.loc["mean_probability", "accuracy"] == (mean.argmax(0) == LABELS.numpy()).mean()
+        assert rows.loc["mean_logit", "accuracy"] == (of_members.mean(0).argmax(0) == LABELS.numpy()).mean()
         assert rows.loc["majority_vote", "accuracy"] == (voted == LABELS.numpy()).mean()
         together = len(set(torch.cat([at_random(Layer(40), seed)[: int(40 * fraction)] for seed in range(3)]).tolist()))
         alike = [i for i, p in enumerate(PROBES) if (p.selection, p.neurons) == ("random", together)] or [0]

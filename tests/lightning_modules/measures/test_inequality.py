@@ -33,6 +33,26 @@ def test_class_inequality_is_that_of_its_definitions(seed):
         assert given["largest_gap"][place] == pytest.approx(max(x) - min(x))
 
 
+def test_of_means_it_is_that_of_accuracies_averaged_over_seeds_before():
+    probes = Plan(["random", "first"], [0.2, 0.5], 3).probes({"one": 10, "two": 20})
+    labels = torch.randint(4, (150,), generator=torch.Generator().manual_seed(1))
+    logits = random_logits(probes, 5, labels)
+    found = evaluate(Inequality(), probes, labels, logits=logits, widths={"one": 10, "two": 20})
+    rows = found["inequality_of_means"]
+    assert len(rows) == 2 * (1 + 2 + 2)
+    right = (logits.argmax(1) == labels).double().numpy()
+    for row in rows.itertuples():
+        alike = [i for i, p in enumerate(probes) if (p.layer, p.selection, p.fraction) == row[1:4]]
+        means = [right[alike][:, labels.numpy() == label].mean() for label in range(4)]
+        assert (row.seeds, row.split) == (len(alike), "test")
+        assert row.coefficient_of_variation == pytest.approx(np.std(means) / np.mean(means))
+        pairs = sum(abs(one - other) for one in means for other in means)
+        assert row.gini == pytest.approx(pairs / (2 * 16 * np.mean(means)))
+    random = rows.query("layer == 'two' and selection == 'random' and fraction == 0.2")["gini"].item()
+    of_each = [found["gini"][i] for i, p in enumerate(probes) if (p.layer, p[0], p[1]) == ("two", "random", 0.2)]
+    assert random < np.mean(of_each)
+
+
 def test_where_no_class_or_one_class_is_right():
     images = np.array([10, 10, 10, 10])
     none = class_inequality(np.zeros(4), images)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.features.moments import Moments
 from lightning_modules.subsets.plan import Plan, describe, ensembles, held_together, neurons, references
@@ -109,6 +110,22 @@ def test_a_plan_has_the_full_layer_first_then_selections_by_seed_and_fraction():
 def test_fractions_of_the_same_k_keep_their_own_rows():
     probes = Plan("random", [0.01, 0.02, 0.1, 1.0], seeds=[0]).probes({"a": 10})
     assert [(probe.fraction, probe.neurons) for probe in probes[1:]] == [(0.01, 1), (0.02, 1), (0.1, 1), (1.0, 10)]
+
+
+def test_numbers_of_neurons_stand_in_place_of_fractions():
+    plan = Plan(["random", "first"], [0.5], seeds=2, neurons=[3, 1, 20])
+    probes = plan.probes({"a": 20, "b": 60}, together=True)
+    asked = [(probe.neurons, probe.fraction) for probe in probes if (probe.layer, probe.selection) == ("b", "first")]
+    assert asked == [(1, 1 / 60), (3, 3 / 60), (20, 20 / 60)]
+    of_a = [probe for probe in probes if probe.layer == "a"]
+    assert [of_a[each[0]].neurons for each in ensembles(of_a, plan.asked("a", 20))] == [1, 3, 20]
+    assert plan.describe() == "random, first x 1, 3, 20 neurons x 2 seeds, and the full layer"
+    for width in (7, 100, 384, 2048):  # k / D stands for k exactly
+        assert [probe.neurons for probe in Plan("first", 1.0, 1, 1, range(1, width + 1)).probes({"a": width})[1:]] == [
+            *range(1, width + 1)
+        ]
+    with pytest.raises(MisconfigurationException, match="has 20, but layer c has 19 neurons; give at most 19"):
+        plan.probes({"a": 20, "c": 19})
 
 
 def test_ensembles_have_a_probe_with_as_many_neurons_beside_them():
