@@ -153,8 +153,10 @@ def test_images_are_extracted_in_exactly_these_batches_and_this_view(view):
     assert task.view_provenance(2) == "paper view 2 of seed 0"
 
 
-def test_a_loaded_task_describes_itself():
-    assert set_up(Digits([5, 6, 7, 8, 9])).describe() == "digits: 538 train, 179 val, 179 test images, 5 classes"
+def test_a_loaded_task_describes_itself_and_says_what_was_cut():
+    assert set_up(Digits([5, 6, 7, 8, 9])).describe() == (
+        "digits: 538 train, 179 val (cut from train), 179 test (cut from train) images, 5 classes"
+    )
 
 
 class Two:
