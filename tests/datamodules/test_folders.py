@@ -1,8 +1,11 @@
 """Which files of a folder are images, and which splits the names of folders and files put them into."""
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from replicas import content, refusal, sizes
@@ -187,3 +190,27 @@ def test_splits_too_small_to_mean_much_are_said(tmp_path, caplog):
     )
     assert "test of set is small: one of its 8 images is 12 % of the accuracy." in caplog.messages
     assert len(caplog.messages) == 2
+
+
+# A whole run
+
+
+def test_class_names_are_text_everywhere_and_files_may_be_called_by_any_bytes(cli, tmp_path):
+    classes = ("5$ US^$", "a_b^c", "%d {x}", "_hidden", BAD)
+    said = {"5$ US^$", "a_b^c", "%d {x}", "_hidden", "caf\\xe9"}
+    write(tmp_path / "set", of_classes("train/", classes, name=f"{BAD}{{}}.png"))
+    run = ("--data.root=set", "--name=odd", "--model.backbone.name=test_resnet", "--model.backbone.weights=random")
+    run += ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false")
+    status, out, err = cli("fit", "--config", "image_folder.yaml", "--config", "debug.yaml", *run)
+    assert status == 0, err
+    f"{out}{err}".encode()
+    assert "set: 15 train (folder train), 5 val (cut from train), 5 test (cut from train) images, 5 classes" in err
+    assert set(pd.read_csv("runs/odd/classes.csv")["class"]) == said
+    drawn = Path("runs/odd/classes.svg").read_text()
+    assert [name for name in said if f"<!-- {name} -->" not in drawn] == []
+    status, _, err = cli("predict", "--config", "runs/odd/config.yaml", "--name=odd")
+    assert status == 0, err
+    predictions = pd.read_csv("runs/odd/predictions.csv")
+    assert set(predictions["label"]) == said
+    assert all(re.fullmatch(r".+/caf\\xe9\d\.png", image) for image in predictions["image"])
+    assert [image.split("/")[0] for image in predictions["image"]] == list(predictions["label"])
