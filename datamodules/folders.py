@@ -5,7 +5,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from datamodules.images import printable
 
 ENDINGS = (*IMG_EXTENSIONS, ".gif")
 """How names of image files end, in lower case."""
@@ -21,14 +24,25 @@ Words = tuple[list[str], list[str]]  # those of a name before and after the one 
 def files_below(folder: Path, endings: Sequence[str]) -> list[Path]:
     """Return the files with these endings, relative to `folder` and in the order of their paths; links are followed.
 
-    Hidden files and folders are left out, and so is `__MACOSX`, which a Mac's archives leave beside the data.
+    Hidden files and folders are left out, and so is `__MACOSX`, which a Mac's archives leave beside the data. A
+    MisconfigurationException is raised if one is a link to a file that is not there.
     """
     found: list[Path] = []
-    for here, folders, files in os.walk(folder, followlinks=True):
-        home = Path(here).resolve()
-        folders[:] = [name for name in visible(folders) if not home.is_relative_to(Path(here, name).resolve())]
-        below = Path(here).relative_to(folder)
-        found += [below / name for name in visible(files) if name.lower().endswith(tuple(endings))]
+    waiting = [folder]
+    for here in waiting:  # grows while it is gone through
+        for entry in os.scandir(here):
+            path = Path(entry)
+            if not visible([entry.name]):
+                continue
+            if entry.is_dir():
+                if not (entry.is_symlink() and here.resolve().is_relative_to(path.resolve())):  # a loop
+                    waiting.append(path)
+            elif entry.name.lower().endswith(tuple(endings)):
+                if entry.is_symlink() and not path.exists():
+                    raise MisconfigurationException(
+                        f"{printable(f'{path} is a link to {path.readlink()}')}, which is not there."
+                    )
+                found.append(path.relative_to(folder))
     return sorted(found)
 
 

@@ -193,34 +193,48 @@ def read_table(table: Table, split: str, image_column: str | None, label_column:
     if not image or not label:
         option, what = ("label_column", "labels") if image else ("image_column", "images")
         raise MisconfigurationException(f"{there}, none of which is known to hold {what}; name it with data.{option}.")
-    values = list(rows.select_columns([label])[label])
-    if not keys and values and isinstance(values[0], dict):
-        keys = [key for key in LABEL_KEYS if key in values[0]][:1]
-    for key in keys:
-        if not any(isinstance(value, dict) and key in value for value in values):
-            raise MisconfigurationException(f"data.label_column is {label_column!r}; there is no {key!r} in {label}.")
-        values = [value.get(key) if isinstance(value, dict) else None for value in values]
-    classes = list(kinds[label].names) if isinstance(kinds[label], datasets.ClassLabel) and not keys else []
-    values = [_as_label(value, bool(classes)) for value in values]
-    strange = [value for value in values if not isinstance(value, int | str | None)]
-    if strange or not values:
-        raise MisconfigurationException(
-            f"Column {label!r} of {source} holds {strange[0] if strange else 'nothing'!r:.60}; name the one that holds "
-            f"a label, or `{label}.key`, with data.label_column."
-        )
+    labels, classes = _labels(rows, label, keys, source)
     with reading(f"Column {image!r} of {source}", f"holds no images; {there}"):
         cells = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    for column, row in ((label, values.index(None) if None in values else -1), (image, _first_missing(cells, image))):
+        encoded_cells = cells.with_format("arrow")[:][image]
+    unlabelled = labels.index(None) if None in labels else -1
+    for column, row in ((label, unlabelled), (image, _first_empty(encoded_cells))):
         if row >= 0:
             sample = f"Sample {rows[row]['__key__']}" if "__key__" in kinds else f"Row {row} (from 0)"
             raise MisconfigurationException(
                 f"{sample} of {split} of {source} has no {column!r}; every one needs an image and a label, under the "
                 f"same names or endings."
             )
-    return Part(table.origin, values, classes, partial(TableImages, cells, image, table.home))
+    _check_files(encoded_cells, table.home)
+    return Part(table.origin, labels, classes, partial(TableImages, cells, image, table.home))
 
 
-def _as_label(value: Any, is_index: bool) -> Any:
+def _labels(rows: "Dataset", column: str, keys: list[str], source: str) -> tuple[list[Any], list[str]]:
+    """Return the label of each row, None where it has none, and class names if labels are indices of declared ones."""
+    import datasets
+
+    values = list(rows.select_columns([column])[column])
+    if not keys and values and isinstance(values[0], dict):
+        keys = [key for key in LABEL_KEYS if key in values[0]][:1]
+    for key in keys:
+        if not any(isinstance(value, dict) and key in value for value in values):
+            raise MisconfigurationException(
+                f"data.label_column is {'.'.join([column, *keys])!r}; there is no {key!r} in {column}."
+            )
+        values = [value.get(key) if isinstance(value, dict) else None for value in values]
+    kind = rows.features[column]
+    classes = list(kind.names) if isinstance(kind, datasets.ClassLabel) and not keys else []
+    labels = [_label(value, bool(classes)) for value in values]
+    strange = [label for label in labels if not isinstance(label, int | str | None)]
+    if strange or not labels:
+        raise MisconfigurationException(
+            f"Column {column!r} of {source} holds {strange[0] if strange else 'nothing'!r:.60}; name the one that "
+            f"holds a label, or `{column}.key`, with data.label_column."
+        )
+    return labels, classes
+
+
+def _label(value: Any, is_index: bool) -> Any:
     """Return a label as a whole number or word, None where there is none, and anything else as it is."""
     if isinstance(value, str):
         return value.strip() or None
@@ -229,10 +243,19 @@ def _as_label(value: Any, is_index: bool) -> Any:
     return None if is_index and value == -1 else value  # how `datasets` writes that there is none
 
 
-def _first_missing(cells: "Dataset", image: str) -> int:
-    """Return the first row without an image, or -1."""
+def _first_empty(column: Any) -> int:
+    """Return the first row of an Arrow column without an image, or -1."""
     import pyarrow.compute as pc
 
-    column = cells.with_format("arrow")[:][image]
     missing = pc.and_(*(pc.is_null(pc.struct_field(column, part)) for part in ("bytes", "path")))
     return int(pc.index(missing, True).as_py())
+
+
+def _check_files(column: Any, home: Path) -> None:
+    """Refuse an Arrow column that names a file which is not there."""
+    import pyarrow.compute as pc
+
+    paths = pc.struct_field(column, "path").filter(pc.is_null(pc.struct_field(column, "bytes")))
+    for path in paths.to_pylist():
+        if not (home / path).is_file():
+            raise MisconfigurationException(f"{home / path} is missing, where the images' paths begin in {home}.")

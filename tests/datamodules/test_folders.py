@@ -125,14 +125,19 @@ def test_leftovers_are_no_images_and_names_may_be_of_any_bytes(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [ImageFolder, HuggingFaceImages])
-def test_a_link_to_nowhere_is_named(tmp_path, kind):
+def test_a_link_to_nowhere_and_a_file_that_vanished_are_named(tmp_path, kind):
     root = write(tmp_path / "set", of_classes("train/"))
-    (root / "train" / "cat" / "gone.png").symlink_to("nowhere.png")
-    task = kind(str(root), seed=0)
+    link = root / "train" / "cat" / "gone.png"
+    link.symlink_to("nowhere.png")
+    assert refusal(kind(str(root)).setup) == f"{link} is a link to nowhere.png, which is not there."
+    (root / "train" / "cat" / "nowhere.png").symlink_to("1.png")
+    task = kind(str(root))
     task.setup()
+    assert sum(sizes(task)) == 12
+    link.unlink()
     for reach in (lambda images: images.digest(), content):
         message = refusal(lambda reach=reach: [reach(images) for images in task.images.values()])
-        assert message.startswith(f"{root / 'train' / 'cat' / 'gone.png'} ")
+        assert message.startswith(f"{link} ")
 
 
 def test_links_to_folders_are_followed(tmp_path):

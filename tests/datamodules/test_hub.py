@@ -305,7 +305,7 @@ def test_paths_in_parquet_begin_in_the_files_folder(tmp_path, monkeypatch):
     assert content(images) == [(pixels[n := int(images.name(i)[7:-4])], n % 2) for i in range(len(images))]
     images.digest()
     (folder / images.name(1)).unlink()
-    for reach in (images.digest, lambda: images[1]):
+    for reach in (images.digest, lambda: images[1], lambda: task_of("parquet", tmp_path / "set", tmp_path)):
         assert str(folder / images.name(1)) in refusal(reach)
 
 
