@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datamodules.images import printable
+from datamodules.images import printable, reading
 
 ENDINGS = (*IMG_EXTENSIONS, ".gif")
 """How names of image files end, in lower case."""
@@ -30,19 +30,17 @@ def files_below(folder: Path, endings: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     waiting = [folder]
     for here in waiting:  # grows while it is gone through
-        for entry in os.scandir(here):
-            path = Path(entry)
-            if not visible([entry.name]):
-                continue
-            if entry.is_dir():
-                if not (entry.is_symlink() and here.resolve().is_relative_to(path.resolve())):  # a loop
-                    waiting.append(path)
-            elif entry.name.lower().endswith(tuple(endings)):
-                if entry.is_symlink() and not path.exists():
-                    raise MisconfigurationException(
-                        f"{printable(f'{path} is a link to {path.readlink()}')}, which is not there."
-                    )
-                found.append(path.relative_to(folder))
+        with reading(here), os.scandir(here) as entries:
+            for entry in (each for each in entries if visible([each.name])):
+                path = here / entry.name
+                if entry.is_dir():
+                    if not (entry.is_symlink() and here.resolve().is_relative_to(path.resolve())):  # no loop
+                        waiting.append(path)
+                elif entry.name.lower().endswith(tuple(endings)):
+                    if entry.is_symlink() and not path.exists():
+                        link = printable(f"{path} is a link to {path.readlink()}")
+                        raise MisconfigurationException(f"{link}, which is not there.")
+                    found.append(path.relative_to(folder))
     return sorted(found)
 
 

@@ -130,7 +130,10 @@ def test_a_link_to_nowhere_and_a_file_that_vanished_are_named(tmp_path, kind):
     link = root / "train" / "cat" / "gone.png"
     link.symlink_to("nowhere.png")
     assert refusal(kind(str(root)).setup) == f"{link} is a link to nowhere.png, which is not there."
-    (root / "train" / "cat" / "nowhere.png").symlink_to("1.png")
+    link.with_name("nowhere.png").symlink_to("nowhere.png")  # to itself
+    assert refusal(kind(str(root)).setup).startswith(f"{link.parent} cannot be read (")
+    link.with_name("nowhere.png").unlink()
+    link.with_name("nowhere.png").symlink_to("1.png")
     task = kind(str(root))
     task.setup()
     assert sum(sizes(task)) == 12
@@ -166,6 +169,7 @@ def test_classes_of_a_few_images_are_named_and_left_out_on_request(tmp_path, kin
         for i in range(len(images)):
             assert images.name(i).split("/")[-2] == task.target.classes[int(images.labels[i])]
     assert "data.min_images is 6; 0 of 4 classes" in refusal(kind(str(root), min_images=6).setup)
+    assert "data.min_images is -1; it must be 0 or more" in refusal(lambda: kind(str(root), min_images=-1))
 
 
 def test_a_class_that_is_left_out_may_lack_in_other_splits_and_is_left_out_of_them(tmp_path):

@@ -159,6 +159,15 @@ def test_a_loaded_task_describes_itself_and_says_what_was_cut():
     )
 
 
+def test_any_task_leaves_classes_of_few_images_out():
+    values = load_digits(return_X_y=True)[1]
+    counts = [int((values == digit).sum()) for digit in (0, 1, 2)]
+    assert counts == [178, 182, 177]
+    task = set_up(Digits([0, 1, 2], min_images=178))
+    assert task.target.classes == ["0", "1"]
+    assert sum(images.labels.bincount() for images in task.images.values()).tolist() == counts[:2]
+
+
 class Two:
     """A Trainer of so many processes."""
 
