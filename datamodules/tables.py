@@ -102,10 +102,8 @@ def read_tables(
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
         if saved or not folder.is_dir():
-            if saved:
-                found: Any = datasets.load_from_disk(str(folder))
-            else:
-                found = datasets.load_dataset(source, data_files=files, cache_dir=str(cache))
+            load = partial(datasets.load_dataset, source, data_files=files, cache_dir=str(cache))
+            found: Any = datasets.load_from_disk(str(folder)) if saved else load()
             found = found if isinstance(found, dict) else {"train": found}
             return {split: Table(rows, f"split {split}", folder) for split, rows in found.items()}
         for kind, endings in KINDS.items():
@@ -258,4 +256,4 @@ def _check_files(column: Any, home: Path) -> None:
     paths = pc.struct_field(column, "path").filter(pc.is_null(pc.struct_field(column, "bytes")))
     for path in paths.to_pylist():
         if not (home / path).is_file():
-            raise MisconfigurationException(f"{home / path} is missing, where the images' paths begin in {home}.")
+            raise MisconfigurationException(f"{home / path} is missing; paths of images begin in the table's folder, {home}.")
