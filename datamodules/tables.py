@@ -256,4 +256,4 @@ def _check_files(column: Any, home: Path) -> None:
     paths = pc.struct_field(column, "path").filter(pc.is_null(pc.struct_field(column, "bytes")))
     for path in paths.to_pylist():
         if not (home / path).is_file():
-            raise MisconfigurationException(f"{home / path} is missing; paths of images begin in the table's folder, {home}.")
+            raise MisconfigurationException(f"{home / path} is missing; paths of images begin in {home}.")
