@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.images import ArrayImages, Images, Labelled
@@ -46,6 +47,7 @@ class Task(LightningDataModule, ABC):
             and none beside a backbone on the CPU, where threads load images while the backbone waits.
         seed: Decides the splits that are cut here, the order of training images, and the augmentation.
         protocol: `full`, or `vtab1k`: a seeded stratified 800 images of train and 200 of val, and all of test.
+        min_images: Classes that have fewer images in train, before splits are cut from it, are left out.
 
     Raises:
         MisconfigurationException: If an argument cannot be; the message names it.
@@ -72,6 +74,7 @@ class Task(LightningDataModule, ABC):
         num_workers: int | None = None,
         seed: int = 0,
         protocol: str = "full",
+        min_images: int = 0,
     ) -> None:
         super().__init__()
         if augmentation is None:
@@ -94,8 +97,9 @@ class Task(LightningDataModule, ABC):
                 )
         if num_workers is not None and num_workers < 0:
             raise MisconfigurationException(f"data.num_workers is {num_workers}; it must be at least 0.")
-        if seed < 0:
-            raise MisconfigurationException(f"data.seed is {seed}; it must be 0 or more.")
+        for option, number in (("seed", seed), ("min_images", min_images)):
+            if number < 0:
+                raise MisconfigurationException(f"data.{option} is {number}; it must be 0 or more.")
         self.root = Path(root).expanduser()
         self.batch_size = batch_size
         self.augmentation = augmentation
@@ -103,6 +107,10 @@ class Task(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.protocol = protocol
+        self.min_images = min_images
+        self.origins: dict[str, str] = {}
+        """What put images into each split, as a run says it at its start; set in `load`, where there is more to say
+        than that they were published so."""
         self.images: Mapping[str, Labelled] = {}
         self._features: dict[str, Sequence[Rows]] = {}
         self.extract: Callable[[str], Sequence[Rows]] | None = None
@@ -127,7 +135,7 @@ class Task(LightningDataModule, ABC):
                 or a label cannot be.
         """
         if not self.images:
-            images = self._cut_missing(self.load())
+            images = self._cut_missing(self._without_small_classes(self.load()))
             for split, size in PROTOCOLS[self.protocol].items():
                 if len(images[split]) < size:
                     raise MisconfigurationException(
@@ -137,6 +145,8 @@ class Task(LightningDataModule, ABC):
                 sample = stratified_split(images[split].labels, [size], self.seed)[1]
                 images[split] = images[split].subset(sample)
             for split in SPLITS:
+                if not len(images[split]):
+                    raise MisconfigurationException(f"The {split} split of {self.name} has no images.")
                 self.target.check(images[split], split, self.name)
             self.images = images
         processes = self.trainer.world_size if self.trainer else 1
@@ -148,23 +158,53 @@ class Task(LightningDataModule, ABC):
                 )
 
     def describe(self) -> str:
-        """Return the sizes of the splits and the target in one line, after `setup`."""
-        sizes = ", ".join(f"{len(self.images[split]):,} {split}" for split in SPLITS)
+        """Return the sizes of the splits, what put images there, and the target in one line, after `setup`."""
+        origins = {split: f" ({origin})" for split, origin in self.origins.items()}
+        sizes = ", ".join(f"{len(self.images[split]):,} {split}{origins.get(split, '')}" for split in SPLITS)
         kind = f"vectors of {self.width:,} values" if self.vectors else "images"
         return f"{self.label}: {sizes} {kind}, {self.target.describe()}"
+
+    def _without_small_classes(self, images: Mapping[str, Labelled]) -> Mapping[str, Labelled]:
+        """Return the splits without classes that have fewer than `min_images` images in train, and say which."""
+        if not self.min_images or not isinstance(self.target, Multiclass):
+            return images
+        counts = images["train"].labels.bincount(minlength=self.target.outputs)
+        kept = (counts >= self.min_images).nonzero()[:, 0]
+        if len(kept) < 2:
+            raise MisconfigurationException(
+                f"data.min_images is {self.min_images}; {len(kept)} of {len(counts)} classes of {self.name} have so "
+                f"many images in train, and a task needs at least two."
+            )
+        left = [f"{self.target.classes[i]} ({counts[i]})" for i in (counts < self.min_images).nonzero()[:, 0]]
+        if not left:
+            return images
+        rank_zero_info(
+            f"{len(left)} of {len(counts)} classes of {self.name} are left out, with fewer than {self.min_images} "
+            f"images in train: {', '.join(left[:10])}{', ...' if len(left) > 10 else ''}."
+        )
+        self.target = Multiclass([self.target.classes[i] for i in kept])
+        indices = torch.full((len(counts),), -1).index_copy(0, kept, torch.arange(len(kept)))
+        remaining: dict[str, Labelled] = {}
+        for split, labelled in images.items():
+            remaining[split] = labelled.subset((indices[labelled.labels] >= 0).nonzero()[:, 0])
+            remaining[split].labels = indices[remaining[split].labels]
+        return remaining
 
     def _cut_missing(self, images: Mapping[str, Labelled]) -> dict[str, Labelled]:
         """Return all splits; those that are missing are seeded stratified parts of train, as large as `cut` says."""
         missing = {split: self.cut[split] for split in SPLITS if split not in images}
         if not missing:
             return dict(images)
-        train = images["train"]
+        train, least = images["train"], len(missing) + 1
         labels, counts = train.labels.unique(return_counts=True)
-        if any(isinstance(part, float) for part in missing.values()) and counts.min() <= len(missing):
+        if any(isinstance(part, float) for part in missing.values()) and counts.min() < least:
+            few = self.target.name(labels[counts < least]).tolist()
             raise MisconfigurationException(
-                f"Class {self.target.name(labels[counts.argmin()]).item()!r} of {self.name} has {int(counts.min())} "
-                f"images in train; to cut {' and '.join(missing)} from it, it needs at least {len(missing) + 1}."
+                f"Class {few[0]!r} of {self.name} has {int(counts[counts < least][0])} images in train; to cut "
+                f"{' and '.join(missing)} from it, it needs at least {least}. --data.min_images {least} leaves such "
+                f"classes out: {', '.join(map(repr, few[:10]))}{', ...' if len(few) > 10 else ''}."
             )
+        self.origins |= dict.fromkeys(missing, "cut from train")
         pieces = stratified_split(train.labels, list(missing.values()), self.seed)
         found = {**images, **dict(zip(("train", *missing), map(train.subset, pieces), strict=True))}
         return {split: found[split] for split in SPLITS}

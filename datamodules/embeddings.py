@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from datamodules.base import SPLITS, Task
-from datamodules.hub import SPLIT_NAMES
+from datamodules.folders import SPLIT_NAMES
 from datamodules.images import Labelled
 from datamodules.readers import LABELS, SEVERAL, WORDS, check_file, open_arrays, read_labels, read_vectors
 from datamodules.targets import Multiclass
@@ -117,9 +117,13 @@ class Embeddings(Task):
         A MisconfigurationException is raised if an array is not there, or what the files hold does not fit together.
         """
         if self.feature_file and self.label_file:
-            parts = self._divide(self._read(self.feature_file, self.label_file), self.split_file or self.label_file)
+            words = self.split_file or self.label_file
+            parts = self._divide(self._read(self.feature_file, self.label_file), words)
+            origin = f"split words of {words.name}" if len(parts) > 1 else f"file {self.feature_file.name}"
+            self.origins = dict.fromkeys(parts, origin)
         else:
             parts = {split: self._read(file, file) for split, file in self._split_files().items()}
+            self.origins = {split: f"file {part.file.name}" for split, part in parts.items()}
         classes = np.unique(parts["train"].labels)
         self.target = Multiclass([str(value) for value in classes.tolist()])
         self.width = parts["train"].matrix.shape[1]

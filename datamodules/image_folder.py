@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.base import SPLITS, Task
-from datamodules.images import FileImages, Images, as_labels
+from datamodules.folders import ENDINGS, files_below, visible
+from datamodules.images import FileImages, Images, as_labels, printable
 from datamodules.targets import Multiclass
 
 
@@ -27,7 +27,7 @@ class ImageFolder(Task):
 
     def __init__(self, root: str, **kwargs: Any) -> None:
         super().__init__(root, **kwargs)
-        self.name = self.root.resolve().name
+        self.name = printable(self.root.resolve().name)
         if not (self.root / "train").is_dir():
             raise MisconfigurationException(
                 f"{self.root} has no folder train/; images belong into {self.root}/train/<class>/<image>."
@@ -35,37 +35,39 @@ class ImageFolder(Task):
 
     def load(self) -> dict[str, Images]:
         """Return the splits that are there."""
-        classes = _folders(self.root / "train")
+        files = {split: _by_class(self.root / split) for split in SPLITS if (self.root / split).is_dir()}
+        classes = sorted(files["train"])
         if len(classes) < 2:
             raise MisconfigurationException(
                 f"{self.root / 'train'} holds {len(classes)} classes; a task needs at least two folders of images."
             )
-        self.target = Multiclass(classes)
-        return {split: _read(self.root / split, classes) for split in SPLITS if (self.root / split).is_dir()}
-
-
-def _read(folder: Path, classes: list[str]) -> FileImages:
-    """Return the images of a split, whose folders must be the classes."""
-    folders = _folders(folder)
-    if folders != classes:
-        absent, unknown = set(classes) - set(folders), set(folders) - set(classes)
-        differences = [f"lacks {sorted(absent)[:5]}"] * bool(absent) + [f"adds {sorted(unknown)[:5]}"] * bool(unknown)
-        raise MisconfigurationException(
-            f"Classes must agree between splits: compared with train, {folder} {' and '.join(differences)}."
-        )
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-        names = [path.relative_to(folder).as_posix() for path in found if not path.is_dir()]
-        images = [image for image in names if "/." not in image]  # no hidden files, as macOS leaves beside each image
-        if not images:
-            raise MisconfigurationException(
-                f"{folder / name} holds no images; known endings are {', '.join(IMG_EXTENSIONS)}."
+        required = {name for name in classes if len(files["train"][name]) >= self.min_images}
+        for split, found in files.items():
+            folder, absent, unknown = (
+                self.root / split,
+                sorted(required - set(found)),
+                sorted(set(found) - set(classes)),
             )
-        files += images
-        labels += [label] * len(images)
-    return FileImages(folder, files, as_labels(labels))
+            differences = [f"lacks {absent[:5]}"] * bool(absent) + [f"adds {unknown[:5]}"] * bool(unknown)
+            if differences:
+                raise MisconfigurationException(
+                    f"Classes must agree between splits: compared with train, {folder} {' and '.join(differences)}."
+                )
+            if empty := [name for name in sorted(required) if not found[name]]:
+                raise MisconfigurationException(
+                    f"{folder / empty[0]} holds no images; known endings are {', '.join(ENDINGS)}."
+                )
+        self.target = Multiclass([printable(name) for name in classes])
+        self.origins = {split: f"folder {split}" for split in files}
+        return {split: self._images(split, classes, found) for split, found in files.items()}
+
+    def _images(self, split: str, classes: list[str], found: dict[str, list[str]]) -> FileImages:
+        labels = [label for label, name in enumerate(classes) for _ in found.get(name, [])]
+        names = [file for name in classes for file in found.get(name, [])]
+        return FileImages(self.root / split, names, as_labels(labels))
 
 
-def _folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _by_class(folder: Path) -> dict[str, list[str]]:
+    """Return the images of each class of a split, named below its folder."""
+    classes = visible(path.name for path in folder.iterdir() if path.is_dir())
+    return {name: [f"{name}/{file.as_posix()}" for file in files_below(folder / name, ENDINGS)] for name in classes}

@@ -90,14 +90,13 @@ class FileImages(Images):
 
     def name(self, index: int) -> str:
         """Return the path of the image below its root."""
-        return self.files[index]
+        return printable(self.files[index])
 
     def digest(self) -> str:
         """Return a hash of every file's name, size, time of last change and label, without reading them."""
         digest = hashlib.blake2b(digest_size=16)
         for file, label in zip(self.files, self.labels.tolist(), strict=True):
-            status = (self.root / file).stat()
-            digest.update(f"{file}|{status.st_size}|{status.st_mtime_ns}|{label}\n".encode())
+            digest.update(stamp(self.root / file, file) + f"|{label}\n".encode())
         return digest.hexdigest()
 
 
@@ -124,6 +123,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def stamp(path: Path, name: str) -> bytes:
+    """Return what tells whether a file, called `name`, is still the same: its size and the time of its last change."""
+    with reading(path):
+        status = path.stat()
+    return f"{name}|{status.st_size}|{status.st_mtime_ns}".encode(errors="surrogateescape")
+
+
+def printable(name: str) -> str:
+    """Return a name of a file or folder as text that any file can hold; bytes that are no UTF-8 become `\\xe9`."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def reading(name: object, failure: str = "cannot be read") -> Iterator[None]:
     """Turn any error into a MisconfigurationException of one line: `name`, what is wrong with it, and the reason."""
@@ -132,7 +143,7 @@ def reading(name: object, failure: str = "cannot be read") -> Iterator[None]:
     except MisconfigurationException:
         raise
     except Exception as error:  # readers raise many kinds
-        raise MisconfigurationException(f"{name} {failure} ({one_line(error)}).") from error
+        raise MisconfigurationException(f"{printable(str(name))} {failure} ({one_line(error)}).") from error
 
 
 def as_labels(values: Sequence[int] | np.ndarray) -> Tensor:

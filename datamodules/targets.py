@@ -77,7 +77,8 @@ class Multiclass(Target):
     def check(self, images: Labelled, split: str, task: str) -> None:
         """Refuse fewer than two classes, labels that are no classes, and a train split of one class.
 
-        Classes without a training image are named, as no probe can learn them.
+        Classes without a training image are named, as no probe can learn them; of validation and test it is said where
+        a single image decides about a point of accuracy or more, or about all of a class.
         """
         if self.outputs < 2:
             raise MisconfigurationException(
@@ -90,8 +91,16 @@ class Multiclass(Target):
                 f"The label of {images.name(index)} in {split} of {task} is {int(images.labels[index])}; it must be a "
                 f"class index from 0 to {self.outputs - 1}."
             )
-        lacking = images.labels.bincount(minlength=self.outputs) == 0
-        absent = [self.classes[i] for i in lacking.nonzero()[:, 0]] if split == "train" else []
+        counts = images.labels.bincount(minlength=self.outputs)
+        single = int((counts <= 1).sum())
+        if split != "train" and (single or len(images) < 100):
+            rank_zero_info(
+                f"{split} of {task} is small: one of its {len(images):,} images is {100 / len(images):.2g} % of the "
+                f"accuracy"
+                + f", and {single:,} of {self.outputs:,} classes have at most one image" * bool(single)
+                + "."
+            )
+        absent = [self.classes[i] for i in (counts == 0).nonzero()[:, 0]] if split == "train" else []
         if len(absent) == self.outputs - 1:
             raise MisconfigurationException(
                 f"All of train of {task} is of class {self.classes[int(images.labels[0])]!r}; a probe needs at least "

@@ -153,7 +153,7 @@ def test_a_run_begins_with_what_it_will_do_as_resolved(cli, tmp_path, monkeypatc
     status, _, err = cli(*QUICK, *overlay, "--model.backbone.kwargs={}")
     assert status == 0, err
     block = dict(re.findall(r"^([a-z ]+?)  +(\S.*)$", err, re.MULTILINE))
-    assert block["task"].startswith("digits: 538 train, 179 val, 179 test images, 5 classes")
+    assert block["task"].startswith("digits: 538 train, 179 val (cut from train), 179 test (cut")
     assert block["backbone"].startswith("resnet18, random weights, layer penultimate (512 neurons), 3 x 32 x 32")
     assert block["features"] == "clean view, extracted once"
     assert block["solver"].startswith("SGD (learning_rate 0.1, ")

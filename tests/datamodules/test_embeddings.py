@@ -261,7 +261,10 @@ def test_a_split_that_is_not_given_is_cut_from_train_alone(tmp_path):
     task = set_up(features=write(tmp_path, ".npz", split=words))
     assert np.array_equal(task.images["test"].rows.numpy(), np.flatnonzero(words == "test"))
     assert sizes(task) == (64, 16, 20)
-    assert task.describe() == "mine: 64 train, 16 val, 20 test vectors of 12 values, 2 classes"
+    assert task.describe() == (
+        "mine: 64 train (split words of mine.npz), 16 val (cut from train), 20 test (split words of mine.npz) vectors "
+        "of 12 values, 2 classes"
+    )
 
 
 def test_a_folder_holds_a_file_for_each_split(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from replicas import content, packed, refusal, sizes
 
 from datamodules import HuggingFaceImages, ImageFolder
+from datamodules.splits import Percent
 
 KINDS = ("folder", "webdataset", "parquet", "imagefolder")
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real images beside the checkout")
@@ -215,3 +216,165 @@ def test_an_empty_folder_and_an_unknown_name_are_named(tmp_path, monkeypatch):
         task = HuggingFaceImages(name, root=str(tmp_path))
         assert f"data.name is {name!r}, which could not be had (" in refusal(task.prepare_data)
         assert f"data.name is {name!r}, which could not be had (" in refusal(task.setup)
+
+
+# -------------------------------------------------------------------------------------------- how files say their split
+
+SHARDS = {
+    "shards": (
+        ["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"],
+        "8 train (file train-00000-of-00002.parquet and 1 more), 2 val (cut from train), "
+        "5 test (file test-00000-of-00001.parquet)",
+    ),
+    "names that differ in the split": (
+        ["birds-train-0", "birds-train-1", "birds-validation-0"],
+        "8 train (file birds-train-0.parquet and 1 more), 5 val (file birds-validation-0.parquet), 2 test (cut",
+    ),
+    "hashes": (
+        ["train-00000-of-00001-a09b74b3ef9c3b56", "test-00000-of-00001-c0ffee00c0ffee00"],
+        "4 train (file train-00000-of-00001-a09b74b3ef9c3b56.parquet), 1 val (cut from train), 5 test (file test-0",
+    ),
+    "folders": (
+        ["data/Training/a_test", "data/Testing/b"],
+        "4 train (folder Training), 1 val (cut from train), 5 test (",
+    ),
+    "names that say something else": (["litmus_test", "blots"], "6 train (no split is named), 2 val (cut from train)"),
+    "a single file": (["litmus_test"], "3 train (no split is named), 1 val (cut from train), 1 test (cut from train)"),
+}
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+def test_a_files_name_counts_where_it_is_that_of_a_split_or_as_one_of_train_but_for_it(tmp_path, shards):
+    names, said = SHARDS[shards]
+    for name in [*names, "._train", "__MACOSX/test"]:  # the last two are leftovers, and no Parquet files
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / f"{name}.parquet").write_bytes(b"Mac OS X")
+    struct = [{"bytes": image, "path": None} for image in noise(5)]
+    for name in names:
+        pq.write_table(pa.table({"image": struct, "label": list("aaabb")}), tmp_path / "set" / f"{name}.parquet")
+    task = HuggingFaceImages(str(tmp_path / "set"), root=str(tmp_path), seed=0)
+    task.cut = {split: Percent(20) for split in ("val", "test")}
+    task.setup()
+    assert said in task.describe()
+
+
+def test_folders_that_save_to_disk_wrote_are_read_as_they_are(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    saved = Dataset.from_dict({"image": [Image.open(io.BytesIO(each)) for each in noise()], "label": ["a", "b"] * 6})
+    test = saved.select([5, 1, 7, 2])
+    DatasetDict(train=saved, test=test).save_to_disk(tmp_path / "both")
+    saved.save_to_disk(tmp_path / "single")
+    both, single = (task_of("saved", tmp_path / name, tmp_path) for name in ("both", "single"))
+    assert (
+        both.describe() == "both: 10 train (split train), 2 val (cut from train), 4 test (split test) images, 2 classes"
+    )
+    assert sizes(single) == (8, 2, 2)
+    pixels = [np.asarray(Image.open(io.BytesIO(each))).tobytes() for each in noise()]
+    assert content(both.images["test"]) == [(pixels[i], i % 2) for i in (5, 1, 7, 2)]
+    assert sorted(each for images in single.images.values() for each in content(images)) == sorted(
+        (pixels[i], i % 2) for i in range(12)
+    )
+
+
+def test_a_metadata_file_says_the_labels_of_images_beside_it(tmp_path):
+    for split, number in (("train", 8), ("test", 4)):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for i, image in enumerate(noise(number)):
+            (tmp_path / "set" / split / f"valid_{i}.png").write_bytes(image)
+        rows = "".join(f"valid_{i}.png,{'ab'[i % 2]}\n" for i in range(number))
+        (tmp_path / "set" / split / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    task = task_of("metadata", tmp_path / "set", tmp_path)
+    assert (
+        task.describe() == "set: 6 train (folder train), 2 val (cut from train), 4 test (folder test) images, 2 classes"
+    )
+    pixels = [np.asarray(Image.open(io.BytesIO(each))).tobytes() for each in noise(4)]
+    assert content(task.images["test"]) == [(pixels[i], i % 2) for i in range(4)]
+
+
+def test_paths_in_parquet_begin_in_the_files_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # and not here
+    folder = tmp_path / "set" / "data"
+    (folder / "images").mkdir(parents=True)
+    struct = [{"bytes": None, "path": f"images/{i}.png"} for i in range(12)]
+    pq.write_table(pa.table({"image": struct, "label": [0, 1] * 6}), folder / "train-00000-of-00001.parquet")
+    for i, image in enumerate(noise()):
+        (folder / "images" / f"{i}.png").write_bytes(image)
+    images = task_of("parquet", tmp_path / "set", tmp_path).images["train"]
+    pixels = [np.asarray(Image.open(io.BytesIO(each))).tobytes() for each in noise()]
+    assert content(images) == [(pixels[n := int(images.name(i)[7:-4])], n % 2) for i in range(len(images))]
+    images.digest()
+    (folder / images.name(1)).unlink()
+    for reach in (images.digest, lambda: images[1], lambda: task_of("parquet", tmp_path / "set", tmp_path)):
+        assert str(folder / images.name(1)) in refusal(reach)
+
+
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("lacking", ["jpg", "cls"])
+def test_a_sample_of_a_tar_without_image_or_label_is_named(tmp_path, first, lacking):
+    (tmp_path / "set").mkdir()
+    files = {
+        f"{i:04d}.{end}": image if end == "jpg" else b"01"[i % 2 :][:1]
+        for i, image in enumerate(noise())
+        for end in ("jpg", "cls")
+    }
+    del files[f"{first + 1:04d}.{lacking}"]
+    (tmp_path / "set" / "train-0.tar").write_bytes(packed("train-0.tar", files))
+    message = refusal(lambda: task_of("webdataset", tmp_path / "set", tmp_path))
+    assert message.startswith(f"Sample {first + 1:04d} of ")
+    assert lacking in message
+    assert str(tmp_path / "set") in message
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        ([0, 1, 0, None], "Row 3 (from 0) of train of"),
+        (["a", None, "b", "b"], "Row 1 (from 0) of train of"),
+        (["a", "b", " ", "b"], "Row 2 (from 0) of train of"),
+        ([0.0, 1.0, float("nan"), 0.0], "Row 2 (from 0) of train of"),
+        ([0.0, 1.0, 0.5, 0.0], "holds 0.5"),
+    ],
+)
+def test_a_row_without_a_label_is_named(tmp_path, labels, named):
+    parquet(tmp_path / "set", noise(4), label=labels)
+    message = refusal(lambda: task_of("parquet", tmp_path / "set", tmp_path))
+    assert named in message
+    assert str(tmp_path / "set") in message
+    assert "'label'" in message
+
+
+def test_a_row_without_an_image_is_named(tmp_path):
+    (tmp_path / "set").mkdir()
+    for row, cell in ((2, None), (1, {"bytes": None, "path": None})):
+        struct = [{"bytes": image, "path": None} for image in noise(4)]
+        struct[row] = cell
+        pq.write_table(pa.table({"image": struct, "label": [0, 1, 0, 1]}), tmp_path / "set" / "all.parquet")
+        message = refusal(lambda: task_of("parquet", tmp_path / "set", tmp_path))
+        assert message.startswith(f"Row {row} (from 0) of train of {tmp_path / 'set'} has no 'image'")
+
+
+def test_whole_floats_are_labels(tmp_path):
+    parquet(tmp_path / "set", noise(), label=[3.0, 7.0] * 6)
+    assert task_of("parquet", tmp_path / "set", tmp_path).target.classes == ["3", "7"]
+
+
+@pytest.mark.parametrize("names", ["upper case", "dots", "two kinds"])
+def test_a_tars_names_are_read_or_it_is_said_what_to_rename(tmp_path, names):
+    (tmp_path / "set").mkdir()
+    files = {}
+    for i, image in enumerate(noise()):
+        key, ending, label = {
+            "upper case": (f"{i:04d}", "PNG", "CLS"),
+            "dots": (f"a.b.{i:04d}", "png", "cls"),
+            "two kinds": (f"{i:04d}", "png" if i < 9 else "webp", "cls"),
+        }[names]
+        files |= {f"{key}.{ending}": image, f"{key}.{label}": b"01"[i % 2 :][:1]}
+    (tmp_path / "set" / "train-0.tar").write_bytes(packed("train-0.tar", files))
+    load = lambda: task_of("webdataset", tmp_path / "set", tmp_path)  # noqa: E731
+    if names == "upper case":
+        assert sizes(load()) == (8, 2, 2)
+    elif names == "dots":
+        assert refusal(load).endswith("rename them, as a.b.0000.png to a_b_0000.png.")
+    else:
+        assert refusal(load).startswith("Sample 0009 of train of ")

@@ -178,8 +178,19 @@ def test_images_are_extracted_in_exactly_these_batches_and_this_view(view):
     assert task.view_provenance(2) == "paper view 2 of seed 0"
 
 
-def test_a_loaded_task_describes_itself():
-    assert set_up(Digits([5, 6, 7, 8, 9])).describe() == "digits: 538 train, 179 val, 179 test images, 5 classes"
+def test_a_loaded_task_describes_itself_and_says_what_was_cut():
+    assert set_up(Digits([5, 6, 7, 8, 9])).describe() == (
+        "digits: 538 train, 179 val (cut from train), 179 test (cut from train) images, 5 classes"
+    )
+
+
+def test_any_task_leaves_classes_of_few_images_out():
+    values = load_digits(return_X_y=True)[1]
+    counts = [int((values == digit).sum()) for digit in (0, 1, 2)]
+    assert counts == [178, 182, 177]
+    task = set_up(Digits([0, 1, 2], min_images=178))
+    assert task.target.classes == ["0", "1"]
+    assert sum(images.labels.bincount() for images in task.images.values()).tolist() == counts[:2]
 
 
 class Two:
