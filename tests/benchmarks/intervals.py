@@ -11,6 +11,7 @@ which an answer says that a subset is certain to keep a share, the share in whic
 
 import argparse
 import itertools
+from concurrent.futures import Future, ProcessPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,14 +91,24 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     arguments = parser.parse_args()
     trials = 3 if arguments.quick else arguments.trials
-    print("| seeds | images | " + " | ".join(f"{rule}, {delta:g}" for rule, delta in itertools.product(RULES, DELTAS)))
-    for seeds, images in itertools.product((3, 5, 10), (240, 1000, 10_000)):
-        found = coverage(seeds, images, trials).values()
-        print(f"| {seeds} | {images:,} | " + " | ".join(f"{100 * share:.1f}" for share in found), flush=True)
-    print("\n| seeds | validation images | " + " | ".join(f"{delta:g}" for delta in DELTAS))
-    for seeds, validation in itertools.product((3, 5, 10), (160, 1000)):
-        found = broken_promises(seeds, validation, 400, trials).values()
-        print(f"| {seeds} | {validation:,} | " + " | ".join(f"{100 * share:.1f}" for share in found), flush=True)
+    with ProcessPoolExecutor() as pool:
+        intervals = {
+            sizes: pool.submit(coverage, *sizes, trials) for sizes in itertools.product((3, 5, 10), (10_000, 1000, 240))
+        }
+        promises = {
+            sizes: pool.submit(broken_promises, *sizes, 400, trials)
+            for sizes in itertools.product((3, 5, 10), (1000, 160))
+        }
+        columns = [f"{rule}, {delta:g}" for rule, delta in itertools.product(RULES, DELTAS)]
+        show(["seeds", "images", *columns], intervals)
+        show(["seeds", "validation images", *(f"{delta:g}" for delta in DELTAS)], promises)
+
+
+def show(heading: list[str], found: dict[tuple[int, int], "Future"]) -> None:
+    """Print a table of shares in percent, by seeds and images."""
+    print(f"\n| {' | '.join(heading)} |\n|{' --- |' * len(heading)}")
+    for (seeds, images), shares in sorted(found.items()):
+        print(f"| {seeds} | {images:,} | {' | '.join(f'{100 * share:.1f}' for share in shares.result().values())} |")
 
 
 if __name__ == "__main__":

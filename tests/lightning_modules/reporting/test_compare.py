@@ -10,7 +10,7 @@ import yaml
 from conftest import SHARED
 from made_up import ACCURACY
 
-from lightning_modules.reporting.compare import group_means
+from lightning_modules.reporting.compare import group_means, redundancy_differences
 from lightning_modules.reporting.figures import pareto_frontier
 from lightning_modules.results.results import Results
 
@@ -239,3 +239,23 @@ def test_group_means_weigh_tasks_alike_and_are_missing_where_a_task_was_not_meas
     np.testing.assert_allclose(table["redundancy"], [0.25, 0.9, 1.4 / 3])
     np.testing.assert_allclose(table["accuracy_0.1"], [0.25, 0.45, 0.95 / 3])
     np.testing.assert_allclose(table["accuracy_0.5"], [np.nan, 0.45, np.nan])
+
+
+def test_of_each_two_it_says_whether_they_differ():
+    cells = pd.DataFrame(
+        [
+            {"task": "pets", "series": "a", "redundancy": 0.9, "low": 0.8, "high": 0.95},
+            {"task": "pets", "series": "b", "redundancy": 0.5, "low": 0.2, "high": 0.8},
+            {"task": "pets", "series": "c", "redundancy": 0.8, "low": 0.5, "high": 0.9},
+            {"task": "food", "series": "a", "redundancy": 0.9, "low": np.nan, "high": np.nan},
+            {"task": "food", "series": "b", "redundancy": 0.5, "low": 0.2, "high": 0.8},
+        ]
+    )
+    given = redundancy_differences(cells).set_index(["task", "first", "second"])
+    row = given.loc[("pets", "a", "b")]
+    assert row["difference"] == pytest.approx(0.4)
+    # Root of the squared distances to the nearer limits, 0.1 and 0.3 below, 0.05 and 0.3 above.
+    assert row["low"] == pytest.approx(0.4 - np.sqrt(0.1**2 + 0.3**2))
+    assert row["high"] == pytest.approx(0.4 + np.sqrt(0.05**2 + 0.3**2))
+    assert given["differ"].tolist() == ["yes", "not sure", "not sure", "unknown"]
+    assert len(given) == 4
