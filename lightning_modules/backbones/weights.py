@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_modules.files import CONFIGS
+
 CONTAINERS = ("state_dict", "model")  # Keys of a checkpoint under which training code keeps the state dict
 PREFIXES = ("module", "model", "backbone", "network", "encoder", "_orig_mod")
 """Names of wrapper modules that precede every parameter's name, alone or nested (`module.model.`)."""
@@ -22,7 +24,7 @@ COMPANIONS = ("attacker", "normalizer")  # Modules that adversarial-training lib
 
 def find(path: str) -> Path:
     """Return the file `path`, looked up in the current folder and then in `configs/`; refuse one that is in neither."""
-    for candidate in (Path(path).expanduser(), Path(__file__).parents[2] / "configs" / path):
+    for candidate in (Path(path).expanduser(), CONFIGS / path):
         if candidate.is_file():
             return candidate
     raise MisconfigurationException(
