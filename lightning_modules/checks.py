@@ -72,7 +72,7 @@ def monitors(trainer: Trainer, logged: Sequence[str], probes: Sequence[Probe] = 
     for callback in callbacks if all(type(each).__module__.startswith("lightning") for each in callbacks) else ():
         monitor = getattr(callback, "monitor", None)
         if monitor not in (None, "epoch", "step", *names) and getattr(callback, "strict", True):
-            near = difflib.get_close_matches(monitor, names, n=3, cutoff=0)
+            near = difflib.get_close_matches(str(monitor), names, n=3, cutoff=0)
             raise MisconfigurationException(
                 f"{type(callback).__name__}'s monitor is {monitor!r}, which is not logged; near it are "
                 f"{', '.join(near)}."

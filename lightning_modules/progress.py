@@ -49,7 +49,7 @@ class Progress(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         """Go on by `n` units."""
-        self.done += n or 0
+        self.done += int(n or 0)
         now = time.monotonic()
         if self.is_told and now - self.told_at >= PAUSE and 10 * (self.done - self.told) >= (self.total or 0):
             what, unit = self.words
@@ -93,4 +93,6 @@ class FitProgress(ProgressBar):
         """End the bar's line."""
         self.bar.close()
 
-    on_exception = on_train_end
+    def on_exception(self, *_: Any) -> None:
+        """End the bar's line, as what went wrong has its own."""
+        self.bar.close()

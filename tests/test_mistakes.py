@@ -514,7 +514,7 @@ class Foreign(SGD):
 
 
 class Bug(SGD):
-    def prepare(self, model):
+    def candidates(self):
         return {}["x"]
 """
 
