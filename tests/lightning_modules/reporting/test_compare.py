@@ -158,7 +158,8 @@ def test_the_largest_group_that_is_comparable_is_taken_and_the_others_are_named(
     assert table["pets"].to_dict() == {"net": 0.5, "two": 0.9}
     assert [line for line in out.splitlines() if line.startswith("Left out")] == [
         "Left out: runs/g. runs/g/results.csv has no rows of the test split; finish the run.",
-        "Left out: runs/h. runs/h/results.csv has no task, backbone, selection, split, accuracy; a fit writes such a file.",
+        "Left out: runs/h. runs/h/results.csv has no task, backbone, selection, split, accuracy; a fit writes such a "
+        "file.",
         "Left out: runs/a. Not comparable: the solver is sgd in runs/b, but ridge in runs/a.",
         "Left out: runs/e. runs/b and runs/e both measure random subsets of net, layer penultimate, on pets; leave one "
         "of them out.",
