@@ -13,7 +13,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.images import ArrayImages, Images, Labelled
-from datamodules.loading import Batch, FeatureBatches, ImageBatches, JoinedRows, Request, RequestSampler, Rows
+from datamodules.loading import (
+    Batch,
+    FeatureBatches,
+    ImageBatches,
+    JoinedRows,
+    Request,
+    RequestSampler,
+    Rows,
+    affordable,
+)
 from datamodules.splits import Part, stratified_split
 from datamodules.targets import Multiclass, Target
 from datamodules.transforms import AUGMENTATIONS, VIEWS, Preprocessing
@@ -25,7 +34,7 @@ PROTOCOLS: dict[str, dict[str, int]] = {"full": {}, "vtab1k": {"train": 800, "va
 
 def class_names(task: str) -> tuple[str, ...]:
     """Return the class names of a published task, in the order of their indices; `classes/` lists them."""
-    return tuple(Path(__file__).with_name("classes").joinpath(f"{task}.txt").read_text().splitlines())
+    return tuple(Path(__file__).with_name("classes").joinpath(f"{task}.txt").read_text(encoding="utf-8").splitlines())
 
 
 class Task(LightningDataModule, ABC):
@@ -281,11 +290,12 @@ class Task(LightningDataModule, ABC):
     def _loader(
         self, batches: ImageBatches | FeatureBatches, requests: RequestSampler | Sequence[Request]
     ) -> "DataLoader[Batch]":
+        workers = affordable(self._workers(batches), batches, requests) if isinstance(batches, ImageBatches) else 0
         return DataLoader(
             batches,
             batch_size=None,  # a request already is a batch
             sampler=requests,
-            num_workers=self._workers(batches) if isinstance(batches, ImageBatches) else 0,
+            num_workers=workers,
             pin_memory=bool(self.trainer and self.trainer.strategy.root_device.type == "cuda"),
         )
 

@@ -157,7 +157,7 @@ def listed_images(folder: Path, names: Sequence[str], labels: Tensor) -> FileIma
 def read_lines(file: Path) -> list[str]:
     """Return the lines of a text file."""
     with reading(file):
-        return file.read_text().splitlines()
+        return file.read_text(encoding="utf-8").splitlines()
 
 
 def read_matlab(file: Path, name: str) -> np.ndarray:

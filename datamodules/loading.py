@@ -4,19 +4,27 @@ A sampler yields a `Request` for each batch, and a data set answers it with a `B
 that augmentation is a function of (seed, epoch, index) also in worker processes, which are not told the epoch.
 """
 
+import math
+import os
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.images import Images
 from datamodules.transforms import Preprocessing, Transform, normalise
+
+SHARED = Path("/dev/shm")
+"""Shared memory, where Linux has it, through which workers hand over their batches."""
 
 
 class Request(NamedTuple):
@@ -137,3 +145,26 @@ class FeatureBatches(Dataset[Batch]):
         indices = torch.tensor(request.indices, dtype=torch.int64)
         inputs = self.views[request.epoch % len(self.views)][indices]
         return Batch(inputs, self.labels[indices], indices, request.total)
+
+
+def affordable(workers: int, batches: ImageBatches, requests: RequestSampler | Sequence[Request]) -> int:
+    """Return for how many of the workers shared memory has room, and say so where that is not for all.
+
+    A worker keeps two batches there ahead, and those of validation do beside those of training. Where it is full, a
+    worker is killed, and the run waits for it.
+    """
+    if not workers or not SHARED.is_dir():
+        return workers
+    if isinstance(requests, RequestSampler):
+        images = -(-requests.batch_size // requests.processes)
+    else:
+        images = max((len(request.indices) for request in requests), default=0)
+    needed = 4 * images * 4 * math.prod(batches.preprocessing["input_size"])  # four batches of float32, in bytes
+    free = shutil.disk_usage(SHARED).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = free // max(needed, 1)
+    if room < workers:
+        rank_zero_info(
+            f"{SHARED} has {free / 1e6:,.0f} MB free, room for {room} of {workers} workers with {needed / 1e6:,.0f} MB "
+            f"each; docker run takes --shm-size for more."
+        )
+    return min(workers, room)

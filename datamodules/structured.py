@@ -49,7 +49,7 @@ class CLEVRCount(DownloadedTask):
         folder = self.folder / "CLEVR_v1.0"
         file = folder / "scenes" / f"CLEVR_{part}_scenes.json"
         with reading(file, "holds no annotations of scenes"):
-            scenes = json.loads(file.read_text())["scenes"]
+            scenes = json.loads(file.read_text(encoding="utf-8"))["scenes"]
             names = [scene["image_filename"] for scene in scenes]
             labels = self.class_indices([self.label_of(scene["objects"]) for scene in scenes], file)
         return listed_images(folder / "images" / part, names, labels)

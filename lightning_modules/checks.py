@@ -1,5 +1,6 @@
 """What a Trainer must be for counts to be exact and probes to be independent, and what must fit into memory."""
 
+import difflib
 from collections.abc import Sequence
 
 import psutil
@@ -9,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.subsets.plan import Probe
+from lightning_modules.subsets.plan import Probe, mean_by_fraction
 
 
 def trainer(trainer: Trainer) -> None:
@@ -90,6 +91,23 @@ def schedule(trainer: Trainer, steps: int, refit: bool) -> None:
             f"trainer.val_check_interval is {interval}, beyond the {steps} steps of an epoch; a probe is kept when "
             f"it is validated."
         )
+
+
+def monitors(trainer: Trainer, logged: Sequence[str], probes: Sequence[Probe] = ()) -> None:
+    """Refuse a callback that waits for a metric that is not logged, unless one's own callbacks may log it.
+
+    What is logged, or, where it is logged of probes, how its name begins.
+    """
+    names = [key for each in logged for key in mean_by_fraction(probes, [0.0] * len(probes), each)] or list(logged)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks if all(type(each).__module__.startswith("lightning") for each in callbacks) else ():
+        monitor = getattr(callback, "monitor", None)
+        if monitor not in (None, "epoch", "step", *names) and getattr(callback, "strict", True):
+            near = difflib.get_close_matches(str(monitor), names, n=3, cutoff=0)
+            raise MisconfigurationException(
+                f"{type(callback).__name__}'s monitor is {monitor!r}, which is not logged; near it are "
+                f"{', '.join(near)}."
+            )
 
 
 def memory(probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int], refit: bool) -> None:

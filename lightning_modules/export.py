@@ -66,7 +66,7 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
     widths = {each.layer: each.neurons for each in probes if each.selection == FULL}
     index = _find(probes, folder, layer=layer, selection=selection, fraction=fraction, seed=seed)
     probe, backbone = probes[index], None
-    settings = yaml.safe_load(files[0].read_text())["model"]["init_args"]["backbone"]
+    settings = yaml.safe_load(files[0].read_text(encoding="utf-8"))["model"]["init_args"]["backbone"]
     if settings:
         overlay = PretrainedCfgOverlay(**(settings.get("pretrained_cfg_overlay") or {}))
         backbone = FrozenBackbone(**settings | {"pretrained_cfg_overlay": overlay, "layer": probe.layer})
@@ -100,7 +100,7 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
             with atomic(target / "backbone.pt2") as file:
                 torch.export.save(program, file)
         with atomic(target / "card.json") as file:
-            file.write_text(json.dumps(card, indent=2) + "\n")
+            file.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     print(target / "subset.safetensors", target / "card.json", *[target / "backbone.pt2"] * bool(program), sep="\n")
 
 

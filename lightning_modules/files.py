@@ -1,4 +1,4 @@
-"""Files that are written atomically, so that a name never stands for half of its content."""
+"""Files that are written atomically, so that a name never stands for half of its content; where shipped ones lie."""
 
 import contextlib
 import os
@@ -9,6 +9,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+INSTALLED = Path(__file__).with_name("configs")
+CONFIGS = INSTALLED if INSTALLED.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+"""Folder of the shipped configurations and weights: inside of this package, or of the checkout."""
 UNFINISHED = "unfinished"  # How names start that are not written to their end
 
 

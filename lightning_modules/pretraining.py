@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_modules import checks
 from lightning_modules.backbones import build, weights
 from lightning_modules.checkpoints import check_provenance
 from lightning_modules.files import atomic, writing
@@ -76,6 +77,8 @@ class Pretraining(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Build the network for the task's target, the first time."""
+        if stage == "fit":
+            checks.monitors(self.trainer, ["val/accuracy"])
         if self.network is None:
             target = self.trainer.datamodule.target  # type: ignore[attr-defined]
             self.network, _, self.classifier = build.build(self.name, False, self.kwargs, self.overlay, target.outputs)

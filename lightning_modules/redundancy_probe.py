@@ -137,6 +137,7 @@ class RedundancyProbe(LightningModule):
         self._plan(self.task)
         if self.trainer.state.fn == "fit" and self.solver.trains:
             checks.schedule(self.trainer, -(-len(self.task.images["train"]) // self.task.batch_size), self.refit)
+            checks.monitors(self.trainer, ("train/loss", f"val/{self.target.metric}"), self.probes)
         if not hasattr(self, "grid"):
             self._build()
         if self.features != "off" and not self.task.vectors:

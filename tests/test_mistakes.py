@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import pickle
+import re
 import resource
 import shutil
 import sys
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -132,6 +134,10 @@ MISTAKES = {
         "model.solver.learning_rate is fast",
         "a number",
     ),
+    "null for a learning rate": (
+        ["--model.solver.learning_rate=null"],
+        "model.solver.learning_rate is null; it must be a number or a list of numbers",
+    ),
     "no learning rate": (["--model.solver.learning_rate=[]"], "model.solver.learning_rate", "at least one value"),
     "learning rate twice": (["--model.solver.learning_rate=[0.1,0.1]"], "model.solver.learning_rate lists 0.1 twice"),
     "negative weight decay": (
@@ -247,6 +253,11 @@ MISTAKES = {
         "trainer.accumulate_grad_batches is 0",
         "above 0",
     ),
+    "callback without an argument": (["--trainer.callbacks=EarlyStopping"], "Nothing sets trainer.callbacks.monitor"),
+    "metric that is not logged": (
+        ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/acuracy/full/1"],
+        "EarlyStopping's monitor is 'val/acuracy/full/1', which is not logged; near it are val/accuracy/full/1, ",
+    ),
     "the trainer as a word": (["--trainer=fast"], "--trainer is 'fast'", "it must be settings"),
     # Flags.
     "unknown flag": (["--overwrit=true"], "no option 'overwrit'; did you mean overwrite?"),
@@ -263,6 +274,7 @@ MISTAKES = {
     "unknown configuration": (["--config=quikstart.yaml"], "'quikstart.yaml'", "try quickstart.yaml"),
     "folder for a configuration": (["--config=."], "no configuration '.'", "quickstart.yaml"),
     "name outside of the runs": (["--name=.."], "--name is '..'; it must name a folder of its own"),
+    "name longer than a folder's": (["--name=" + 128 * "é"], "--name has 256 bytes; a folder's has at most 255"),
     "output below a file": (
         ["--trainer.default_root_dir=file/runs"],
         "file/runs/quickstart cannot be written",
@@ -290,10 +302,15 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_what_would_be_right(cli, t
 
 
 VERBS = {
-    "no verb": ([], "Give a verb, one of fit, validate, test, predict, sweep, compare, export"),
+    "no verb": ([], "Give one of these verbs"),
     "unknown verb": (["fitt", "--config", "quickstart.yaml"], "'fitt'; did you mean fit?", "sweep, compare, export"),
     "configuration before the verb": (["--config", "quickstart.yaml", "fit"], "--config comes after the verb"),
     "nothing but a verb": (["fit"], "Nothing sets data", "--config"),
+    "an argument of a task without the task": (
+        ["fit", "--data.features=x.npy"],
+        "data has features and no class_path, which says what Task it is",
+        "write data: {class_path: Embeddings, init_args: {features: x.npy}}, or say --data Embeddings before",
+    ),
     "test without a run": (["test", "--config", "quickstart.yaml"], "no runs/quickstart/checkpoints/last.ckpt"),
     "prediction without a run": (["predict", "--config", "quickstart.yaml"], "name the --config of a run"),
 }
@@ -341,6 +358,18 @@ YAMLS = {
     ),
     "a wrong value": (b"model: {seeds: many}\n", "model.seeds is many", "a whole number"),
 }
+
+
+def test_a_task_that_a_configuration_does_not_name_is_asked_for(cli, tmp_path):
+    (tmp_path / "own.yaml").write_text("data: {root: pets}\n")
+    error = error_of(cli("fit", "--config=own.yaml"))
+    assert "data has root and no class_path, which says what Task it is; write data: {class_path: " in error
+    right, name = re.search(r"write (.*), or say --data (\w+) before", error).groups()
+    (tmp_path / "own.yaml").write_text(right)
+    for options in (["--config=own.yaml"], [f"--data={name}", "--data.root=pets"]):
+        status, out, err = cli("fit", *options, "--print_config")
+        assert status == 0, err
+        assert yaml.safe_load(out)["data"]["init_args"]["root"] == "pets"
 
 
 @pytest.mark.parametrize("mistake", YAMLS)
@@ -482,11 +511,51 @@ def test_a_network_of_ones_own_that_cannot_be_probed_is_named(cli, tmp_path, mon
         assert part in error
 
 
-def test_what_a_constructor_of_ones_own_refuses_is_told_in_one_line(cli, tmp_path, monkeypatch):
-    refuse = "    def __init__(self, depth: int = 2):\n        raise ValueError(f'depth is {depth}; it must be odd.')\n"
-    (tmp_path / "own_solvers.py").write_text(f"from lightning_modules.probes import SGD\n\nclass Odd(SGD):\n{refuse}")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert error_of(cli(*SHORT, "--model.solver=own_solvers.Odd")) == "error: Odd: depth is 2; it must be odd."
+SOLVERS = """
+from lightning_modules.probes import SGD
+
+
+class Odd(SGD):
+    def __init__(self, depth: int = 2):
+        raise ValueError(f"depth is {depth}; it must be odd.")
+
+
+class Foreign(SGD):
+    def __init__(self):
+        raise ModuleNotFoundError("No module named 'nowhere'")
+
+
+class Bug(SGD):
+    def candidates(self):
+        return {}["x"]
+"""
+
+
+@pytest.fixture
+def own_solvers(cli, tmp_path, monkeypatch):
+    """The command line, with solvers that fail in the folder that it runs in."""
+    monkeypatch.delitem(sys.modules, "own_solvers", raising=False)
+    (tmp_path / "own_solvers.py").write_text(SOLVERS)
+    return lambda name, *more: cli(*SHORT, f"--model.solver=own_solvers.{name}", *more)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Odd", "Odd: depth is 2; it must be odd."), ("Foreign", "Foreign: No module named 'nowhere'.")],
+)
+def test_what_a_constructor_of_ones_own_refuses_is_told_in_one_line(own_solvers, name, said):
+    assert error_of(own_solvers(name)) == f"error: {said}"
+
+
+def test_an_error_of_others_is_told_with_its_kind_and_where_to_look(own_solvers):
+    place = SOLVERS[: SOLVERS.index('return {}["x"]')].count("\n") + 1
+    error = error_of(own_solvers("Bug"))
+    assert error.startswith(f"error: KeyError: 'x' (line {place} of ")
+    assert "own_solvers.py); --debug shows the whole traceback." in error
+    status, _, err = own_solvers("Bug", "--debug")
+    assert (status, err.splitlines()[-1]) == (2, error)
+    assert "Traceback (most recent call last):" in err
+    assert err.index("Traceback") < err.index('return {}["x"]') < err.index("error: ")
 
 
 # -------------------------------------------------------------------------------------------------------- finished runs

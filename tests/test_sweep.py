@@ -42,12 +42,17 @@ class Gone(High):
         raise MisconfigurationException("The data of gone could not be had; put them into data.")
 '''
 NETWORK = """
+import logging
+
 from torch import nn
 
 
-def network() -> nn.Module:
+def network(works: bool = True) -> nn.Module:
     with open("loads.txt", "a") as file:
         file.write("once\\n")
+    if not works:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no such host")
     return nn.Sequential(nn.Conv2d(3, 16, 5, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
 """
 PREPROCESSING = '{"input_size": [3, 32, 32], "mean": [0, 0, 0], "std": [1, 1, 1]}'
@@ -115,6 +120,17 @@ def test_every_combination_runs_with_one_backbone_and_is_compared(sweep, tmp_pat
     assert status == 0, err
     assert not lines(err, "is kept")
     assert pd.read_csv(tmp_path / "runs" / NAMES[1] / "results.csv")["seed"].unique().tolist() == [0]
+
+
+def test_what_cannot_be_had_is_tried_once_and_told_in_one_line(sweep, tmp_path):
+    status, _, err = sweep("--model.backbone.kwargs={works: false}")
+    assert status == 2
+    assert (tmp_path / "loads.txt").read_text() == "once\n"
+    assert err.splitlines() == [
+        "sweep_tasks.Low (1 of 2) is skipped: sweep_networks.network({'works': False}) fails (no such host).",
+        "2 of 2 runs are not finished: sweep_tasks.Low (1 of 2), sweep_tasks.High (2 of 2).",
+        "error: None of the runs can be had; the lines above say why.",
+    ]
 
 
 def test_what_a_table_cannot_tell_apart_is_compared_apart(sweep, tmp_path):

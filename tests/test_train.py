@@ -1,8 +1,11 @@
 """The command line as a user meets it: real runs, the files they leave, and what a mistake is answered with."""
 
+import io
 import itertools
 import json
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +18,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from datamodules import Digits
 from lightning_modules import RedundancyProbe
+from lightning_modules.cli.run import run_name
 
 SWEEP = "sweep_wandb.yaml"
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -186,6 +190,12 @@ def test_quickstart_prints_the_curve_the_answer_and_its_files(quickstart):
     assert (folder / "config.yaml").exists()
 
 
+def test_quickstart_says_little_where_nobody_watches(quickstart):
+    said = quickstart[1].stdout + quickstart[1].stderr
+    assert len(said.splitlines()) < 60
+    assert "\r" not in said
+
+
 def test_quickstart_results_are_complete_and_exact(quickstart):
     folder, _ = quickstart
     results, classes = pd.read_csv(folder / "results.csv"), pd.read_csv(folder / "classes.csv")
@@ -273,6 +283,48 @@ def test_test_validate_and_predict_write_their_files_and_leave_the_results(quick
     assert (folder / "results.csv").read_bytes() == before
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_one_bar_for_all_epochs(cli, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    status, _, err = cli(*SHORT, "--trainer.enable_progress_bar=true", "--trainer.num_sanity_val_steps=0")
+    assert status == 0, err
+    bars = [line.split("\r")[-1] for line in terminal.getvalue().split("\n") if "%|" in line]
+    names = [line.partition(":")[0] for line in bars]
+    assert names == ["Extracting train", "Extracting val", "Extracting test", "Training"]
+    assert re.match(r"Training: 100%\|#+\| 27/27 \[", bars[-1])  # 3 epochs of 538 images, in batches of 64
+
+
+def test_a_run_is_not_lost_to_a_character(cli, image_folder, monkeypatch):
+    (image_folder / "train" / "cat").rename(image_folder / "train" / "chät")
+    ascii_alone = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_alone)
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")  # of files
+    status, _, err = cli(*SHORT, "--data=ImageFolder", "--data.root=pets", "--data.num_workers=0", "--name=chäts")
+    assert status == 0, err
+    ascii_alone.seek(0)
+    assert re.search(r"^random +0\.5 +192 +\d+\.\d % \+- +\d+\.\d +\d+\.\d %  #+$", ascii_alone.read(), re.MULTILINE)
+    folder = Path("runs/chäts")
+    assert set(pd.read_csv(folder / "classes.csv")["class"]) == {"chät", "dog"}
+    assert "±" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("encoding", "printed"), [("ascii", b"## +- ? ?"), ("cp1252", b"## \xb1 \xe9 ?")])
+def test_what_a_terminal_lacks_is_printed_in_its_characters(encoding, printed):
+    assert "██ ± é 中".encode(encoding, "plain") == printed
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_cut_and_stays_apart():
+    names = [run_name(None, 200 * "é" + ending) for ending in "ab"]
+    assert len({*names}) == 2
+    assert all(name.startswith(100 * "é") and 240 < len(name.encode()) <= 255 for name in names)
+    assert run_name(None, "pets_net_random") == "pets_net_random"
+
+
 def test_a_bare_off_in_yaml_means_off(cli, tmp_path):
     (tmp_path / "off.yaml").write_text("model:\n  features: off\n")
     arguments = ("--config", "off.yaml", "--name=off", "--trainer.max_epochs=1")
@@ -332,11 +384,12 @@ def test_a_real_backbone_on_real_flowers(start, tmp_path):
     assert means["random", 0.01] < 0.6 * means["full", 1.0]
 
 
-@pytest.mark.parametrize("asked", [["--help"], []], ids=["help", "nothing"])
-def test_help_and_nothing_name_all_verbs(cli, asked):
-    status, out, err = cli(*asked)
-    assert status == (0 if asked else 2)
-    assert all(verb in out + err for verb in ("fit", "validate", "test", "predict", "sweep", "compare", "export"))
+@pytest.mark.parametrize("asked", ["--help", "", "comparr"], ids=["help", "nothing", "a wrong verb"])
+def test_every_verb_is_told_with_a_line_of_what_it_does(cli, asked):
+    status, out, err = cli(*asked.split())
+    assert status == (0 if asked == "--help" else 2)
+    for verb in ("fit", "validate", "test", "predict", "sweep", "compare", "export"):
+        assert re.search(rf"^  {verb} +[A-Z].*\.$", out + err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

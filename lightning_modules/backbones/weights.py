@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_modules.files import one_line
+from lightning_modules.files import CONFIGS, one_line
 
 HUB = "hf-hub:"  # How the address of a file on the Hugging Face Hub starts
 AVERAGED = {"ema", "teacher", "swa", "averaged"}  # Words in the keys of weights that were averaged over training
@@ -34,7 +34,7 @@ def find(path: str) -> Path:
     """
     if path.startswith(HUB):
         return _download(path)
-    for candidate in (Path(path).expanduser(), Path(__file__).parents[2] / "configs" / path):
+    for candidate in (Path(path).expanduser(), CONFIGS / path):
         if candidate.is_file():
             return candidate
     raise MisconfigurationException(

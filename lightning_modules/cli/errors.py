@@ -1,16 +1,24 @@
 """A user's mistake ends in one line that names what is wrong and what would be right."""
 
+import ast
+import contextlib
 import difflib
 import inspect
 import os
 import re
 import sys
+import sysconfig
+import traceback
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistError
+
+from lightning_modules.files import one_line
 
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "a word"}
 TYPES |= {"list[int]": "a list of whole numbers", "list[float]": "a list of numbers", "list[str]": "a list of words"}
@@ -98,6 +106,9 @@ def explain(message: str, options: Options, prefix: str = "") -> str:
     if path:
         return f"--{key} is {path[1]!r}, which cannot be imported ({path[2]})."
     base, offered = options.classes.get(key, Classes(object, [object]))
+    unnamed = re.search(r"Given value: (\{.*\}|NestedArg\(.*\))$", problem)
+    if unnamed and list(offered) != [base]:
+        return _without_class(key, unnamed[1], base, options)
     word = re.search(r"dot import path string: (\S+)|Unable to load config '(.*?)'|Given value: ([\w.]+)$", problem)
     name = (word[1] or word[2] or word[3]) if word else ""
     if name and list(offered) != [base]:
@@ -114,7 +125,24 @@ def explain(message: str, options: Options, prefix: str = "") -> str:
     kinds = re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", types[1] or types[2])
     kinds = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", kinds).replace("dict[str, Any]", "dict")
     right = " or ".join(TYPES.get(each, each) for each in kinds.split(", "))
-    return f"{key} is {value[1] or value[2]}; it must be {right}."
+    return f"{key} is {(value[1] or value[2]).replace('None', 'null')}; it must be {right}."
+
+
+def _without_class(key: str, given: str, base: type, options: Options) -> str:
+    """Say that arguments of a class are given, as jsonargparse prints them, and not which class it is."""
+    nested = re.fullmatch(r"NestedArg\(key='(\w+)', val=(.*)\)", given)
+    found: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, SyntaxError):
+        found = {nested[1]: ast.literal_eval(nested[2])} if nested else ast.literal_eval(given)
+    found = found.get("init_args", found) or {}
+    offered = [kind.__name__ for kind in options.classes[key].offered]
+    right = next((name for name in offered if all(name in options.get(f"{key}.{each}", []) for each in found)), None)
+    right = right or offered[0]
+    listed = ", ".join(f"{name}: {value}" for name, value in found.items())
+    return (
+        f"{key} has {', '.join(found) or 'arguments'} and no class_path, which says what {base.__name__} it is; write "
+        f"{key}: {{class_path: {right}, init_args: {{{listed}}}}}, or say --{key} {right} before all else of it."
+    )
 
 
 def _unknown(key: str, options: Options) -> str:
@@ -129,7 +157,7 @@ def _unknown(key: str, options: Options) -> str:
     if options.get(key):
         hint = hint if near == [last] else f"choose that with --{part}, or leave --{key} out."
         return f"--{key} is an option of {' and '.join(options[key])}; {hint}"
-    everything = "`train.py fit --help` lists all." if "trainer" in options else "--help lists all."
+    everything = f"`{program()} fit --help` lists all." if "trainer" in options else "--help lists all."
     return f"There is no option {key!r}; {hint if found else everything}"
 
 
@@ -148,7 +176,22 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def is_left_alone(error: RuntimeError) -> bool:
-    """Return whether an error says that another process of this run is gone, in the middle of an exchange with it."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    return processes > 1 and (isinstance(error, DistError) or bool(CONNECTIONS.search(str(error))))
+def told(error: Exception) -> str:
+    """Return what a user is told of an exception: a mistake's own words, or its kind and where to look."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, MisconfigurationException):
+        # A loader's worker wraps its traceback around the message; the message is the last line.
+        return lines[-1].partition("MisconfigurationException: ")[2] or str(error)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and isinstance(error, RuntimeError) and (isinstance(error, DistError) or CONNECTIONS.search(str(error))):
+        return "Another process of this run is gone, which says itself why; this one ends with it."
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [*frames[-1:], *(each for each in frames if not each.filename.startswith(installed))][-1]
+    what = lines[-1] if "Traceback" in str(error) else f"{type(error).__name__}: {one_line(error)}"
+    return f"{what} (line {frame.lineno} of {frame.filename}); --debug shows the whole traceback."
+
+
+def program() -> str:
+    """Return what this command line is called by: the installed command, or train.py."""
+    return name if (name := Path(sys.argv[0]).name) == "diffused-redundancy" else "train.py"

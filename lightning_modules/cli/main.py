@@ -1,18 +1,20 @@
 """From the words of the command line to what they ask for; a user's mistake ends in one line."""
 
+import codecs
 import ctypes
 import importlib
 import inspect
+import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
+from lightning_modules import __version__
 from lightning_modules.cli import run
-from lightning_modules.cli.errors import Classes, fail, is_left_alone, nearest_class
+from lightning_modules.cli.errors import Classes, fail, nearest_class, program, told
 from lightning_modules.cli.parser import Parser
 from lightning_modules.cli.sweep import sweep
 from lightning_modules.reporting import dashboard
@@ -25,44 +27,66 @@ VERBS = run.VERBS | {
     "export": "Write one subset of a finished run, with its probe, as files that need nothing of this project.",
 }
 """Everything that train.py does, and what that is."""
+PLAIN = {"█": "#", "±": "+-"}  # What is printed where a terminal's encoding lacks the character; others become ?
 
 
 def main(args: Sequence[str] | None, tasks: Classes) -> None:
-    """Run the command line, null that of this process; a user's mistake ends in one line and exit status 2."""
+    """Run the command line, null that of this process; an error ends in one line and exit status 2.
+
+    `--debug`, anywhere among the words, shows the traceback before that line.
+    """
     keep_freed_memory()
     _quieten()
-    verb, *rest = (sys.argv[1:] if args is None else list(args)) or [""]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="plain")
+    if "" not in sys.path:
+        sys.path.append("")  # classes of one's own may lie in the current folder
+    words = sys.argv[1:] if args is None else list(args)
+    verb, *rest = [word for word in words if word != "--debug"] or [""]
     try:
         if verb in ("-h", "--help"):
-            lines = [f"  {name:<8}  {what}" for name, what in VERBS.items()]
-            print("usage: train.py VERB ...", "", *lines, "", "train.py VERB --help lists its options.", sep="\n")
+            print(f"usage: {program()} VERB ...", "", _verbs(), "", sep="\n")
+            print(f"{program()} VERB --help lists its options; --version prints the version, and --debug with a verb")
+            print("shows the traceback of an error.")
+        elif verb == "--version":
+            print(f"diffused-redundancy {__version__}")
         elif verb in run.VERBS:
             run.CLI([verb, *rest], tasks)
         elif verb == "sweep":
             sweep(rest, tasks)
         elif verb in FUNCTIONS:
             _call(verb, rest)
-        elif not verb:
-            fail(f"Give a verb, one of {', '.join(VERBS)}; --help tells what they do.")
         elif verb.partition("=")[0] in ("-c", "--config"):
-            fail("--config comes after the verb, as `train.py fit --config quickstart.yaml`.")
+            fail(f"--config comes after the verb, as `{program()} fit --config quickstart.yaml`.")
         else:
-            fail(f"The verb is {nearest_class(verb, list(VERBS))}; --help tells what they do.")
-    except MisconfigurationException as error:
-        # A loader's worker wraps its traceback around the message; the message is the last line.
-        fail(str(error).strip().splitlines()[-1].partition("MisconfigurationException: ")[2] or str(error))
-    except RuntimeError as error:
-        if not is_left_alone(error):
-            raise
-        fail("Another process of this run is gone, which says itself why; this one ends with it.")
+            print(_verbs(), file=sys.stderr)
+            fail(f"The verb is {nearest_class(verb, list(VERBS))}." if verb else "Give one of these verbs.")
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exception(error)
+        fail(told(error))
     finally:
         dashboard.finish()
+
+
+def _verbs() -> str:
+    """Return a line for each verb."""
+    return "\n".join(f"  {name:<8}  {what}" for name, what in VERBS.items())
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Return what to print in place of characters that cannot be encoded, and where to go on."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(each, "?") for each in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("plain", _plain)
 
 
 def _call(verb: str, args: Sequence[str]) -> None:
     """Call the function of a verb, with a parser made from its arguments."""
     function = getattr(importlib.import_module(FUNCTIONS[verb]), verb)
-    parser = Parser(prog=f"train.py {verb}", description=VERBS[verb], allow_abbrev=False)
+    parser = Parser(prog=f"{program()} {verb}", description=VERBS[verb], allow_abbrev=False)
     if "runs" in inspect.signature(function).parameters:
         parser.add_argument("runs", nargs="+", help="Folders of runs, or patterns.")
     parser.add_function_arguments(function, skip={"runs"})
@@ -70,10 +94,11 @@ def _call(verb: str, args: Sequence[str]) -> None:
 
 
 def _quieten() -> None:
-    """Leave out advertisements, and advice that a frozen backbone or a small data set has no use for."""
+    """Leave out advertisements, retries, and advice that a frozen backbone or a small data set has no use for."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # for what LightningCLI calls
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
     for advice in (
         "does not have many workers",
         "in eval mode at the start of training",
@@ -83,6 +108,10 @@ def _quieten() -> None:
         "args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(("💡 Tip:", "TPU available: False", "GPU available: False"))
 
 
 def keep_freed_memory() -> None:

@@ -7,14 +7,15 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules import Pretraining, RedundancyProbe
 from lightning_modules.cli.errors import Classes, Options, explain, fail
+from lightning_modules.files import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # Folder of the shipped configurations
 MODELS: dict[type, dict[str, Any]] = {
     RedundancyProbe: {"solver": {"class_path": "SGD"}},
     Pretraining: {"objective": {"class_path": "CrossEntropy"}},
@@ -40,7 +41,7 @@ class ConfigFile(ActionConfigFile):
         if isinstance(value, str):
             value = find_config(value)
             try:
-                settings = yaml.safe_load(Path(value).read_text())
+                settings = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
                 mark = getattr(error, "problem_mark", None)
                 where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -76,6 +77,7 @@ class Parser(LightningArgumentParser):
 def run_parser(tasks: Classes) -> type[Parser]:
     """Return the class of a run's parsers; jsonargparse makes further ones of it, for the classes that are named."""
     parts = {"trainer": Classes(Trainer, [Trainer]), "data": tasks, "model": Classes(LightningModule, list(MODELS))}
+    parts |= {"trainer.callbacks": Classes(Callback, [Callback]), "trainer.logger": Classes(Logger, [Logger])}
 
     class RunParser(Parser):
         """Knows all options of a run, also while it parses those of one class."""

@@ -1,5 +1,6 @@
 """One run: a task, a model and a Trainer, in a folder of its own that ends up with a report."""
 
+import hashlib
 import os
 import re
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +22,7 @@ from lightning_modules.cli.errors import Classes, arguments
 from lightning_modules.cli.folder import ADVICE, RunFolder
 from lightning_modules.cli.parser import run_parser
 from lightning_modules.files import atomic, one_line, writing
+from lightning_modules.progress import FitProgress
 from lightning_modules.reporting import dashboard
 from lightning_modules.reporting.report import report
 
@@ -33,6 +35,8 @@ VERBS = {
 """Methods of the Trainer that a run can be of."""
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 """Processes that run the whole command line, each on one device."""
+
+NAME_MAX = 255  # Bytes in the name of a folder, on all usual file systems
 
 
 class Refusal(BaseException):
@@ -126,7 +130,7 @@ class CLI(LightningCLI):
                 raise Refusal(MisconfigurationException(f"{key} is null; leave it out, or give it a value."))
         try:
             return kind(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # a library of its own may not be installed
             raise Refusal(MisconfigurationException(f"{kind.__name__}: {one_line(error)}.")) from error
         except Exception as error:
             raise Refusal(error) from error
@@ -135,18 +139,17 @@ class CLI(LightningCLI):
         """Give the run its name and folder, and the Trainer the checkpoints that go there."""
         self.datamodule.preprocessing = self.model.preprocessing
         labels = (self.datamodule.label, self.model.label, self.suffix)
-        name = self.settings["name"] or "_".join(filter(None, labels))
-        self.name = re.sub(r"[^\w.+=-]+", "-", name)
-        if not self.name.strip("."):
-            raise MisconfigurationException(f"--name is {name!r}; it must name a folder of its own.")
+        self.name = run_name(self.settings["name"], "_".join(filter(None, labels)))
         config = dict(self.config_init[self.subcommand]["trainer"])
         self.folder = RunFolder(Path(config["default_root_dir"] or ".").expanduser() / self.name)
         config |= launched(config["strategy"], config["devices"], config["num_nodes"])
         config["callbacks"] = [
-            *as_list(config["callbacks"]),
+            *(callbacks := as_list(config["callbacks"])),
             Checkpoints(self.folder.last),
             LambdaCallback(setup=self._describe, on_train_start=self._begin, on_fit_end=self._begin),
         ]
+        if config["enable_progress_bar"] is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            config["callbacks"].append(FitProgress())
         config["plugins"] = [*as_list(config["plugins"]), AtomicCheckpointIO()]
         if config["logger"] in (None, True):  # `_log_configuration` adds W&B's, once the folder is held
             config["logger"] = False
@@ -225,7 +228,7 @@ class CLI(LightningCLI):
             if not self.trainer.ckpt_path:
                 self.folder.last.unlink(missing_ok=True)
             with atomic(self.folder.path / "config.yaml") as file:
-                file.write_text(yaml.safe_dump(self.unwritten, sort_keys=False))
+                file.write_text(yaml.safe_dump(self.unwritten, sort_keys=False), encoding="utf-8")
         self.unwritten = {}
 
     def after_test(self) -> None:
@@ -239,6 +242,19 @@ class CLI(LightningCLI):
             print(path)
 
     after_validate = after_predict = after_test
+
+
+def run_name(given: str | None, default: str) -> str:
+    """Return the name of a run's folder; a default that is longer than file systems take is cut, and stays its own."""
+    name = re.sub(r"[^\w.+=-]+", "-", given or default)
+    if not name.strip("."):
+        raise MisconfigurationException(f"--name is {given!r}; it must name a folder of its own.")
+    if len(name.encode()) > NAME_MAX and given:
+        raise MisconfigurationException(f"--name has {len(name.encode())} bytes; a folder's has at most {NAME_MAX}.")
+    if len(name.encode()) > NAME_MAX:
+        kept = name.encode()[: NAME_MAX - 9].decode(errors="ignore")
+        return f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
 def launched(strategy: Any, devices: Any, nodes: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_modules import FrozenBackbone
-from lightning_modules.cli.errors import Classes, nearest_class
+from lightning_modules.cli.errors import Classes, nearest_class, program
 from lightning_modules.cli.folder import OccupiedFolder, RunFolder
 from lightning_modules.cli.parser import Parser, find_config
 from lightning_modules.cli.run import CLI, Refusal, as_list
@@ -81,7 +81,7 @@ class Sweep:
         self.output = output
         self.options = (delta, rule, reference)
         self.part, self.parts = shard_of(shard)
-        self.backbones: dict[str, FrozenBackbone] = {}
+        self.backbones: dict[str, FrozenBackbone | Refusal] = {}
         self.folders: dict[Path, str] = {}
 
     def planned(self, further: Sequence[str]) -> list[Planned]:
@@ -113,9 +113,9 @@ class Sweep:
             else:
                 missing.append(run.name)
         for apart, groups in together.items():
-            compare([str(folder) for folder in groups], self.output / apart, *self.options)
-            if all(groups.values()):
-                compare_groups(groups, self.output / apart, *self.options[:2])
+            compared = compare([str(folder) for folder in groups], self.output / apart, *self.options)
+            if all(groups[folder] for folder in compared):
+                compare_groups({each: groups[each] for each in compared}, self.output / apart, *self.options[:2])
         if missing:
             rank_zero_info(f"{len(missing)} of {len(planned)} runs are not finished: {', '.join(missing)}.")
         return len(planned) - len(missing)
@@ -147,17 +147,20 @@ class SweptRun(CLI):
     def construct(self, kind: type, *args: Any, **kwargs: Any) -> Any:
         """Share a backbone between runs, as it is frozen; without the task or the backbone, others may go on."""
         shared, key = self.sweep.backbones, repr(sorted(kwargs.items()))
-        try:
-            if kind is not FrozenBackbone:
-                return super().construct(kind, *args, **kwargs)
-            if key not in shared:
-                shared[key] = super().construct(kind, *args, **kwargs)
-            return shared[key]
-        except Refusal as refusal:
-            (error,) = refusal.args
-            if isinstance(error, MisconfigurationException) and issubclass(kind, (FrozenBackbone, self.tasks.base)):
-                raise Refusal(UnavailableData(one_line(error))) from error
-            raise
+        found = shared.get(key) if kind is FrozenBackbone else None
+        if found is None:
+            try:
+                found = super().construct(kind, *args, **kwargs)
+            except Refusal as refusal:
+                (error,) = refusal.args
+                if isinstance(error, MisconfigurationException) and issubclass(kind, (FrozenBackbone, self.tasks.base)):
+                    refusal = Refusal(UnavailableData(one_line(error)))
+                found = refusal
+            if kind is FrozenBackbone:
+                shared[key] = found  # also that it cannot be had, which may take minutes to find out
+        if isinstance(found, Refusal):
+            raise found
+        return found
 
     def fit(self, **arguments: Any) -> None:
         """Note where the run lies, and do it."""
@@ -176,6 +179,7 @@ class SweptRun(CLI):
             refusal = error
         if self.trainer.strategy.reduce_boolean_decision(refusal is not None, all=False):
             raise UnavailableData(one_line(refusal) if refusal else "another process cannot have its data") from refusal
+        rank_zero_info(f"{self.planned.name}:")
         if not self.settings["overwrite"]:
             self.settings["ckpt_path"] = self.settings["ckpt_path"] or "last"
         super().run(**arguments)
@@ -192,20 +196,20 @@ def sweep(args: Sequence[str], tasks: Classes) -> None:
         find_config(name)
     planned = asked.planned(further)
     mine = planned[asked.part - 1 :: asked.parts]
-    skipped = 0
+    skipped: list[str] = []
     for each in mine:
-        rank_zero_info(f"{each.name}:")
         try:
             SweptRun(each, tasks, asked)
         except UnavailableData as error:
-            skipped += 1
-            rank_zero_info(f"{each.name} is skipped: {error}.")
+            if str(error) not in skipped:  # a reason is told once; in the end all that are not finished are named
+                rank_zero_info(f"{each.name} is skipped: {error}.")
+            skipped.append(str(error))
         except OccupiedFolder as error:
             rank_zero_info(f"{each.name} is kept: {error}")
         finally:
             dashboard.finish()
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    if first and not asked.compare(planned) and skipped == len(mine) > 0:
+    if first and not asked.compare(planned) and len(skipped) == len(mine) > 0:
         raise MisconfigurationException("None of the runs can be had; the lines above say why.")
 
 
@@ -222,7 +226,9 @@ def _parse(args: Sequence[str]) -> tuple[Sweep, list[str]]:
                 raise MisconfigurationException("All runs would go to one folder; leave --name out.")
             words = mine if option in own else further
         words.append(word)
-    parser = Parser(prog="train.py sweep", description=inspect.cleandoc(Sweep.__doc__ or "").partition("\n\nArgs")[0])
+    parser = Parser(
+        prog=f"{program()} sweep", description=inspect.cleandoc(Sweep.__doc__ or "").partition("\n\nArgs")[0]
+    )
     parser.add_config_option()
     parser.add_class_arguments(Sweep)
     settings = parser.parse_args(mine).as_dict()

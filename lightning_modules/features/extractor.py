@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_modules.backbones.frozen import FrozenBackbone
 from lightning_modules.features.cache import BATCH, FeatureCache, FeatureRows
 from lightning_modules.features.moments import Moments
+from lightning_modules.progress import Progress
 
 
 class Extractor:
@@ -60,7 +60,7 @@ class Extractor:
         batches = [list(shard[i : i + BATCH]) for shard in missing for i in range(0, len(shard), BATCH)]
         if batches:
             description = f"Extracting {split}" + ("" if view is None else f", view {view + 1} of {self.features}")
-            with tqdm(total=sum(map(len, missing)), desc=description, unit="image", disable=rank > 0) as progress:
+            with Progress(sum(map(len, missing)), description, "image", shown=rank == 0) as progress:
                 loader = iter(self.task.extraction_loader(split, batches, view))
                 for shard in missing:
                     parts = []
@@ -150,7 +150,8 @@ class FeatureStream(nn.Module):
         if self.features == "clean":
             return self._sum(self.batches("train"), products)
         loader = self.task.clean_loader("train")
-        with tqdm(loader, "Extracting train, clean", unit="batch", disable=not self.trainer.is_global_zero) as progress:
+        shown = self.trainer.is_global_zero
+        with Progress(len(loader), "Extracting train, clean", "batch", shown, iterable=loader) as progress:
             return self._sum(self._labelled(progress, "train"), products)
 
     def fit_standardisation(self) -> None:

@@ -5,30 +5,19 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
-import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.files import writing
 from lightning_modules.reporting import figures
+from lightning_modules.reporting.comparable import comparable
 from lightning_modules.reporting.report import write_table
 from lightning_modules.results.redundancy import MANY_DELTAS
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.selections import FULL
 
-MUST_AGREE = {
-    "solver": "solver",
-    "features": "features",
-    "images": "number of test images of {task}",
-    "augmentation": "augmentation of {task}",  # colour or orientation is what some tasks ask for
-    "view": "view of {task}",
-    "width": "width of {backbone}, layer {layer}",
-}
-"""Columns of results.csv that must be the same in all runs, and of what they are."""
-SETTINGS = ("model.init_args.standardise", "model.init_args.refit", "model.init_args.solver.init_args.keep")
-"""Keys of config.yaml that must be, too."""
 REFERENCES = Path(__file__).with_name("reference")
 """Curves and redundancies that the paper's authors measured, from their notebooks (nvedant07/invariances_in_reps)."""
 ADVICE = "name another folder with --output"
@@ -42,8 +31,11 @@ def compare(
     delta: float = 0.9,
     rule: Literal["threshold", "nearest", "interpolated"] = "nearest",
     reference: str | None = None,
-) -> None:
+    strict: bool = False,
+) -> list[Path]:
     """Compare finished runs: print their redundancies and whether these differ, and write tables and pictures.
+
+    Of runs that are not comparable, the largest group that is is taken, and a line says why each other is left out.
 
     Args:
         runs: Folders of runs, or patterns; each with a results.csv.
@@ -53,14 +45,17 @@ def compare(
         rule: How the fraction that is enough is found; nearest is that of the paper's table.
         reference: What others measured: curves to draw behind (resnet50_imagenet1k, resnet50_harder_tasks,
             resnet50_dropout), redundancies to print beside ours (dr_table, the paper's), or a CSV file of either form.
+        strict: Whether to refuse runs that are not comparable, rather than to leave some out.
+
+    Returns:
+        The folders of the runs that were compared.
 
     Raises:
-        MisconfigurationException: If there is nothing to compare, or what is there is not comparable.
+        MisconfigurationException: If there is nothing to compare, or with `strict` anything that is not comparable.
     """
     if not 0 < delta <= 1:
         raise MisconfigurationException(f"--delta is {delta:g}; it must be above 0, at most 1.")
-    read = {folder: Results.read(folder) for folder in _folders(runs)}
-    _check_comparable(read)
+    read = comparable(_folders(runs), strict)
     joined = pd.concat({str(folder): run.tables["results"] for folder, run in read.items()}, names=["run", None])
     cells = _cells(read, delta, rule)
     table, curves_behind = _table(cells), None
@@ -92,6 +87,7 @@ def compare(
         written += figures.save(figures.redundancies(by_delta), output / "redundancy")
     for file in (output / TABLE, output / DIFFERENCES, output / JOINED, *written):
         print(f"  {file}")
+    return list(read)
 
 
 def compare_groups(groups: Mapping[Path, str], output: Path, delta: float, rule: str) -> None:
@@ -155,43 +151,6 @@ def _folders(runs: list[str]) -> list[Path]:
     if not found:
         raise MisconfigurationException(f"None of {', '.join(runs)} has a {JOINED}; name folders of finished runs.")
     return list(found.values())
-
-
-def _check_comparable(read: Mapping[Path, Results]) -> None:
-    """Refuse runs whose numbers mean different things, or that measured the same; what is not stated is no reason."""
-    stated: dict[str, tuple[str, Path]] = {}
-    measured: dict[str, Path] = {}
-    for folder, run in read.items():
-        test = run.rows[run.rows["split"] == "test"]
-        if test.empty:
-            raise MisconfigurationException(f"{folder / JOINED} has no rows of the test split; finish the run.")
-        facts = [*_settings(folder), ("metric", run.headline.name)]
-        for column in test.columns.intersection(list(MUST_AGREE)):
-            rows = test[["task", "backbone", "layer", column]].dropna().drop_duplicates().to_dict("records")
-            facts += [(MUST_AGREE[column].format_map(row), row[column]) for row in rows]
-        for what, value in facts:
-            before, where = stated.setdefault(what, (str(value), folder))
-            if before != str(value):
-                raise MisconfigurationException(
-                    f"Not comparable: the {what} is {before} in {where}, but {value} in {folder}; "
-                    f"compare runs that agree in it."
-                )
-        subsets = test.loc[test["selection"] != FULL, ["selection", "backbone", "layer", "task"]].drop_duplicates()
-        for row in subsets.to_dict("records"):
-            what = "{selection} subsets of {backbone}, layer {layer}, on {task}".format_map(row)
-            if measured.setdefault(what, folder) != folder:
-                raise MisconfigurationException(
-                    f"{measured[what]} and {folder} both measure {what}; leave one of them out."
-                )
-
-
-def _settings(folder: Path) -> list[tuple[str, Any]]:
-    """Return those of `SETTINGS` that a run's config.yaml has, by their last key."""
-    try:
-        config = pd.json_normalize(yaml.safe_load((folder / "config.yaml").read_text()))
-    except (OSError, yaml.YAMLError, NotImplementedError, TypeError):  # older runs, and files of others, have none
-        return []
-    return [(key.rpartition(".")[2], config[key].iloc[0]) for key in SETTINGS if key in config]
 
 
 def _cells(read: Mapping[Path, Results], delta: float, rule: str) -> pd.DataFrame:

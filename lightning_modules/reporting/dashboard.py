@@ -5,6 +5,7 @@ import json
 import netrc
 import os
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def wandb_logger(name: str, folder: Path, resumed: bool = False, groups: dict[st
     W&B's files go to `wandb/` in the run's folder; a resumed run continues what was logged there last. Runs are grouped
     by the values of `groups`, the task and the backbone.
     """
+    _find_room(folder.resolve() / "wandb")
     os.environ.setdefault("WANDB_SILENT", "true")
     mode = os.environ.get("WANDB_MODE")
     if mode is None and rank_zero_only.rank == 0 and (absent := _absent()):  # type: ignore[attr-defined]
@@ -72,7 +74,7 @@ def log_report(loggers: Sequence[Logger], folder: Path, results: Results) -> Non
             continue
         import wandb
 
-        run, summary = logger.experiment, json.loads((folder / "summary.json").read_text())
+        run, summary = logger.experiment, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         points = _points(results)
         run.define_metric(FRACTION, hidden=True)
         for name in sorted({name for point in points.values() for name in point}):
@@ -123,6 +125,19 @@ def finish() -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
+
+
+def _find_room(folder: Path) -> None:
+    """Let W&B keep in a run's folder what it would keep at home, where that cannot be written."""
+    from wandb import env
+
+    for variable, at_home in ((env.DATA_DIR, Path(env.get_data_dir())), (env.CACHE_DIR, env.get_cache_dir())):
+        try:
+            at_home.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=at_home):
+                pass
+        except OSError:
+            os.environ[variable] = str(folder)
 
 
 def _absent() -> str | None:

@@ -39,7 +39,7 @@ def page(results: Results, summary: Mapping[str, Any], pictures: Mapping[Path, s
         "versions": escape(versions),
         "seconds": escape(", ".join(f"{part} {value:.1f} s" for part, value in summary["seconds"].items())),
     }
-    return Template(Path(__file__).with_name("page.html").read_text()).substitute(content)
+    return Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(content)
 
 
 def _figure(file: Path, caption: str) -> str:

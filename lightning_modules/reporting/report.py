@@ -49,14 +49,15 @@ def report(folder: Path, results: Results, remarks: Sequence[str], seconds: dict
         "files": [file.name for file in files],
     }
     with contextlib.suppress(FileNotFoundError, ValueError):  # files of the run that is replaced go, if not replaced
-        for name in set(json.loads(summary.read_text()).get("files", [])) - set(content["files"]):
+        for name in set(json.loads(summary.read_text(encoding="utf-8")).get("files", [])) - set(content["files"]):
             (folder / Path(name).name).unlink(missing_ok=True)
     with atomic(summary) as file:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     config = folder / "config.yaml"
     with atomic(page_file) as file:
         captions = {svg: pictures[name].caption for name, (_, svg) in drawn.items()}
-        file.write_text(page(results, content, captions, config.read_text() if config.exists() else ""))
+        settings = config.read_text(encoding="utf-8") if config.exists() else ""
+        file.write_text(page(results, content, captions, settings), encoding="utf-8")
     write_table(results.tables["results"], tables["results"])  # last, as it stands for a finished run
     lines = [*_text(results, content["test_images"]), *(f"Note: {remark}" for remark in remarks)]
     return "\n".join([*lines, "", *(f"  {file}" for file in files)])

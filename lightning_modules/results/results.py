@@ -62,7 +62,7 @@ class Results:
         file, summary = folder / "results.csv", folder / "summary.json"
         try:
             rows = pd.read_csv(file, keep_default_na=False, na_values=[""])  # a class or task may be called null
-            stated = json.loads(summary.read_text()).get("target", {}) if summary.is_file() else {}
+            stated = json.loads(summary.read_text(encoding="utf-8")).get("target", {}) if summary.is_file() else {}
         except (ValueError, OSError) as error:
             raise MisconfigurationException(f"{file} cannot be read ({error}).") from error
         target = SimpleNamespace(**UNSTATED | stated)

@@ -1,15 +1,16 @@
 """Requests and batches: every image once, the same batches everywhere, augmentation that depends on nothing else."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-from datamodules import Digits
+from datamodules import Digits, loading
 from datamodules.images import ArrayImages
-from datamodules.loading import FeatureBatches, ImageBatches, Request, RequestSampler
+from datamodules.loading import FeatureBatches, ImageBatches, Request, RequestSampler, affordable
 from datamodules.transforms import evaluation, paper
 
 PREPROCESSING = {
@@ -184,3 +185,20 @@ def test_features_cycle_through_the_views(epoch):
     assert torch.equal(batch.inputs, views[epoch - 3 * (epoch // 3)][[5, 0, 3]])
     assert batch.labels.tolist() == [10, 0, 6]
     assert batch.indices.tolist() == [5, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "workers"),
+    [(10**9, 1, 4), (4 * 4 * 32 * 3 * 12 * 12 * 4, 1, 4), (4 * 4 * 32 * 3 * 12 * 12 * 4 - 1, 1, 3), (10_000, 1, 0)],
+)
+def test_no_more_workers_start_than_shared_memory_has_room_for(
+    batches, monkeypatch, tmp_path, caplog, free, processes, workers
+):
+    monkeypatch.setattr(loading, "SHARED", tmp_path)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    asked = [Request(list(range(32)), 32, 0), Request([0], 1, 0)]
+    for requests in (asked, RequestSampler(64, 64, 0, 2, None)):  # 32 images of 3 x 12 x 12 in float32, four of each
+        caplog.clear()
+        assert affordable(4, batches, requests) == workers
+        assert (f"room for {workers} of 4 workers" in caplog.text) == (workers < 4)
+    assert affordable(0, batches, asked) == 0

@@ -135,11 +135,37 @@ def test_a_real_run_is_compared_with_one_of_an_older_version(quickstart, cli, tm
 def test_what_is_not_comparable_is_refused_in_one_line(cli, tmp_path, change, said):
     write(tmp_path / "a")
     write(tmp_path / "b", **change)
-    status, _, err = cli("compare", "a", "b")
+    status, _, err = cli("compare", "a", "b", "--strict=true")
     assert status == 2
     assert said in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "compare").exists()
+
+
+def test_the_largest_group_that_is_comparable_is_taken_and_the_others_are_named(cli, tmp_path):
+    write(tmp_path / "runs" / "a", solver="ridge")
+    write(tmp_path / "runs" / "b")
+    write(tmp_path / "runs" / "c", backbone="two", accuracy=0.9)
+    write(tmp_path / "runs" / "d", task="cars", images=70)
+    write(tmp_path / "runs" / "e")
+    write(tmp_path / "runs" / "f", backbone="three", solver="ridge")
+    write(tmp_path / "runs" / "g", split="val")
+    (tmp_path / "runs" / "h").mkdir()
+    (tmp_path / "runs" / "h" / "results.csv").write_text("fraction\n1\n")
+    status, out, err = cli("compare", "runs/*")
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "compare" / "dr_table.csv").set_index("backbone")
+    assert table.loc["net", ["pets", "cars"]].tolist() == [0.5, 0.5]  # 0.84 of 0.9 is nearer to 0.9 than 1
+    assert table["pets"].to_dict() == {"net": 0.5, "two": 0.9}
+    assert [line for line in out.splitlines() if line.startswith("Left out")] == [
+        "Left out: runs/g. runs/g/results.csv has no rows of the test split; finish the run.",
+        "Left out: runs/h. runs/h/results.csv has no task, backbone, selection, split, accuracy; a fit writes such a "
+        "file.",
+        "Left out: runs/a. Not comparable: the solver is sgd in runs/b, but ridge in runs/a.",
+        "Left out: runs/e. runs/b and runs/e both measure random subsets of net, layer penultimate, on pets; leave one "
+        "of them out.",
+        "Left out: runs/f. Not comparable: the solver is sgd in runs/b, but ridge in runs/f.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +179,7 @@ def test_settings_of_the_configuration_must_agree_too(cli, tmp_path, settings, s
     for name, of_model in zip("ab", settings, strict=True):
         write(tmp_path / name, backbone=name)
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": of_model}}))
-    status, _, err = cli("compare", "a", "b")
+    status, _, err = cli("compare", "a", "b", "--strict=true")
     assert status == 2
     assert said in err
 
@@ -168,7 +194,7 @@ def test_the_metric_is_what_the_runs_say_and_must_agree(cli, tmp_path):
     assert status == 0, err
     assert "<!-- test mean average precision -->" in (tmp_path / "compare" / "curves.svg").read_text()
     write(tmp_path / "c", task="c")
-    status, _, err = cli("compare", "a", "c")
+    status, _, err = cli("compare", "a", "c", "--strict=true")
     assert status == 2
     assert "Not comparable: the metric is map in a, but accuracy in c" in err
 

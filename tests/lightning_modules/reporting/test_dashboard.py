@@ -163,12 +163,16 @@ def test_without_credentials_it_logs_offline_and_says_how_to_sync(quickstart):
     assert list(folder.parents[1].glob(pattern))
 
 
-def test_with_an_unreachable_server_it_logs_offline_and_says_so(start, tmp_path):
+def test_with_an_unreachable_server_or_home_it_logs_offline_and_says_so(start, tmp_path):
     account = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = start(*SHORT, "--name=alone", cwd=tmp_path, **account)[0].wait()
+    (tmp_path / "file").touch()  # nor can anything be written at home
+    done = start(*SHORT, "--name=alone", cwd=tmp_path, HOME=str(tmp_path / "file"), **account)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "http://127.0.0.1:9 cannot be reached: logging offline; `wandb sync" in done.stderr
-    assert Logged(tmp_path / "runs" / "alone").name == "alone"
+    logged = Logged(tmp_path / "runs" / "alone")
+    assert logged.name == "alone"
+    written = pd.read_csv(tmp_path / "runs" / "alone" / "results.csv")
+    pd.testing.assert_frame_equal(logged.table("probes"), written, check_dtype=False)
 
 
 def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, tmp_path):

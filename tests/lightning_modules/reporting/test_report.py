@@ -35,10 +35,15 @@ class Page(HTMLParser):
     def __init__(self, content):
         super().__init__()
         self.text, self.rows, self.tags, self.sources, self.cell = "", [], set(), [], False
+        self.inside, self.around_tables = [], []
         self.feed(content)
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
+        if tag == "table":
+            self.around_tables.append(self.inside[-1])
+        if tag == "div":
+            self.inside.append(dict(attributes).get("class"))
         self.sources += [value for name, value in attributes if name in ("src", "href")]
         if tag == "tr":
             self.rows.append([])
@@ -48,6 +53,8 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         self.cell = False
+        if tag == "div":
+            self.inside.pop()
 
     def handle_data(self, data):
         self.text += data
@@ -69,6 +76,15 @@ def test_the_page_needs_nothing_but_itself_and_escapes_what_it_shows(written):
     summary = json.loads((folder / "summary.json").read_text())
     for layer in summary["layers"]:
         assert f"Layer {layer['layer']}: {layer['answer']}" in page.text
+
+
+def test_a_table_wider_than_the_page_scrolls(written):
+    content = (written[0] / "report.html").read_text()
+    places = Page(content).around_tables
+    assert len(places) > 3
+    for place in set(places):
+        (style,) = re.findall(rf"^\.{place} {{(.*)}}$", content, re.MULTILINE)
+        assert "overflow-x: auto;" in style
 
 
 def test_the_pages_tables_have_the_runs_numbers(written):
