@@ -271,7 +271,11 @@ def test_the_sweep_over_the_papers_table_has_its_backbones_and_tasks():
 
 @pytest.mark.parametrize(
     ("name", "last"),
-    [("sweep_vtab.yaml", ["SmallNORBElevation"]), ("sweep_paper.yaml", ["vgg16_bn.tv_in1k", "OxfordIIITPet"])],
+    [
+        ("sweep_vtab.yaml", ["SmallNORBElevation"]),
+        ("sweep_paper.yaml", ["vgg16_bn.tv_in1k", "OxfordIIITPet"]),
+        ("sweep_paper_weights.yaml", ["resnet50_linf_eps4.0.ckpt", "OxfordIIITPet"]),
+    ],
 )
 def test_the_command_lines_of_a_shipped_sweep_are_those_of_fit(cli, name, last):
     sweep = Sweep(**shipped(name))
