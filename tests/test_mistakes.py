@@ -113,7 +113,7 @@ MISTAKES = {
         "numbers above 0",
     ),
     "unknown interpolation": ([f"--{OVERLAY}.interpolation=cubic"], "interpolation is cubic", "bilinear, bicubic"),
-    "two numbers for a size": ([f"--{OVERLAY}.input_size=[32,32]"], "[32, 32]; it must be channels, height and width"),
+    "two numbers for a size": ([f"--{OVERLAY}.input_size=[32,32]"], "[32, 32]; it must be channels (3"),
     "crop of more than all": ([f"--{OVERLAY}.crop_pct=1.5"], "crop_pct is 1.5; it must be above 0, at most 1"),
     # Training.
     "no views": (["--model.features=0"], "model.features is 0", "clean, off or a number"),

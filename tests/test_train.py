@@ -174,11 +174,13 @@ def test_a_run_begins_with_what_it_will_do_as_resolved(cli, tmp_path, monkeypatc
 
 def test_quickstart_prints_the_curve_the_answer_and_its_files(quickstart):
     folder, done = quickstart
-    assert re.search(r"^random +0\.1 +38 +\d+\.\d % ± +\d+\.\d +\d+\.\d %  █+$", done.stdout, re.MULTILINE)
+    row = r"^random +0\.1 +38 +\d+\.\d % ± +\d+\.\d +\d+\.\d % \(\d+\.\d to \d+\.\d\) +█+$"
+    assert re.search(row, done.stdout, re.MULTILINE)
     (summary,) = json.loads((folder / "summary.json").read_text())["layers"]
     assert re.fullmatch(
-        r"To keep 90 % of the accuracy: keep \d+ of 384 neurons \(random\), lose -?\d+\.\d ± \d+\.\d points "
-        r"\(\d+\.\d instead of \d+\.\d %\), store [\d.]+ % of the bytes\.",
+        r"To keep 90 % of the accuracy, 95 % certain on 179 validation images: keep \d+ of 384 neurons \(random\), "
+        r"[\d.]+ % of the bytes\. On 179 test images that keeps \d+\.\d % \(\d+\.\d to \d+\.\d\): "
+        r"\d+\.\d instead of \d+\.\d %\.",
         summary["answer"],
     )
     assert summary["answer"] in done.stdout
@@ -307,7 +309,11 @@ def test_a_run_is_not_lost_to_a_character(cli, image_folder, monkeypatch):
     status, _, err = cli(*SHORT, "--data=ImageFolder", "--data.root=pets", "--data.num_workers=0", "--name=chäts")
     assert status == 0, err
     ascii_alone.seek(0)
-    assert re.search(r"^random +0\.5 +192 +\d+\.\d % \+- +\d+\.\d +\d+\.\d %  #+$", ascii_alone.read(), re.MULTILINE)
+    assert re.search(
+        r"^random +0\.5 +192 +\d+\.\d % \+- +\d+\.\d +\d+\.\d % \(\d+\.\d to \d+\.\d\) +#+$",
+        ascii_alone.read(),
+        re.MULTILINE,
+    )
     folder = Path("runs/chäts")
     assert set(pd.read_csv(folder / "classes.csv")["class"]) == {"chät", "dog"}
     assert "±" in (folder / "report.html").read_text(encoding="utf-8")

@@ -42,6 +42,7 @@ class Suite(list[Measure]):
         """Let all measures know their run."""
         for measure in self:
             measure.setup(context)
+            measure.to(context.device)  # also states that were made without naming it
             measure.reset()  # states that were added from one tensor are tensors of their own from here on
 
     def update(self, split: str, batch: Batch) -> None:

@@ -1,5 +1,6 @@
 """The tables of a run: their columns, and how they come from what measures computed and probes decided."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,8 @@ def assemble(
 def write_per_image(per_image: Mapping[str, np.ndarray], path: Path) -> None:
     """Write which images each probe has right, eight in a byte; see `Results`."""
     packed = {split: np.packbits(right, axis=1) for split, right in per_image.items()}
-    save_file(packed, path, metadata={split: str(right.shape[1]) for split, right in per_image.items()})
+    images = {split: right.shape[1] for split, right in per_image.items()}
+    save_file(packed, path, metadata={"images": json.dumps(images)})  # several keys would come in any order
 
 
 def read_per_image(path: Path) -> dict[str, np.ndarray]:
@@ -92,7 +94,7 @@ def read_per_image(path: Path) -> dict[str, np.ndarray]:
         return {}
     try:
         with safe_open(path, "numpy") as file:
-            images = {split: int(count) for split, count in file.metadata().items()}
+            images = json.loads(file.metadata()["images"])
             return {split: np.unpackbits(file.get_tensor(split), axis=1, count=images[split]) > 0 for split in images}
     except SafetensorError as error:
         raise ValueError(f"{path.name}: {error}") from error
