@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.files import one_line
 from lightning_modules.results import curves
 from lightning_modules.results.answer import answer
 from lightning_modules.results.redundancy import DELTAS, redundancy
@@ -63,14 +64,15 @@ class Results:
         try:
             rows = pd.read_csv(file, keep_default_na=False, na_values=[""])  # a class or task may be called null
             stated = json.loads(summary.read_text(encoding="utf-8")).get("target", {}) if summary.is_file() else {}
+            per_image = read_per_image(folder / PER_IMAGE_FILE)
         except (ValueError, OSError) as error:
-            raise MisconfigurationException(f"{file} cannot be read ({error}).") from error
+            raise MisconfigurationException(f"Results in {folder} cannot be read ({one_line(error)}).") from error
         target = SimpleNamespace(**UNSTATED | stated)
         missing = [column for column in (*NEEDED, target.metric) if column not in rows]
         if missing or rows.empty:
             raise MisconfigurationException(f"{file} has no {', '.join(missing) or 'rows'}; a fit writes such a file.")
         try:
-            return cls({"results": rows}, [], target, read_per_image(folder / PER_IMAGE_FILE))
+            return cls({"results": rows}, [], target, per_image)
         except MisconfigurationException as error:
             raise MisconfigurationException(f"{file}: {error}") from error
 
@@ -96,12 +98,11 @@ class Results:
         return rows[rows["split"] == split]
 
     def draws(self, split: str) -> pd.DataFrame | None:
-        """Return draws of the means, see `resampling.resample`; None where images were not noted one by one."""
-        if split not in self.per_image:
+        """Return draws of the means, see `resampling.resample`; None where images were not noted for each row."""
+        rows = self.rows[self.rows["split"] == split]
+        if len(rows) != len(self.per_image.get(split, ())):
             return None
-        return self._once(
-            ("draws", split), lambda: resample(self.per_image[split], self.rows[self.rows["split"] == split])
-        )
+        return self._once(("draws", split), lambda: resample(self.per_image[split], rows))
 
     def curve(self, split: str) -> pd.DataFrame:
         """Return what was measured against fraction, see `curves.curve`, with limits where there are draws."""

@@ -96,8 +96,8 @@ def read_per_image(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, "numpy") as file:
             images = json.loads(file.metadata()["images"])
             return {split: np.unpackbits(file.get_tensor(split), axis=1, count=images[split]) > 0 for split in images}
-    except SafetensorError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
 
 
 class Predictions:
