@@ -1,3 +1,5 @@
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,8 @@ def test_cka_is_that_of_the_kernels_on_real_features(real_features, images, widt
     others = iter(list(processes[1].sums.values()))
     processes[0].reduce(lambda sums: sums + next(others))
     whole = representations.double().numpy()
-    for ordering, plain, debiased in zip(groups, linear_cka(processes[0], groups), processes[0].compute(), strict=True):
+    found = zip(groups, linear_cka(processes[0], groups), processes[0].compute(), strict=True)
+    for ordering, (plain, _), debiased in found:
         parts = subsets(representations, ordering)
         np.testing.assert_allclose(plain, [cka(biased, part, whole) for part in parts], rtol=1e-5)
         np.testing.assert_allclose(debiased, [cka(unbiased, part, whole) for part in parts], rtol=1e-5, atol=1e-9)
@@ -72,7 +75,33 @@ def test_only_the_debiased_cka_of_few_images_is_about_that_of_many():
     sums.update(representations, torch.zeros(60, dtype=torch.int64))
     # Independent neurons of equal variance: k / sqrt(k D).
     np.testing.assert_allclose(sums.compute()[0], 0.5, atol=0.05)
-    assert linear_cka(sums, [ordering])[0] > 0.7
+    assert linear_cka(sums, [ordering])[0][0] > 0.7
+
+
+def test_cka_by_chance_is_the_mean_over_all_permutations_of_the_images():
+    representations = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 10) + 3
+    labels = torch.zeros(6, dtype=torch.int64)
+    train = Moments(9, 1)
+    train.update(representations, labels)
+    whole = representations.double().numpy()
+    groups = orderings(9, train)
+    for ordering, (_, chance) in zip(groups, linear_cka(train, groups), strict=True):
+        parts = subsets(representations, ordering)
+        means = [np.mean([cka(biased, part[list(p)], whole) for p in permutations(range(6))]) for part in parts]
+        np.testing.assert_allclose(chance, means, rtol=1e-6)
+
+
+def test_independent_representations_reach_the_cka_by_chance_and_no_debiased_one():
+    generator = torch.Generator().manual_seed(0)
+    representations = torch.randn(50, 30, generator=generator) * torch.rand(30, generator=generator)
+    both = torch.cat([representations, 5 * torch.randn(50, 70, generator=generator)], 1)
+    # The other representation has the larger part of the variance, so that the full layer is nearly it alone.
+    ordering = Ordering(torch.arange(100), [30])
+    sums = DebiasedCKA(100, 1, [ordering])
+    sums.update(both, torch.zeros(50, dtype=torch.int64))
+    ((plain, chance),) = linear_cka(sums, [ordering])
+    np.testing.assert_allclose(plain, chance, rtol=0.1)
+    np.testing.assert_allclose(sums.compute()[0], 0, atol=0.06)
 
 
 def test_neurons_that_never_change_and_too_few_images_have_no_cka():
@@ -84,7 +113,8 @@ def test_neurons_that_never_change_and_too_few_images_have_no_cka():
     assert sums.compute()[0].isnan().all()
     sums.update(representations[3:], torch.zeros(27, dtype=torch.int64))
     assert sums.compute()[0].isnan().tolist() == [True, True, False]
-    assert linear_cka(sums, [group])[0].isnan().tolist() == [True, True, False]
+    for values in linear_cka(sums, [group])[0]:
+        assert values.isnan().tolist() == [True, True, False]
 
 
 def test_every_probe_has_the_cka_of_its_subset_with_its_own_layer(real_features):
