@@ -17,7 +17,8 @@ NOTHING = 1e-24  # a subset with less than this share of the full layer's HSIC w
 class CKA(LayerRanks):
     """Linear CKA of every subset with its full layer, plain and debiased, and the table of `LayerRanks`.
 
-    Beside the plain one stands what independent representations of as many images reach; the debiased one expects 0.
+    Beside the plain one stands what independent representations of as many images reach, where the debiased one expects
+    0, and for random neurons what X'X of the full layer alone makes one expect.
     The ranks follow from the sums that CKA needs: X'X, and a few of every subset. Costs 2 n D^2 operations for n
     images of D neurons in float64, and D^2 numbers of memory.
     """
@@ -25,7 +26,8 @@ class CKA(LayerRanks):
     columns = (
         Column("cka", "CKA", logged=True, drawn=True),
         Column("cka_debiased", "CKA, debiased", drawn=True),
-        Column("cka_chance", "CKA of independent ones", drawn=True, chance=True),
+        Column("cka_chance", "CKA of independent ones", drawn=True, reference=True),
+        Column("cka_foretold", "CKA foretold from X'X", drawn=True, reference=True),
     )
     panel = "CKA with the full layer"
     panel_limits = (0, 1.03)
@@ -33,11 +35,13 @@ class CKA(LayerRanks):
     def compute(self) -> Mapping[str, Tensor | pd.DataFrame]:
         """Sum over processes and return the columns, and the table of layers."""
         table, coordinates = super().compute(), self.context.coordinates
-        columns = torch.zeros(len(self.columns), len(self.context.probes), dtype=torch.float64)
+        columns = torch.full((len(self.columns), len(self.context.probes)), torch.nan, dtype=torch.float64)
         for layer, sums in self.sums.items():
             found = coordinates.of_layer(layer), linear_cka(sums, sums.orderings[:-1]), sums.compute()
             for group, (plain, chance), debiased in zip(*found, strict=True):
-                columns[:, list(group.probes)] = torch.stack([plain, debiased, chance]).cpu()
+                columns[:3, list(group.probes)] = torch.stack([plain, debiased, chance]).cpu()
+                if group.selection == "random":
+                    columns[3, list(group.probes)] = foretold_cka(sums.scatter, group.sizes).cpu()
         return {**table, **{column.name: values for column, values in zip(self.columns, columns, strict=True)}}
 
     def begin(self, layer: str, width: int) -> Moments:
@@ -66,6 +70,18 @@ def linear_cka(moments: Moments, orderings: Sequence[Ordering]) -> list[tuple[Te
         norms = (_leading(own.square(), masks) * size).sqrt()
         results.append((with_full / norms, (own.diagonal() @ masks) * total / norms))
     return results
+
+
+def foretold_cka(scatter: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the linear CKA with the full layer to expect of k random neurons, for each size k, shape (m,), float64.
+
+    From the centred X'X alone: |Z'X|_F^2 and |Z'Z|_F^2 in the formula of `linear_cka` are replaced by their means over
+    all subsets of k of the D neurons.
+    """
+    k, width = torch.tensor(sizes).to(scatter), len(scatter)
+    squares, whole = scatter.diagonal().square().sum(), scatter.square().sum()
+    pairs = k * (k - 1) / max(1, width * (width - 1))
+    return k / width * whole / ((k / width * squares + pairs * (whole - squares)) * whole).sqrt()
 
 
 def _leading(matrix: Tensor, masks: Tensor) -> Tensor:

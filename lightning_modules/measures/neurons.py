@@ -67,10 +67,11 @@ class Neurons(Measure):
         rows = results.table(self.table, split)
         if rows.empty:
             return {}
-        figure, panels = figures.panels(len(results.layers), results.title)
+        layers = rows.groupby("layer", sort=False)
+        figure, panels = figures.panels(len(layers), results.title)
         looks = figures.styles(["full", "half"])
-        for axes, layer in zip(panels, results.layers, strict=True):
-            worth = rows[rows["layer"] == layer].sort_values("rise_val", ascending=False, ignore_index=True)
+        for axes, (layer, worth) in zip(panels, layers, strict=True):
+            worth = worth.sort_values("rise_val", ascending=False, ignore_index=True)
             places, window = worth.index + 1, max(1, len(worth) // SMOOTHED)
             lines = {"full": worth["rise_val"], "half": worth["rise_in_half"].sort_values(ascending=False)}
             labels = {"full": "from the full layer", "half": "from a random half, in its own order"}
@@ -86,7 +87,7 @@ class Neurons(Measure):
             axes.grid(visible=True, linewidth=0.4, alpha=0.5)
             axes.set_xlabel("neurons, by their worth")
             axes.set_ylabel("rise of the squared error without it")
-            axes.set_title(f"layer {layer}" if len(results.layers) > 1 else "", fontsize=9, loc="left")
+            axes.set_title(f"layer {layer}" if len(layers) > 1 else "", fontsize=9, loc="left")
         figures.legend(figure, panels)
         caption = "What each neuron is worth: by how much the squared error of a ridge probe rises on validation when "
         return {"neurons": Picture(figure, f"{caption}that neuron alone is dropped.")}

@@ -27,7 +27,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 LINES = ("-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1)))
 Style = dict[str, Any]
 FAINT: Style = {"alpha": 0.5, "markerfacecolor": "white", "linewidth": 1}  # a panel's further columns
-GREY: Style = {"color": "gray", "marker": "", "linewidth": 1}  # what chance gives
+GREY: Style = {"color": "gray", "marker": "", "linewidth": 1}  # references in a panel
 FAINT_SELECTIONS = 3  # up to which they have room
 
 
@@ -78,26 +78,27 @@ def curve(results: Results, split: str) -> dict[str, Picture]:
 def _panel(axes: Axes, measure: Measure, columns: list[Column], rows: pd.DataFrame, drawn: dict[str, Style]) -> None:
     """Draw a measure's columns of a layer's curve: the first with its spread, further ones faint, if there is room.
 
-    What chance gives is grey.
+    References are grey.
     """
-    chances = [column for column in columns if column.chance]
-    first, *others = [column for column in columns if not column.chance]
+    references = [column for column in columns if column.reference]
+    first, *others = [column for column in columns if not column.reference]
+    greys = {column.name: GREY | {"linestyle": LINES[place]} for place, column in enumerate(references)}
     others = others if len(drawn) <= FAINT_SELECTIONS else []
     for selection, style in drawn.items():
         points = rows[rows["selection"] == selection]
         line(axes, points, style, "", first.name, f"{first.name}_std", scale=first.scale)
         for column in others:
             line(axes, points, style | FAINT, "", column.name, scale=column.scale)
-        for column in chances:
-            line(axes, points, style | GREY, "", column.name, scale=column.scale)
+        for column in references:
+            line(axes, points, greys[column.name], "", column.name, scale=column.scale)
     axes.set_ylabel(measure.panel or first.heading)
     if measure.panel_limits:
         axes.set_ylim(measure.panel_limits)
-    if others or chances:
-        for column in (first, *others, *chances):
-            options = {} if column is first else GREY if column.chance else FAINT
+    if others or references:
+        for column in (first, *others, *references):
+            options = {} if column is first else greys.get(column.name, FAINT)
             axes.plot([], [], label=column.label, **{"color": "gray", "marker": "o", "markersize": 4.5} | options)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="best")
 
 
 def redundancy(results: Results, split: str) -> dict[str, Picture]:

@@ -1,13 +1,14 @@
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from evaluation import evaluate
 
 from lightning_modules.features.moments import Moments
 from lightning_modules.measures import CKA
-from lightning_modules.measures.cka import DebiasedCKA, linear_cka
+from lightning_modules.measures.cka import DebiasedCKA, foretold_cka, linear_cka
 from lightning_modules.subsets.bases import Ordering, orthogonal_projection, principal_components
 from lightning_modules.subsets.plan import Plan
 
@@ -89,6 +90,27 @@ def test_cka_by_chance_is_the_mean_over_all_permutations_of_the_images():
         parts = subsets(representations, ordering)
         means = [np.mean([cka(biased, part[list(p)], whole) for p in permutations(range(6))]) for part in parts]
         np.testing.assert_allclose(chance, means, rtol=1e-6)
+
+
+def test_foretold_cka_is_that_of_the_mean_products_and_near_what_is_measured(real_features):
+    values = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)
+    centred = (values - values.mean(0)).double().numpy()
+    scatter = centred.T @ centred
+    for k in (1, 3, 6):
+        chosen = [list(each) for each in combinations(range(6), k)]
+        with_full = np.mean([np.square(scatter[each]).sum() for each in chosen])
+        own = np.mean([np.square(scatter[np.ix_(each, each)]).sum() for each in chosen])
+        expected = with_full / np.sqrt(own * np.square(scatter).sum())
+        np.testing.assert_allclose(foretold_cka(torch.from_numpy(scatter), [k]), expected)
+    probes = Plan(["random", "first"], [0.01, 0.05, 0.2, 0.8], 8).probes({"one": 1280})
+    found = evaluate(
+        CKA(), probes, real_features.test_labels, inputs=real_features.test, widths={"one": 1280}, classes=12
+    )
+    columns = pd.DataFrame(probes).assign(cka=found["cka"], cka_foretold=found["cka_foretold"])
+    drawn = [probe.selection == "random" for probe in probes]
+    means = columns[drawn].groupby("fraction")[["cka", "cka_foretold"]].mean()
+    np.testing.assert_allclose(means["cka_foretold"], means["cka"], atol=0.05)
+    assert columns["cka_foretold"].isna().tolist() == [not each for each in drawn]
 
 
 def test_independent_representations_reach_the_cka_by_chance_and_no_debiased_one():
