@@ -80,8 +80,10 @@ class Neurons(Measure):
             smooth = worth["rise_test"].rolling(window, center=True, min_periods=1).mean()
             label = "from the full layer, on test (running mean)"
             axes.plot(places, smooth, label=label, color="gray", linewidth=1, linestyle=":")
-            tail = {"color": "#D55E00", "alpha": 0.3, "linewidth": 0, "label": "harmful: the error falls"}
-            axes.fill_between(places, worth["rise_val"], 0, where=worth["rise_val"] < 0, **tail)
+            harmful = worth["rise_val"].clip(upper=0)
+            axes.fill_between(
+                places, harmful, color="#D55E00", alpha=0.3, linewidth=0, label="harmful: the error falls"
+            )
             axes.set_yscale("symlog", linthresh=float(worth["rise_val"].abs().median()) or 1.0)
             axes.axhline(0, color="black", linewidth=0.6)
             axes.grid(visible=True, linewidth=0.4, alpha=0.5)

@@ -96,8 +96,8 @@ def _panel(axes: Axes, measure: Measure, columns: list[Column], rows: pd.DataFra
         axes.set_ylim(measure.panel_limits)
     if others or references:
         for column in (first, *others, *references):
-            options = {} if column is first else greys.get(column.name, FAINT)
-            axes.plot([], [], label=column.label, **{"color": "gray", "marker": "o", "markersize": 4.5} | options)
+            options: Style = {"color": "gray", "marker": "o", "markersize": 4.5, "label": column.label}
+            axes.plot([], [], **options | ({} if column is first else greys.get(column.name, FAINT)))
         axes.legend(fontsize=8, loc="best")
 
 

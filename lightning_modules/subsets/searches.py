@@ -56,7 +56,7 @@ def _eliminate(system: Tensor, targets: Tensor | None, floor: Tensor | None = No
         floor: Entries a_jj up to which a neuron says nothing more, shape (D,); such ones are last, by their index.
     """
     width = len(system)
-    left, taken = torch.arange(width, device=system.device), []
+    left, taken = torch.arange(width, device=system.device), list[int]()
     floor = system.new_zeros(width) if floor is None else floor
     while len(left):
         rows = system if targets is None else targets  # B at the beginning of the block
