@@ -162,6 +162,7 @@ class RedundancyProbe(LightningModule):
             device=self.trainer.strategy.root_device,
             reduce=self.stream.reduce,
             features=self.stream.everything,
+            moments=self.stream.moments,
         )
         self.measures.setup(context)
         # What processes need not tell each other: they build the same, and a frozen backbone stays so. Without this

@@ -34,6 +34,7 @@ def evaluate(measure, probes, labels, *, logits=None, inputs=None, widths=None, 
         "device": torch.device("cpu"),
         "reduce": lambda sums: sums,
         "features": lambda split: None,
+        "moments": lambda split: {},
     }
     measure.setup(Context(**known | changes))
     for repeat in range(2):  # what was counted before a reset does not count

@@ -48,7 +48,7 @@ def full_run():
     classes["correct"] -= 40 * (classes["class"] == "b")
     counts = classes["correct"].to_numpy().reshape(-1, 2)
     results = results.assign(**class_inequality(counts, np.array([500, 500])), accuracy=counts.sum(1) / 1000)
-    results = results.assign(cka=results["fraction"], cka_debiased=0.9 * results["fraction"], gained=20)
+    results = results.assign(cka=results["fraction"], cka_debiased=0.9 * results["fraction"], cka_chance=0.1, gained=20)
     results["lost"] = results["gained"] + 860 - counts.sum(1)
     found = {
         "results": pd.concat([results.assign(layer="layer<3>"), results], ignore_index=True),
@@ -70,4 +70,8 @@ def full_run():
         ]
     )
     found["neighbours"] = pd.DataFrame([subset | {"seed": seed, "neighbours": 10, "kept": 0.3} for seed in (0, 1)])
+    found["neurons"] = pd.DataFrame(
+        {"layer": "penultimate", "split": "test", "rise_val": rise, "rise_test": abs(rise), "rise_in_half": 2 * rise}
+        for rise in np.linspace(-1, 3, 100)
+    ).assign(neuron=range(100))
     return found

@@ -84,7 +84,7 @@ MISTAKES = {
     ),
     "full seed twice": (["--model.full_seeds=[0,0]"], "model.full_seeds lists 0 twice"),
     "no full seed": (["--model.full_seeds=0"], "model.full_seeds is 0; give a number of seeds from 1"),
-    "unknown selection": (["--model.selection=randm"], "'randm'; it must be one of first, fisher"),
+    "unknown selection": (["--model.selection=randm"], "'randm'; it must be one of backward, column_subset"),
     "selection twice": (["--model.selection=[first,first]"], "model.selection lists first twice"),
     "no selection": (["--model.selection=[]"], "model.selection is empty"),
     # The backbone.

@@ -130,8 +130,8 @@ class FeatureStream(nn.Module):
         return batch._replace(inputs=self._standardised(inputs), labels=batch.labels.to(self.mean.device))
 
     def batches(self, split: str, view: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this process' share of `train` in the epoch `view`, or of `val`: (B, sum of widths), and labels."""
-        loader = self.task.train_dataloader() if split == "train" else self.task.val_dataloader()
+        """Yield this process' share of a split, of `train` in the epoch `view`: (B, sum of widths), and labels."""
+        loader = getattr(self.task, f"{split}_dataloader")()
         loader.sampler.set_epoch(view)
         return self._labelled(loader, split)
 

@@ -114,8 +114,8 @@ class Moments:
 
     @property
     def cross(self) -> Tensor:
-        """Centred X'Y with one-hot labels Y, shape (D, C)."""
-        return (self._sum("totals") - self.counts.unsqueeze(1) * self.mean).t()
+        """Centred X'Y with one-hot labels Y, shape (D, C), with zeros for neurons that never change."""
+        return ((self._sum("totals") - self.counts.unsqueeze(1) * self.mean) * (self.variance > 0)).t()
 
 
 def rounding(terms: int) -> float:

@@ -7,6 +7,7 @@ from lightning_modules.measures.inequality import Inequality
 from lightning_modules.measures.layer_ranks import LayerRanks
 from lightning_modules.measures.measure import Batch, Column, Context, Measure, Picture
 from lightning_modules.measures.neighbours import Neighbours
+from lightning_modules.measures.neurons import Neurons
 
 __all__ = ["CKA", "Accuracy", "Batch", "Column", "Context", "Ensembles"]
-__all__ += ["Inequality", "LayerRanks", "Measure", "Neighbours", "Picture"]
+__all__ += ["Inequality", "LayerRanks", "Measure", "Neighbours", "Neurons", "Picture"]

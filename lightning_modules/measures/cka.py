@@ -1,4 +1,4 @@
-"""How much of a layer's geometry subsets keep: linear CKA with the full layer, plain and debiased."""
+"""How much of a layer's geometry subsets keep: linear CKA with the full layer, plain and debiased, and by chance."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,24 +17,32 @@ NOTHING = 1e-24  # a subset with less than this share of the full layer's HSIC w
 class CKA(LayerRanks):
     """Linear CKA of every subset with its full layer, plain and debiased, and the table of `LayerRanks`.
 
+    Beside the plain one stands what independent representations of as many images reach, where the debiased one expects
+    0, and for random neurons what X'X of the full layer alone makes one expect.
     The ranks follow from the sums that CKA needs: X'X, and a few of every subset. Costs 2 n D^2 operations for n
     images of D neurons in float64, and D^2 numbers of memory.
     """
 
-    columns = (Column("cka", "CKA", logged=True, drawn=True), Column("cka_debiased", "CKA, debiased", drawn=True))
+    columns = (
+        Column("cka", "CKA", logged=True, drawn=True),
+        Column("cka_debiased", "CKA, debiased", drawn=True),
+        Column("cka_chance", "CKA of independent ones", drawn=True, reference=True),
+        Column("cka_foretold", "CKA foretold from X'X", drawn=True, reference=True),
+    )
     panel = "CKA with the full layer"
     panel_limits = (0, 1.03)
 
     def compute(self) -> Mapping[str, Tensor | pd.DataFrame]:
         """Sum over processes and return the columns, and the table of layers."""
         table, coordinates = super().compute(), self.context.coordinates
-        plain, debiased = (torch.zeros(len(self.context.probes), dtype=torch.float64) for _ in self.columns)
+        columns = torch.full((len(self.columns), len(self.context.probes)), torch.nan, dtype=torch.float64)
         for layer, sums in self.sums.items():
             found = coordinates.of_layer(layer), linear_cka(sums, sums.orderings[:-1]), sums.compute()
-            for group, of_group, of_group_debiased in zip(*found, strict=True):
-                plain[list(group.probes)] = of_group.cpu()
-                debiased[list(group.probes)] = of_group_debiased.cpu()
-        return {**table, "cka": plain, "cka_debiased": debiased}
+            for group, (plain, chance), debiased in zip(*found, strict=True):
+                columns[:3, list(group.probes)] = torch.stack([plain, debiased, chance]).cpu()
+                if group.selection == "random":
+                    columns[3, list(group.probes)] = foretold_cka(sums.scatter, group.sizes).cpu()
+        return {**table, **{column.name: values for column, values in zip(self.columns, columns, strict=True)}}
 
     def begin(self, layer: str, width: int) -> Moments:
         """Return empty sums of a layer."""
@@ -43,21 +51,37 @@ class CKA(LayerRanks):
         return DebiasedCKA(width, len(self.context.target.classes), orderings, device=self.context.device)
 
 
-def linear_cka(moments: Moments, orderings: Sequence[Ordering]) -> list[Tensor]:
-    """Return the linear CKA of subsets with the full layer (Kornblith et al., 2019), shape (m,) per ordering, float64.
+def linear_cka(moments: Moments, orderings: Sequence[Ordering]) -> list[tuple[Tensor, Tensor]]:
+    """Return the linear CKA of subsets with the full layer (Kornblith et al., 2019), and that by chance, float64.
 
-    |Z'X|_F^2 / (|Z'Z|_F |X'X|_F) of the centred coordinates Z of the subset and the centred representations X. Not a
-    number for a subset that never changes.
+    |Z'X|_F^2 / (|Z'Z|_F |X'X|_F) of the centred coordinates Z of the subset and the centred representations X. By
+    chance is its mean over all permutations of the n images of Z, so what is left where Z and X have nothing to do with
+    each other: tr Z'Z tr X'X / (n - 1) in place of |Z'X|_F^2, or the geometric mean of both participation ratios over
+    n - 1. Two tensors of shape (m,) per ordering; not a number for a subset that never changes.
     """
     scatter = moments.scatter
+    size, total = scatter.square().sum(), scatter.trace() / (moments.count - 1)
     results = []
     for ordering in orderings:
         masks = ordering.masks().to(scatter)
         halfway = ordering.coordinates(scatter)  # X'Z, and so all of Z'Z
         with_full = halfway.square().sum(0) @ masks
-        within = _leading(ordering.coordinates(halfway.t()).square(), masks)
-        results.append(with_full / (within * scatter.square().sum()).sqrt())
+        own = ordering.coordinates(halfway.t())
+        norms = (_leading(own.square(), masks) * size).sqrt()
+        results.append((with_full / norms, (own.diagonal() @ masks) * total / norms))
     return results
+
+
+def foretold_cka(scatter: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the linear CKA with the full layer to expect of k random neurons, for each size k, shape (m,), float64.
+
+    From the centred X'X alone: |Z'X|_F^2 and |Z'Z|_F^2 in the formula of `linear_cka` are replaced by their means over
+    all subsets of k of the D neurons.
+    """
+    k, width = torch.tensor(sizes).to(scatter), len(scatter)
+    squares, whole = scatter.diagonal().square().sum(), scatter.square().sum()
+    pairs = k * (k - 1) / max(1, width * (width - 1))
+    return k / width * whole / ((k / width * squares + pairs * (whole - squares)) * whole).sqrt()
 
 
 def _leading(matrix: Tensor, masks: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What every measure is made of: columns of results.csv, a table and pictures of its own, and exact sums."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_modules.features.moments import Moments
 from lightning_modules.results.results import Results
 from lightning_modules.results.tables import Column
 from lightning_modules.subsets.coordinates import Coordinates
@@ -44,6 +45,7 @@ class Context:
     device: torch.device  # where this process computes
     reduce: Callable[[Tensor], Tensor]  # sums a tensor over processes, where it is no state of torchmetrics
     features: Callable[[str], Tensor | None]  # all of a split, shape (n, sum of widths); None where they are not kept
+    moments: Callable[[str], Mapping[str, Moments]]  # sums over a split and all processes, by layer
 
 
 class Picture(NamedTuple):

@@ -28,6 +28,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 LINES = ("-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1)))
 Style = dict[str, Any]
 FAINT: Style = {"alpha": 0.5, "markerfacecolor": "white", "linewidth": 1}  # a panel's further columns
+GREY: Style = {"color": "gray", "marker": "", "linewidth": 1}  # references in a panel
 FAINT_SELECTIONS = 3  # up to which they have room
 
 
@@ -76,21 +77,29 @@ def curve(results: Results, split: str) -> dict[str, Picture]:
 
 
 def _panel(axes: Axes, measure: Measure, columns: list[Column], rows: pd.DataFrame, drawn: dict[str, Style]) -> None:
-    """Draw a measure's columns of a layer's curve: the first with its spread, further ones faint, if there is room."""
-    first, *others = columns if len(drawn) <= FAINT_SELECTIONS else columns[:1]
+    """Draw a measure's columns of a layer's curve: the first with its spread, further ones faint, if there is room.
+
+    References are grey.
+    """
+    references = [column for column in columns if column.reference]
+    first, *others = [column for column in columns if not column.reference]
+    greys = {column.name: GREY | {"linestyle": LINES[place]} for place, column in enumerate(references)}
+    others = others if len(drawn) <= FAINT_SELECTIONS else []
     for selection, style in drawn.items():
         points = rows[rows["selection"] == selection]
         line(axes, points, style, "", first.name, f"{first.name}_std", scale=first.scale)
         for column in others:
             line(axes, points, style | FAINT, "", column.name, scale=column.scale)
+        for column in references:
+            line(axes, points, greys[column.name], "", column.name, scale=column.scale)
     axes.set_ylabel(measure.panel or first.heading)
     if measure.panel_limits:
         axes.set_ylim(measure.panel_limits)
-    if others:
-        for column in (first, *others):
-            options = {} if column is first else FAINT
-            axes.plot([], [], color="gray", marker="o", markersize=4.5, label=column.label, **options)
-        axes.legend(fontsize=8, loc="lower right")
+    if others or references:
+        for column in (first, *others, *references):
+            options: Style = {"color": "gray", "marker": "o", "markersize": 4.5, "label": column.label}
+            axes.plot([], [], **options | ({} if column is first else greys.get(column.name, FAINT)))
+        axes.legend(fontsize=8, loc="best")
 
 
 def redundancy(results: Results, split: str) -> dict[str, Picture]:

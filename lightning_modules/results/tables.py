@@ -28,6 +28,7 @@ class Column(NamedTuple):
     digits: int = 3  # decimals shown
     logged: bool = False  # whether its mean over seeds is logged as <split>/<name>/<selection>/<fraction>
     drawn: bool = False  # whether it is a line in the measure's panel beside the curve
+    reference: bool = False  # whether it is what the panel's first column is to be compared with: a grey line
 
     @property
     def scale(self) -> int:

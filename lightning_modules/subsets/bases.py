@@ -1,4 +1,4 @@
-"""Bases whose coordinates are selected, and orders to select in: principal components, projections, rankings."""
+"""Bases whose coordinates are selected: principal components, discriminants, projections; and orders to select in."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_modules.features.moments import Moments, rounding
+
+PENALTY = 0.3  # where labels rank neurons, over the mean diagonal of the layer's centred X'X
 
 
 class Ordering(NamedTuple):
@@ -53,11 +55,41 @@ def principal_components(moments: Moments) -> PrincipalComponents:
     count = moments.count
     variances, components = torch.linalg.eigh(moments.scatter / count)
     variances, components = variances.flip(0).clamp(min=0), components.flip(1)
-    largest = components.gather(0, components.abs().argmax(0, keepdim=True))
     # Rounding is relative to what was summed, which includes the means.
     tolerance = rounding(moments.width) * (moments.squares.sum() / count)
     rank = min(int((variances > tolerance).sum()), int(count) - 1)
-    return PrincipalComponents(variances, components * largest.sign(), rank)
+    return PrincipalComponents(variances, _signed(components), rank)
+
+
+def penalised(system: Tensor, moments: Moments) -> Tensor:
+    """Return a matrix like the centred X'X with `PENALTY` on its diagonal, shape (D, D)."""
+    penalty = PENALTY * moments.scatter.diagonal().mean()
+    return system + torch.eye(moments.width).to(system) * (penalty if penalty > 0 else 1)
+
+
+def discriminants(moments: Moments) -> Tensor:
+    """Return linear discriminants and what they leave as an orthonormal basis, one direction per column, shape (D, D).
+
+    The first k columns, for k up to C - 1, span the k directions along which the classes differ most for their variance
+    within, the latter with `PENALTY` (regularised linear discriminant analysis). The others are the principal
+    components of what is orthogonal to all of these, by descending variance. The entry of the largest magnitude is
+    positive.
+    """
+    seen = moments.counts > 0
+    means = moments.cross[:, seen] / moments.counts[seen].sqrt()  # times its transpose: the scatter between classes
+    factor = torch.linalg.cholesky(penalised(moments.scatter - means @ means.t(), moments))
+    whitened = torch.linalg.solve_triangular(factor, means, upper=False)
+    directions, ratios, _ = torch.linalg.svd(whitened, full_matrices=False)
+    rank = int((ratios[: means.shape[1] - 1] > rounding(moments.width) * ratios[:1]).sum())
+    directions = torch.linalg.solve_triangular(factor.t(), directions[:, :rank], upper=True)
+    spanning, rest = torch.linalg.qr(directions, mode="complete").Q.tensor_split([rank], dim=1)
+    components = torch.linalg.eigh(rest.t() @ moments.scatter @ rest).eigenvectors.flip(1)
+    return _signed(torch.cat([spanning, rest @ components], 1))
+
+
+def _signed(columns: Tensor) -> Tensor:
+    """Return columns of which each has a positive entry of the largest magnitude."""
+    return columns * columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
 
 
 def gaussian_projection(width: int, seed: int) -> Tensor:

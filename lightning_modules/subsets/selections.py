@@ -1,7 +1,7 @@
 """Selections: rules that order the coordinates of a basis, so that a subset is the first k of them.
 
 Subsets therefore nest as the fraction grows. The basis is the layer's own neurons or, by name, another. A new selection
-is one function here and one line in `SELECTIONS`.
+is one function here, or in `searches` where it is more than a ranking, and one line in `SELECTIONS`.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.features.moments import CONSTANT
-from lightning_modules.subsets import bases
+from lightning_modules.subsets import bases, searches
 from lightning_modules.subsets.bases import PrincipalComponents, principal_components
 
 FULL = "full"  # The selection of the full layer, the reference of every ratio
@@ -72,18 +72,22 @@ def variance(layer: Layer, seed: int) -> Tensor:
 
 
 def fisher(layer: Layer, seed: int) -> Tensor:
-    """Order neurons by Fisher's ratio over train, the variance between classes over that within, descending.
+    """Order neurons by Fisher's ratio over train, descending; those that never change are among the last."""
+    return _descending(fisher_ratio(layer.moments).nan_to_num(nan=-1.0, posinf=torch.inf))
 
-    A neuron that varies between classes only is among the first, one that never changes among the last.
+
+def fisher_ratio(moments: Any) -> Tensor:
+    """Return the variance of each neuron between classes over that within, shape (D,), from `Moments`.
+
+    Infinite for one that varies between classes only, not a number for one that never changes.
     """
-    moments = layer.moments
     seen = moments.counts > 0
     counts, means = moments.counts[seen].unsqueeze(1), moments.class_means[seen]
     between = (counts * (means - moments.mean).square()).sum(0) / moments.count
     within = moments.variance - between
     unseen = CONSTANT * (moments.variance + moments.mean.square())
     between, within = (part.masked_fill(part <= unseen, 0) for part in (between, within))
-    return _descending((between / within).nan_to_num(nan=-1.0, posinf=torch.inf))
+    return between / within
 
 
 def _descending(scores: Tensor) -> Tensor:
@@ -95,12 +99,18 @@ def pca_basis(layer: Layer, seed: int) -> Basis:
     return Basis(layer.components.components, layer.moments.mean)
 
 
+def discriminant_basis(layer: Layer, seed: int) -> Basis:
+    """Return the linear discriminants of the classes over train, and then the principal components of what is left."""
+    return Basis(bases.discriminants(layer.moments), layer.moments.mean)
+
+
 def _projection(matrix: Callable[[int, int], Tensor]) -> Callable[[Layer, int], Basis]:
     return lambda layer, seed: Basis(matrix(layer.width, seed), torch.zeros(layer.width, dtype=torch.float64))
 
 
 BASES: dict[str, Callable[[Layer, int], Basis]] = {
     "pca": pca_basis,
+    "discriminant": discriminant_basis,
     "gaussian": _projection(bases.gaussian_projection),
     "orthogonal": _projection(bases.orthogonal_projection),
     "positive": _projection(bases.positive_projection),
@@ -112,11 +122,15 @@ SELECTIONS = {
     "first": Selection(first),
     "pca": Selection(first, basis="pca", fitted=True),
     "pca_least": Selection(least, basis="pca", fitted=True),
+    "discriminant": Selection(first, basis="discriminant", fitted=True),
     "random_projection": Selection(first, seeded=True, basis="gaussian"),
     "orthogonal_projection": Selection(first, seeded=True, basis="orthogonal"),
     "positive_projection": Selection(first, seeded=True, basis="positive"),
     "variance": Selection(variance, fitted=True),
     "fisher": Selection(fisher, fitted=True),
+    "greedy": Selection(searches.greedy, fitted=True),
+    "backward": Selection(searches.backward, fitted=True),
+    "column_subset": Selection(searches.column_subset, fitted=True),
     FULL: Selection(first),
 }
 """Selections by name; the full layer comes by itself."""

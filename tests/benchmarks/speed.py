@@ -32,11 +32,13 @@ from lightning_modules.cli.main import keep_freed_memory
 from lightning_modules.cli.run import CLI
 from lightning_modules.features.cache import BATCH
 from lightning_modules.features.moments import Moments
+from lightning_modules.measures.neurons import removals
 from lightning_modules.probes.bank import ProbeBank
 from lightning_modules.probes.ridge import ridge_probes
-from lightning_modules.subsets.bases import Ordering
+from lightning_modules.subsets.bases import Ordering, discriminants
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import PAPER_FRACTIONS, Plan
+from lightning_modules.subsets.selections import Layer, order
 from tests.benchmarks.benchmark import (
     ROOT,
     Figure,
@@ -438,6 +440,22 @@ def ridge(bench: Bench) -> list[Figure]:
     ]
 
 
+def neurons(bench: Bench) -> list[Figure]:
+    """Measure what ranks all neurons of a layer, and what tells the worth of each, from sums already taken."""
+    width, classes = (256, 20) if bench.quick else (2048, 100)
+    train_sums, val_sums = (moments(width, classes, 2 * width, seed, bench.device) for seed in (0, 1))
+    layer, searches = Layer(width, train_sums), ("greedy", "backward", "column_subset")
+    orders = {name: functools.partial(timed, functools.partial(order, name, layer, 0)) for name in searches}
+    sides = taking_turns(
+        bench.repeats,
+        **orders,
+        discriminant=lambda: timed(lambda: discriminants(train_sums)),
+        worth=lambda: timed(lambda: removals(train_sums, val_sums, val_sums, list(range(5)))),
+    )
+    note = f"D = {width}, C = {classes}; worth with 5 subset seeds"
+    return [Figure(f"seconds of {name}, all neurons", sides[name], "<= 10", sides, note) for name in sides]
+
+
 def plan_orderings(width, device):
     """Return the paper's subsets as orderings."""
     plan = Plan("random", list(PAPER_FRACTIONS), list(range(1, 6))).probes({"layer": width})
@@ -625,7 +643,9 @@ def costs() -> str:
     return "\n".join(lines)
 
 
-MEASUREMENTS = {each.__name__: each for each in (startup, memory, probes, rivals, ridge, growth, curve, precision)}
+MEASUREMENTS = {
+    each.__name__: each for each in (startup, memory, probes, rivals, ridge, neurons, growth, curve, precision)
+}
 """Memory comes early: the peak of a child is at least what its parent held when it started it."""
 
 

@@ -1,11 +1,14 @@
+from itertools import combinations, permutations
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from evaluation import evaluate
 
 from lightning_modules.features.moments import Moments
 from lightning_modules.measures import CKA
-from lightning_modules.measures.cka import DebiasedCKA, linear_cka
+from lightning_modules.measures.cka import DebiasedCKA, foretold_cka, linear_cka
 from lightning_modules.subsets.bases import Ordering, orthogonal_projection, principal_components
 from lightning_modules.subsets.plan import Plan
 
@@ -59,7 +62,8 @@ def test_cka_is_that_of_the_kernels_on_real_features(real_features, images, widt
     others = iter(list(processes[1].sums.values()))
     processes[0].reduce(lambda sums: sums + next(others))
     whole = representations.double().numpy()
-    for ordering, plain, debiased in zip(groups, linear_cka(processes[0], groups), processes[0].compute(), strict=True):
+    found = zip(groups, linear_cka(processes[0], groups), processes[0].compute(), strict=True)
+    for ordering, (plain, _), debiased in found:
         parts = subsets(representations, ordering)
         np.testing.assert_allclose(plain, [cka(biased, part, whole) for part in parts], rtol=1e-5)
         np.testing.assert_allclose(debiased, [cka(unbiased, part, whole) for part in parts], rtol=1e-5, atol=1e-9)
@@ -72,7 +76,54 @@ def test_only_the_debiased_cka_of_few_images_is_about_that_of_many():
     sums.update(representations, torch.zeros(60, dtype=torch.int64))
     # Independent neurons of equal variance: k / sqrt(k D).
     np.testing.assert_allclose(sums.compute()[0], 0.5, atol=0.05)
-    assert linear_cka(sums, [ordering])[0] > 0.7
+    assert linear_cka(sums, [ordering])[0][0] > 0.7
+
+
+def test_cka_by_chance_is_the_mean_over_all_permutations_of_the_images():
+    representations = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 10) + 3
+    labels = torch.zeros(6, dtype=torch.int64)
+    train = Moments(9, 1)
+    train.update(representations, labels)
+    whole = representations.double().numpy()
+    groups = orderings(9, train)
+    for ordering, (_, chance) in zip(groups, linear_cka(train, groups), strict=True):
+        parts = subsets(representations, ordering)
+        means = [np.mean([cka(biased, part[list(p)], whole) for p in permutations(range(6))]) for part in parts]
+        np.testing.assert_allclose(chance, means, rtol=1e-6)
+
+
+def test_foretold_cka_is_that_of_the_mean_products_and_near_what_is_measured(real_features):
+    values = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)
+    centred = (values - values.mean(0)).double().numpy()
+    scatter = centred.T @ centred
+    for k in (1, 3, 6):
+        chosen = [list(each) for each in combinations(range(6), k)]
+        with_full = np.mean([np.square(scatter[each]).sum() for each in chosen])
+        own = np.mean([np.square(scatter[np.ix_(each, each)]).sum() for each in chosen])
+        expected = with_full / np.sqrt(own * np.square(scatter).sum())
+        np.testing.assert_allclose(foretold_cka(torch.from_numpy(scatter), [k]), expected)
+    probes = Plan(["random", "first"], [0.01, 0.05, 0.2, 0.8], 8).probes({"one": 1280})
+    found = evaluate(
+        CKA(), probes, real_features.test_labels, inputs=real_features.test, widths={"one": 1280}, classes=12
+    )
+    columns = pd.DataFrame(probes).assign(cka=found["cka"], cka_foretold=found["cka_foretold"])
+    drawn = [probe.selection == "random" for probe in probes]
+    means = columns[drawn].groupby("fraction")[["cka", "cka_foretold"]].mean()
+    np.testing.assert_allclose(means["cka_foretold"], means["cka"], atol=0.05)
+    assert columns["cka_foretold"].isna().tolist() == [not each for each in drawn]
+
+
+def test_independent_representations_reach_the_cka_by_chance_and_no_debiased_one():
+    generator = torch.Generator().manual_seed(0)
+    representations = torch.randn(50, 30, generator=generator) * torch.rand(30, generator=generator)
+    both = torch.cat([representations, 5 * torch.randn(50, 70, generator=generator)], 1)
+    # The other representation has the larger part of the variance, so that the full layer is nearly it alone.
+    ordering = Ordering(torch.arange(100), [30])
+    sums = DebiasedCKA(100, 1, [ordering])
+    sums.update(both, torch.zeros(50, dtype=torch.int64))
+    ((plain, chance),) = linear_cka(sums, [ordering])
+    np.testing.assert_allclose(plain, chance, rtol=0.1)
+    np.testing.assert_allclose(sums.compute()[0], 0, atol=0.06)
 
 
 def test_neurons_that_never_change_and_too_few_images_have_no_cka():
@@ -84,7 +135,8 @@ def test_neurons_that_never_change_and_too_few_images_have_no_cka():
     assert sums.compute()[0].isnan().all()
     sums.update(representations[3:], torch.zeros(27, dtype=torch.int64))
     assert sums.compute()[0].isnan().tolist() == [True, True, False]
-    assert linear_cka(sums, [group])[0].isnan().tolist() == [True, True, False]
+    for values in linear_cka(sums, [group])[0]:
+        assert values.isnan().tolist() == [True, True, False]
 
 
 def test_every_probe_has_the_cka_of_its_subset_with_its_own_layer(real_features):

@@ -3,7 +3,7 @@ import math
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.measures import CKA, Accuracy, Column, Ensembles, Inequality, LayerRanks, Neighbours
+from lightning_modules.measures import CKA, Accuracy, Column, Ensembles, Inequality, LayerRanks, Neighbours, Neurons
 from lightning_modules.measures.suite import Suite
 
 
@@ -22,7 +22,7 @@ def test_values_are_shown_in_their_unit_with_their_spread(column, value, spread,
 
 
 def test_every_measure_goes_with_every_other_but_what_gives_the_same_table_or_column():
-    Suite([Accuracy(), CKA(), Inequality(), Neighbours(), Ensembles()], clean=True)
+    Suite([Accuracy(), CKA(), Inequality(), Neighbours(), Ensembles(), Neurons()], clean=True)
     for one, other, name in ((CKA, LayerRanks, "layers.csv"), (Inequality, Inequality, "mean_class_accuracy")):
         said = f"model.measures: {one.__name__} and {other.__name__} would both write {name}; leave one out."
         with pytest.raises(MisconfigurationException, match=said):

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from made_up import ACCURACY, CURVE, full_run, per_image, tables
 
-from lightning_modules.measures import CKA, Accuracy, Ensembles, Inequality, Neighbours
+from lightning_modules.measures import CKA, Accuracy, Ensembles, Inequality, Neighbours, Neurons
 from lightning_modules.reporting.report import report
 from lightning_modules.results.results import Results
 
-MEASURES = [Accuracy(), CKA(), Inequality(), Neighbours(), Ensembles()]
-PICTURES = ("curve", "redundancy", "layers", "classes", "inequality", "neighbours", "ensembles")
+MEASURES = [Accuracy(), CKA(), Inequality(), Neighbours(), Ensembles(), Neurons()]
+PICTURES = ("curve", "redundancy", "layers", "classes", "inequality", "neighbours", "ensembles", "neurons")
 
 
 @pytest.fixture(scope="module")
