@@ -268,7 +268,7 @@ def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, tmp_path
             assert (written["single_neurons"] == written["neurons"]).all()
         if name == "neighbours":  # of all test images, among all training images
             assert written[["queries", "gallery", "neighbours"]].drop_duplicates().values.tolist() == [[179, 538, 5]]
-    assert sum(name.startswith("pictures/") and name.endswith("/path") for row in logged.history for name in row) == 6
+    assert sum(name.startswith("pictures/") and name.endswith("/path") for row in logged.history for name in row) == 7
 
 
 MY_MEASURES = """
