@@ -26,7 +26,7 @@ class CKA(LayerRanks):
     columns = (
         Column("cka", "CKA", logged=True, drawn=True),
         Column("cka_debiased", "CKA, debiased", drawn=True),
-        Column("cka_chance", "CKA of independent ones", drawn=True, reference=True),
+        Column("cka_chance", "CKA by chance", drawn=True, reference=True),
         Column("cka_foretold", "CKA foretold from X'X", drawn=True, reference=True),
     )
     panel = "CKA with the full layer"
