@@ -126,6 +126,31 @@ def timm_preprocessing(name: str, overlay: PretrainedCfgOverlay, kwargs: dict[st
     return _in_channels(resolve_data_config(pretrained_cfg=cfg.to_dict()), channels)
 
 
+def completed(
+    name: str | None, kwargs: dict[str, Any] | None, overlay: PretrainedCfgOverlay, weights: str, made: dict[str, Any]
+) -> tuple[str, dict[str, Any], PretrainedCfgOverlay]:
+    """Return name, kwargs and preprocessing; what is not given is what a file of weights says (`weights.made`).
+
+    Raises:
+        MisconfigurationException: If the name is nowhere, or name or kwargs are given that contradict the file.
+    """
+    architecture = made.get("architecture", name)
+    if architecture is None:
+        raise MisconfigurationException(
+            f"model.backbone.name is null, and weights {weights} do not say what they are of; name the architecture."
+        )
+    of = architecture.partition(".")[0]
+    for key, given, its in (("name", name and name.partition(".")[0], of), ("kwargs", kwargs, made.get("kwargs"))):
+        if made and given and given != its:
+            raise MisconfigurationException(
+                f"model.backbone.{key} is {given}, but {weights} holds the weights of {as_call(of, made['kwargs'])}; "
+                f"set it null."
+            )
+    given = {key: value for key, value in vars(overlay).items() if value is not None}
+    overlay = PretrainedCfgOverlay(**made.get("preprocessing", {}) | given)
+    return name or architecture, kwargs or made.get("kwargs", {}), overlay
+
+
 def as_call(name: str, kwargs: dict[str, Any]) -> str:
     """Return a model's name with its arguments, where there are any, as `resnet26(stem_type=deep)`."""
     return f"{name}({', '.join(f'{key}={value}' for key, value in kwargs.items())})" if kwargs else name
