@@ -128,12 +128,10 @@ class Pretraining(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_train_epoch_start(self) -> None:
-        """Seed what a step draws at random, as dropout does, so that a fit that goes on draws what it would have."""
-        torch.manual_seed(self.seed + 1000 * self.current_epoch + self.global_rank)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return this process' share of the objective's mean over the batch of all processes."""
+        # Dropout and random starts draw what they would have drawn, also where a training goes on after it was killed.
+        torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)))
         summed = self.objective(self.network, batch.inputs, batch.labels)
         return summed * (self.trainer.world_size / batch.total)  # DDP averages gradients over processes
 
@@ -202,6 +200,7 @@ class Pretraining(LightningModule):
             "objective": described["objective"],
             "optimiser": described["optimiser"],
             "data": task.describe(),
+            "classes": list(task.target.classes),
             "epochs": self.trainer.current_epoch,
             **found,
         }
