@@ -109,7 +109,7 @@ class Pretraining(LightningModule):
             }  # grey images', too
             self.objective.setup(self.network, target)
             self.accuracy = MulticlassAccuracy(target.outputs, average="micro")
-            self.robust_accuracy = self.accuracy.clone()
+            self.robust_accuracy = MulticlassAccuracy(target.outputs, average="micro")
             self.seed = torch.initial_seed()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -139,9 +139,9 @@ class Pretraining(LightningModule):
         """Count the images of the validation or the test split that are classified correctly, attacked ones too."""
         split = "test" if self.trainer.testing else "val"
         measured = {"accuracy": (self.accuracy, batch.inputs)}
-        if hasattr(self.objective, "attack"):
-            attacked = self.objective.attack(self.network, batch.inputs, batch.labels)
-            measured["robust_accuracy"] = (self.robust_accuracy, attacked)
+        attack: Any = getattr(self.objective, "attack", None)
+        if attack:
+            measured["robust_accuracy"] = (self.robust_accuracy, attack(self.network, batch.inputs, batch.labels))
         for name, (accuracy, images) in measured.items():
             accuracy.update(self.network(images), batch.labels)
             self.log(f"{split}/{name}", accuracy, on_epoch=True, prog_bar=True, batch_size=batch.total)

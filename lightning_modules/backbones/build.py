@@ -144,7 +144,7 @@ def completed(
         if made and given and given != its:
             raise MisconfigurationException(
                 f"model.backbone.{key} is {given}, but {weights} holds the weights of {as_call(of, made['kwargs'])}; "
-                f"set it null."
+                f"leave it out, as with --model.backbone null --model.backbone.weights {weights}."
             )
     given = {key: value for key, value in vars(overlay).items() if value is not None}
     overlay = PretrainedCfgOverlay(**made.get("preprocessing", {}) | given)

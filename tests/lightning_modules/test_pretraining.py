@@ -195,6 +195,23 @@ def test_a_file_says_what_made_it_and_is_enough_for_a_backbone(tmp_path):
             FrozenBackbone(weights=str(output), **wrong)
 
 
+def test_the_file_alone_is_enough_on_the_command_line(cli, tmp_path):
+    trained(tmp_path / "out.safetensors")
+    given = ("--model.backbone.weights=out.safetensors", "--trainer.logger=false")
+    short = ("--model.solver=Ridge", "--model.fractions=0.5", "--model.seeds=1", "--model.measures=[]", "--name=run")
+    status, _, err = cli("fit", "--data=Digits", "--data.digits=[0,1]", *given, *short)
+    assert status == 0, err
+    assert "resnet18(in_chans=1" in err
+    assert "digits,resnet18-out,penultimate,full" in (tmp_path / "runs" / "run" / "results.csv").read_text()
+    status, _, err = cli("fit", "--config=quickstart.yaml", *given)
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: model.backbone.name is resnet26, but out.safetensors holds the wei")
+    status, out, err = cli("fit", "--config=quickstart.yaml", "--model.backbone=null", *given, "--print_config")
+    assert status == 0, err
+    backbone = yaml.safe_load(out)["model"]["init_args"]["backbone"]
+    assert (backbone["name"], backbone["kwargs"], backbone["weights"]) == (None, None, "out.safetensors")
+
+
 @pytest.mark.parametrize(
     ("made", "said"),
     [
