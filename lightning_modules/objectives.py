@@ -70,11 +70,10 @@ class Adversarial(Objective):
     """Cross-entropy of images that projected gradient descent moved against the network (Madry et al., 2018).
 
     A moved image stays in a ball around its pixels, before normalisation, and in [0, 1]. During the attack the network
-    is in evaluation mode, as in `robustness`, the library of the published robust ImageNet weights (TRADES does so too,
-    Madry's own first code did not): what is attacked is then the network as it will be evaluated, each image for
-    itself, and batch norm's statistics and dropout's masks are those of the training step alone. That step, on the
-    moved images, is in training mode. The attack takes gradients of the images and of nothing else, so that no
-    parameter gets one and no process waits for another.
+    is in evaluation mode, as in `robustness`, the library of the published robust ImageNet weights, and in TRADES: what
+    is attacked is the network as it will be evaluated, each image for itself, and batch norm's statistics are those of
+    the step that follows alone. That step, on the moved images, is in training mode. The attack takes gradients with
+    respect to images only, so that no parameter gets one and no process waits for another.
 
     Args:
         eps: Radius of the ball, of pixels in [0, 1]; published are 3 in L2 at 224 pixels and 0.0157 (4/255) in Linf.
@@ -211,7 +210,6 @@ class Matryoshka(Objective):
         super().__init__()
         self.widths = widths
         self.shared = shared
-        self.nested: list[int] = []
 
     def setup(self, network: Any, target: Any) -> None:
         """Build a classifier for each width below D, unless they share one."""

@@ -95,18 +95,19 @@ class Pretraining(LightningModule):
     def setup(self, stage: str) -> None:
         """Build the network for the task's target, the first time."""
         if stage == "fit":
-            checks.monitors(self.trainer, ["val/accuracy"])
+            checks.monitors(
+                self.trainer, ["val/accuracy", *["val/robust_accuracy"] * hasattr(self.objective, "attack")]
+            )
         if self.network is None:
             task = self.trainer.datamodule  # type: ignore[attr-defined]
             target = task.target
             if task.vectors or target.metric != "accuracy":
                 raise MisconfigurationException(
-                    f"Pre-training needs images of one class each; {task.label} has others."
+                    f"Pre-training needs images of one class each, which {task.label} has not."
                 )
             self.network, _, self.classifier = build.build(self.name, False, self.kwargs, self.overlay, target.outputs)
-            self.network.pretrained_cfg |= {
-                key: self.preprocessing[key] for key in ("mean", "std")
-            }  # grey images', too
+            normalisation = {key: self.preprocessing[key] for key in ("mean", "std")}  # of grey images, too
+            self.network.pretrained_cfg = self.network.pretrained_cfg | normalisation
             self.objective.setup(self.network, target)
             self.accuracy = MulticlassAccuracy(target.outputs, average="micro")
             self.robust_accuracy = MulticlassAccuracy(target.outputs, average="micro")

@@ -100,7 +100,7 @@ def plain_decov(network, objective, images, labels):
     moved = features - features.mean(0)
     penalty = sum((moved[:, i] * moved[:, j]).mean() ** 2 for i in range(20) for j in range(20) if i != j) / 2
     covariances = np.cov(features.detach().T.numpy(), bias=True)
-    assert float(penalty) == pytest.approx(((covariances**2).sum() - (covariances.diagonal() ** 2).sum()) / 2)
+    assert penalty.item() == pytest.approx(((covariances**2).sum() - (covariances.diagonal() ** 2).sum()) / 2)
     return cross_entropy(network.fc(features), labels) + 0.3 * len(labels) * penalty
 
 

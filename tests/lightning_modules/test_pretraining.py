@@ -290,4 +290,4 @@ def test_vectors_are_refused(cli, tmp_path):
     model = ("--model=Pretraining", "--model.name=test_resnet", "--model.output=out.safetensors")
     status, _, err = cli("fit", *model, "--data=Embeddings", "--data.features=vectors.npz", "--trainer.logger=false")
     assert status == 2
-    assert err.splitlines()[-1] == "error: Pre-training needs images of one class each; vectors has others."
+    assert err.splitlines()[-1] == "error: Pre-training needs images of one class each, which vectors has not."
