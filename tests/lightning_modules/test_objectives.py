@@ -1,4 +1,3 @@
-import contextlib
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -141,6 +140,16 @@ def test_a_loss_and_its_gradient_are_those_of_its_formula(objective, plain):
     assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_covariances_are_not_of_half_precision():
+    network, (images, labels, *_) = Small().float(), batch()
+    network.forward_features = lambda images: 1000 * network.body[1](images.flatten(1))
+    losses = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.float16, half):
+            losses.append(DeCov(1.0)(network, images.float(), labels).item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_widths_are_doubled_up_to_the_layers_own():
     objective = Matryoshka()
     objective.setup(Small(), TARGET)
@@ -201,19 +210,20 @@ def test_an_attack_is_that_of_plain_loops(norm, eps, step_size):
 
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
 @pytest.mark.parametrize("random_start", [False, True])
-@pytest.mark.parametrize("within", ["training", "validation", "half precision"])
+@pytest.mark.parametrize("within", ["training", "validation", "half", "half validation"])
 def test_an_attack_stays_in_its_ball_and_raises_the_loss_and_changes_nothing_else(norm, random_start, within):
     network, (images, labels, mean, std) = Small(), batch()
     network.body.append(nn.Dropout(0.5))
-    if within == "half precision":
+    if "half" in within:
         network, images = network.float(), images.float()
     state = {name: value.clone() for name, value in network.state_dict().items()}
     eps = 0.3 if norm == "L2" else 0.1
     objective = Adversarial(eps, norm, random_start=random_start)
-    mode = {"validation": torch.inference_mode(), "half precision": torch.autocast("cpu", torch.bfloat16)}
-    with mode.get(within, contextlib.nullcontext()):
+    with torch.inference_mode("validation" in within), torch.autocast("cpu", torch.bfloat16, "half" in within):
         given = images * 1  # in inference mode, a tensor of its kind
         moved = objective.attack(network, given, labels.clone())
+        network.eval()(given)  # leaves weights of half precision behind
+        network.train()
         again = objective.attack(network, given, labels.clone())
     assert network.training
     assert torch.equal(moved, again) != random_start
@@ -324,18 +334,21 @@ class Auxiliary(Objective):
     [
         (Auxiliary(8), "Auxiliary(width=8)"),
         (Matryoshka([8, 24]), "Matryoshka(widths=[8, 24], shared=False)"),
-        (Adversarial(0.5), "Adversarial(eps=0.5, norm='L2', steps=3, step_size=None, random_start=False)"),
+        (
+            Adversarial(0.5),
+            "Adversarial(eps=0.5, norm='L2', steps=3, step_size=None, random_start=False)",
+        ),
     ],
     ids=["one's own", "Matryoshka", "Adversarial"],
 )
 def test_an_objective_has_the_network_and_heads_to_train(tmp_path, objective, said):
-    overlay = PretrainedCfgOverlay([3, 32, 32], [0.5] * 3, [0.5] * 3, "bilinear", 1.0)
+    overlay = PretrainedCfgOverlay([3, 8, 8], [0.5] * 3, [0.5] * 3, "bilinear", 1.0)
     model = Pretraining("test_resnet", str(tmp_path / "weights.safetensors"), None, overlay, objective)
     task = Digits([0, 1], batch_size=64)
     task.preprocessing = model.preprocessing
     assert model.describe(task)["objective"] == said
     trainer = Trainer(
-        max_epochs=2,
+        max_epochs=1,
         default_root_dir=tmp_path,
         **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
         **{"enable_model_summary": False, "accelerator": "cpu"},
