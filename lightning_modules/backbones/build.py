@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import itertools
+import json
 import logging
 import pkgutil
 import sys
@@ -10,6 +11,7 @@ import sysconfig
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -139,12 +141,15 @@ def completed(
         raise MisconfigurationException(
             f"model.backbone.name is null, and weights {weights} do not say what they are of; name the architecture."
         )
-    of = architecture.partition(".")[0]
-    for key, given, its in (("name", name and name.partition(".")[0], of), ("kwargs", kwargs, made.get("kwargs"))):
-        if made and given and given != its:
+    if made:
+        of, as_json = architecture.partition(".")[0], partial(json.dumps, sort_keys=True, default=str)
+        wrong = f"name is {name}" if name and name.partition(".")[0] != of else ""
+        if kwargs and as_json(kwargs) != as_json(made["kwargs"]):  # where a tuple is a list
+            wrong = wrong or f"kwargs are {kwargs}"
+        if wrong:
             raise MisconfigurationException(
-                f"model.backbone.{key} is {given}, but {weights} holds the weights of {as_call(of, made['kwargs'])}; "
-                f"leave it out, as with --model.backbone null --model.backbone.weights {weights}."
+                f"model.backbone.{wrong}, but {weights} holds the weights of {as_call(of, made['kwargs'])}; leave it "
+                f"out, as with --model.backbone null --model.backbone.weights {weights}."
             )
     given = {key: value for key, value in vars(overlay).items() if value is not None}
     overlay = PretrainedCfgOverlay(**made.get("preprocessing", {}) | given)

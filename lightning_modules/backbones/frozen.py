@@ -83,6 +83,7 @@ class FrozenBackbone(nn.Module):
         name, self.kwargs, pretrained_cfg_overlay = completed(name, kwargs, pretrained_cfg_overlay, weights, made)
         self.name = name
         self._overlay = pretrained_cfg_overlay
+        self._objective = f" of {made['objective']}" if made else ""
         self.layers = [layer] if isinstance(layer, str) else layer
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise MisconfigurationException(f"model.backbone.layer is {layer}; give at least one layer, each once.")
@@ -121,7 +122,8 @@ class FrozenBackbone(nn.Module):
 
     def describe(self) -> str:
         """Return name, weights, layers with their widths, and preprocessing in one line."""
-        weights = {"pretrained": "pretrained", "random": "random weights"}.get(self.weights, f"weights {self.weights}")
+        given = f"weights {self.weights}{self._objective}"
+        weights = {"pretrained": "pretrained", "random": "random weights"}.get(self.weights, given)
         layers = " + ".join(f"{layer} ({width:,} neurons)" for layer, width in self.widths.items())
         pooling = "" if self.pooling == "mean" else f", pooling {self.pooling}"
         network, preprocessing = as_call(self.name, self.kwargs), describe_preprocessing(self.preprocessing)

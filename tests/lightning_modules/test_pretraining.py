@@ -179,9 +179,10 @@ def test_a_file_says_what_made_it_and_is_enough_for_a_backbone(tmp_path):
         "epochs": 2,
     }
     backbone = FrozenBackbone(weights=str(output))
-    given = FrozenBackbone("resnet18", str(output), SMALL, GREY)
-    assert backbone.provenance() == given.provenance()
-    assert (backbone.label, backbone.describe()) == (given.label, given.describe())
+    given = FrozenBackbone("resnet18", str(output), SMALL | {"layers": tuple(SMALL["layers"])}, GREY)
+    assert backbone.provenance()["weights"] == given.provenance()["weights"]
+    assert (backbone.label, backbone.preprocessing) == (given.label, given.preprocessing)
+    assert f"weights {output} of Adversarial(eps=0.1, " in backbone.describe()
     larger = FrozenBackbone(weights=str(output), pretrained_cfg_overlay=PretrainedCfgOverlay([1, 16, 16]))
     assert larger.preprocessing == given.preprocessing | {"input_size": (1, 16, 16)}
     for wrong, said in (
@@ -189,7 +190,7 @@ def test_a_file_says_what_made_it_and_is_enough_for_a_backbone(tmp_path):
             {"name": "resnet26"},
             f"model.backbone.name is resnet26, but {output} holds the weights of resnet18(in_chans=1",
         ),
-        ({"kwargs": SMALL | {"in_chans": 3}}, "model.backbone.kwargs is {'in_chans': 3, "),
+        ({"kwargs": SMALL | {"in_chans": 3}}, "model.backbone.kwargs are {'in_chans': 3, "),
     ):
         with pytest.raises(MisconfigurationException, match=re.escape(said)):
             FrozenBackbone(weights=str(output), **wrong)
