@@ -2,10 +2,13 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterable
+from math import inf
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 
@@ -14,13 +17,15 @@ class Objective(nn.Module, ABC):
 
     It gets the network and not its outputs, so that it can run it several times, on other images, or to a layer:
 
-        features = network.forward_head(network.forward_features(images), pre_logits=True)  # (B, D)
+        features = penultimate(network, images)  # (B, D)
         logits = network.get_classifier()(features)  # (B, C)
 
     Images are normalised with `network.pretrained_cfg["mean"]` and `["std"]`, of pixels in [0, 1]. Parameters and
     modules assigned in `setup`, such as further heads, are optimised with the network's and not written with it. The
     network's own classifier must be trained too: its accuracy is what is reported. The constructor keeps each argument
-    as the attribute of that name: a run shows them, and a checkpoint made with other ones is refused.
+    as the attribute of that name: a run shows them, and a checkpoint made with other ones is refused. Where there is a
+    method `attack(network, images, labels)` that returns images made against the network, of the same shape, the
+    accuracy on those of validation and test is reported too.
     """
 
     def setup(self, network: Any, target: Any) -> None:
@@ -59,3 +64,236 @@ class CrossEntropy(Objective):
     def forward(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy summed over the batch, shape ()."""
         return F.cross_entropy(network(images), labels, label_smoothing=self.label_smoothing, reduction="sum")
+
+
+class Adversarial(Objective):
+    """Cross-entropy of images that projected gradient descent moved against the network (Madry et al., 2018).
+
+    A moved image stays in a ball around its pixels, before normalisation, and in [0, 1]. During the attack the network
+    is in evaluation mode, as in `robustness`, the library of the published robust ImageNet weights, and in TRADES: what
+    is attacked is the network as it will be evaluated, each image for itself, and batch norm's statistics are those of
+    the step that follows alone. That step, on the moved images, is in training mode. The attack takes gradients with
+    respect to images only, so that no parameter gets one and no process waits for another.
+
+    Args:
+        eps: Radius of the ball, of pixels in [0, 1]; published are 3 in L2 at 224 pixels and 0.0157 (4/255) in Linf.
+        norm: `L2`, the length over all pixels and channels, or `Linf`, the largest change of any.
+        steps: Gradient steps.
+        step_size: Length of a step, in the same norm; null is 2 eps / steps, as published.
+        random_start: Whether to start at a random place, uniform in the ball, or else at the image itself.
+
+    Raises:
+        MisconfigurationException: If the ball is empty or, in Linf, wider than all pixels, or no step is made.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        norm: Literal["L2", "Linf"] = "L2",
+        steps: int = 3,
+        step_size: float | None = None,
+        random_start: bool = False,
+    ) -> None:
+        super().__init__()
+        most = 1 if norm == "Linf" else inf
+        if not 0 < eps <= most or eps == inf:
+            right = "above 0, at most 1, as pixels lie in [0, 1] (4/255 is 0.0157)" if norm == "Linf" else "above 0"
+            raise MisconfigurationException(f"model.objective.eps is {eps:g}; in {norm} it must be {right}.")
+        if steps < 1:
+            raise MisconfigurationException(f"model.objective.steps is {steps}; it must be at least 1.")
+        if step_size is not None and not 0 < step_size < inf:
+            raise MisconfigurationException(f"model.objective.step_size is {step_size:g}; it must be above 0.")
+        self.eps = eps
+        self.norm = norm
+        self.steps = steps
+        self.step_size = step_size
+        self.random_start = random_start
+
+    def forward(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of the moved images summed over the batch, shape ()."""
+        return F.cross_entropy(network(self.attack(network, images, labels)), labels, reduction="sum")
+
+    def attack(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
+        """Return images, shape (B, C, H, W) as given and normalised as given, moved against the network."""
+        step_size = self.step_size or 2 * self.eps / self.steps
+        training = network.training
+        network.eval()
+        with torch.inference_mode(False), torch.enable_grad():  # also in validation
+            mean, std = (images.new_tensor(network.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+            pixels = (images * std + mean).clamp(0, 1)
+            moved = self._random(pixels) if self.random_start else pixels
+            for _ in range(self.steps):
+                moved = moved.detach().requires_grad_()
+                logits = network((moved - mean) / std)
+                # The loss' gradient of the logits. Only its direction matters here, and its length may be so small that
+                # half precision would make it 0 on the way back.
+                error = logits.detach().to(moved.dtype).softmax(1) - F.one_hot(labels, logits.shape[1])
+                (gradient,) = torch.autograd.grad(logits, moved, F.normalize(error, dim=1).to(logits.dtype))
+                moved = self._project(pixels, moved.detach() + step_size * self._unit(gradient))
+            moved = (moved - mean) / std
+        network.train(training)
+        return moved
+
+    def _random(self, pixels: Tensor) -> Tensor:
+        if self.norm == "Linf":
+            return self._project(pixels, pixels + torch.empty_like(pixels).uniform_(-self.eps, self.eps))
+        radii = torch.rand_like(pixels[:, :1, :1, :1]) ** (1 / pixels[0].numel())
+        return self._project(pixels, pixels + self.eps * radii * self._unit(torch.randn_like(pixels)))
+
+    def _unit(self, gradient: Tensor) -> Tensor:
+        """Return the direction of length 1 in which the loss rises fastest; 0 where it does not rise."""
+        return gradient.sign() if self.norm == "Linf" else gradient / _lengths(gradient)
+
+    def _project(self, pixels: Tensor, moved: Tensor) -> Tensor:
+        """Return the nearest point of the ball, and then of [0, 1], which lies nearer to the pixels yet."""
+        change = moved - pixels
+        if self.norm == "Linf":
+            change = change.clamp(-self.eps, self.eps)
+        else:
+            change = change * (self.eps / _lengths(change)).clamp(max=1)
+        return (pixels + change).clamp(0, 1)
+
+
+class DeCov(Objective):
+    """Cross-entropy, and a penalty on the covariances of different neurons over the batch (Cogswell et al., 2016).
+
+    The penalty is alpha / 2 (||C||_F^2 - ||diag C||^2), where C are the covariances of the penultimate layer's neurons
+    over the batch of all processes.
+
+    Args:
+        alpha: Weight of the penalty.
+
+    Raises:
+        MisconfigurationException: If it is negative, or the network has no linear classifier.
+    """
+
+    def __init__(self, alpha: float = 1e-4) -> None:
+        super().__init__()
+        if not 0 <= alpha < inf:
+            raise MisconfigurationException(f"model.objective.alpha is {alpha:g}; it must be 0 or more.")
+        self.alpha = alpha
+
+    def setup(self, network: Any, target: Any) -> None:
+        """Refuse a network without a linear classifier."""
+        linear_classifier(network, self)
+
+    def forward(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
+        """Return cross-entropy and penalty summed over the batch, shape ()."""
+        features = penultimate(network, images)
+        cross_entropy = F.cross_entropy(network.get_classifier()(features), labels, reduction="sum")
+        with torch.autocast(features.device.type, enabled=False):  # half precision ends at 65,504
+            features = features.to(images.dtype)
+            total = _over_processes(features.new_tensor(len(features)))
+            # Where the mean is, the covariances do not change with it to first order: it needs no gradient.
+            centred = features - _over_processes(features.sum(0)) / total
+            here = centred.T @ centred / total
+            # All processes have the same value, each with the gradient of its own images, which DDP brings together.
+            covariances = here + _over_processes(here) - here.detach()
+            penalty = (covariances.square().sum() - covariances.diagonal().square().sum()) / 2
+        return cross_entropy + self.alpha * total * penalty
+
+
+class Matryoshka(Objective):
+    """Sum of the cross-entropies of classifiers that see the first 8, 16, 32, ... and all D neurons (Kusupati, 2022).
+
+    All D are seen by the network's own classifier.
+
+    Args:
+        widths: Numbers of first neurons; null are 8 and its doubles below D.
+        shared: Whether all widths share the network's classifier, sliced (MRL-E), or have a classifier each (MRL).
+
+    Raises:
+        MisconfigurationException: If a width is below 1 or beyond D, or the network has no linear classifier.
+    """
+
+    def __init__(self, widths: list[int] | None = None, shared: bool = False) -> None:
+        super().__init__()
+        self.widths = widths
+        self.shared = shared
+
+    def setup(self, network: Any, target: Any) -> None:
+        """Build a classifier for each width below D, unless they share one."""
+        classifier = linear_classifier(network, self, self.widths or ())
+        width = classifier.in_features
+        doubles = [8 << i for i in range(width.bit_length()) if 8 << i < width]
+        self.nested = sorted({*(doubles if self.widths is None else self.widths)} - {width})
+        separate = [] if self.shared else self.nested
+        self.heads = nn.ModuleList(nn.Linear(each, classifier.out_features) for each in separate)
+
+    def forward(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropies of all widths summed over the batch, shape ()."""
+        features, classifier = penultimate(network, images), network.get_classifier()
+        if self.shared:
+            logits = [sliced(classifier, features, width) for width in self.nested]
+        else:
+            logits = [head(features[:, : head.in_features]) for head in self.heads]
+        losses = [F.cross_entropy(each, labels, reduction="sum") for each in (*logits, classifier(features))]
+        return torch.stack(losses).sum()
+
+
+class FixedWidth(Objective):
+    """Cross-entropy of a classifier that sees the first neurons alone, the baseline of `Matryoshka`.
+
+    The classifier's weights on all other neurons are 0 and stay so: they get no gradient, and weight decay keeps them.
+
+    Args:
+        width: How many neurons it sees.
+
+    Raises:
+        MisconfigurationException: If they are fewer than 1 or more than D, or the network has no linear classifier.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def setup(self, network: Any, target: Any) -> None:
+        """Set the weights on all other neurons to 0, so that the network itself says what the first neurons do."""
+        with torch.no_grad():
+            linear_classifier(network, self, [self.width]).weight[:, self.width :] = 0
+
+    def forward(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy summed over the batch, shape ()."""
+        logits = sliced(network.get_classifier(), penultimate(network, images), self.width)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def penultimate(network: Any, images: Tensor) -> Tensor:
+    """Return what enters the classifier of a timm model, after its dropout, shape (B, D)."""
+    return network.forward_head(network.forward_features(images), pre_logits=True)
+
+
+def linear_classifier(network: Any, objective: Objective, widths: Iterable[int] = ()) -> nn.Linear:
+    """Return the classifier of a timm model, which must be one linear layer that sees at least `widths` neurons."""
+    found = network.get_classifier() if hasattr(network, "get_classifier") else None
+    name = type(objective).__name__
+    if not isinstance(found, nn.Linear):
+        there = "no classifier" if found is None or isinstance(found, nn.Identity) else type(found).__name__
+        raise MisconfigurationException(
+            f"model.objective is {name}, which needs one linear classifier; {type(network).__name__} has {there}."
+        )
+    for width in widths:
+        if not 1 <= width <= found.in_features:
+            raise MisconfigurationException(
+                f"model.objective is {name} of width {width}; it must be from 1 to {found.in_features}, the neurons of "
+                f"the penultimate layer."
+            )
+    return found
+
+
+def sliced(classifier: nn.Linear, features: Tensor, width: int) -> Tensor:
+    """Return what a classifier says of the first `width` of features of shape (B, D); shape (B, C)."""
+    return F.linear(features[:, :width], classifier.weight[:, :width], classifier.bias)
+
+
+def _over_processes(summed: Tensor) -> Tensor:
+    """Return a sum over this process' images as that over the images of all, without a gradient."""
+    summed = summed.detach().clone()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(summed)
+    return summed
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Return the Euclidean length of each image, shape (B, 1, 1, 1), at least 1e-12, as it is divided by."""
+    return vectors.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)

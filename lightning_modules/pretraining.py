@@ -1,7 +1,8 @@
 """The LightningModule that makes backbones: trains a timm model on a task and writes its weights."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -28,12 +29,16 @@ class Pretraining(LightningModule):
         output: The file to write.
         kwargs: Passed on to the model's constructor.
         pretrained_cfg_overlay: Preprocessing, where it differs from the architecture's default.
-        objective: The loss: `CrossEntropy` (or null), or the import path of a subclass of `Objective` of your own.
-        learning_rate: Largest learning rate of AdamW; warm-up over the first tenth of the steps, then cosine to zero.
-        weight_decay: Of AdamW.
+        objective: The loss: a class of `objectives.py`, `CrossEntropy` where null, or the import path of a subclass of
+            `Objective` of your own.
+        learning_rate: Largest learning rate, after the warm-up; from there it falls as a cosine to zero.
+        weight_decay: Of the optimiser.
+        optimizer: `AdamW` or `SGD`.
+        momentum: Of SGD.
+        warmup_steps: Steps of the warm-up; null is a tenth of all.
 
     Raises:
-        MisconfigurationException: If timm has no such model, or the overlay is out of range.
+        MisconfigurationException: If timm has no such model, or a value is out of range.
     """
 
     def __init__(
@@ -45,8 +50,15 @@ class Pretraining(LightningModule):
         objective: Objective | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.05,
+        optimizer: Literal["AdamW", "SGD"] = "AdamW",
+        momentum: float = 0.9,
+        warmup_steps: int | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= momentum < 1:
+            raise MisconfigurationException(f"model.momentum is {momentum:g}; it must be from 0 to below 1.")
+        if warmup_steps is not None and warmup_steps < 0:
+            raise MisconfigurationException(f"model.warmup_steps is {warmup_steps}; it must be 0 or more.")
         if not timm.is_model(name.partition(".")[0]):
             raise MisconfigurationException(f"model.name is {name!r}; timm has no such architecture.")
         self.name = name
@@ -58,6 +70,9 @@ class Pretraining(LightningModule):
         self.objective_settings = repr(self.objective)  # taken before `setup`, which may add modules
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.optimizer = optimizer
+        self.momentum = momentum
+        self.warmup_steps = warmup_steps
         self.network: Any = None
 
     @property
@@ -67,10 +82,12 @@ class Pretraining(LightningModule):
 
     def describe(self, task: Any) -> dict[str, str]:
         """Return what a run with this task will do, part by part."""
+        named = "AdamW" if self.optimizer == "AdamW" else f"SGD, momentum {self.momentum:g}"
+        warmup = "warm-up" if self.warmup_steps is None else f"warm-up of {self.warmup_steps:,} steps"
         return {
             "network": f"{build.as_call(self.name, self.kwargs)}, {build.describe_preprocessing(self.preprocessing)}",
             "objective": self.objective_settings,
-            "optimiser": f"AdamW, learning rate up to {self.learning_rate:g} (warm-up, then cosine), weight decay "
+            "optimiser": f"{named}, learning rate up to {self.learning_rate:g} ({warmup}, then cosine), weight decay "
             f"{self.weight_decay:g}, batches of {task.batch_size:,}",
             "output": str(self.output),
         }
@@ -78,30 +95,57 @@ class Pretraining(LightningModule):
     def setup(self, stage: str) -> None:
         """Build the network for the task's target, the first time."""
         if stage == "fit":
-            checks.monitors(self.trainer, ["val/accuracy"])
+            checks.monitors(
+                self.trainer, ["val/accuracy", *["val/robust_accuracy"] * hasattr(self.objective, "attack")]
+            )
         if self.network is None:
-            target = self.trainer.datamodule.target  # type: ignore[attr-defined]
+            task = self.trainer.datamodule  # type: ignore[attr-defined]
+            target = task.target
+            if task.vectors or target.metric != "accuracy":
+                raise MisconfigurationException(
+                    f"Pre-training needs images of one class each, which {task.label} has not."
+                )
             self.network, _, self.classifier = build.build(self.name, False, self.kwargs, self.overlay, target.outputs)
+            normalisation = {key: self.preprocessing[key] for key in ("mean", "std")}  # of grey images, too
+            self.network.pretrained_cfg = self.network.pretrained_cfg | normalisation
             self.objective.setup(self.network, target)
             self.accuracy = MulticlassAccuracy(target.outputs, average="micro")
+            self.robust_accuracy = MulticlassAccuracy(target.outputs, average="micro")
+            self.seed = torch.initial_seed()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with a linear warm-up and a cosine decay over the whole fit."""
-        optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=0.1)
+        """Return the optimiser, with a warm-up and a cosine decay over the whole fit."""
+        rate, decay, steps = self.learning_rate, self.weight_decay, int(self.trainer.estimated_stepping_batches)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), rate, weight_decay=decay)
+        if self.optimizer == "SGD":
+            optimizer = torch.optim.SGD(self.parameters(), rate, self.momentum, weight_decay=decay)
+        share = 0.1 if self.warmup_steps is None else self.warmup_steps / steps
+        if share >= 1:
+            raise MisconfigurationException(
+                f"model.warmup_steps is {self.warmup_steps}; it must be below {steps}, the steps of the whole fit."
+            )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, rate, total_steps=steps, pct_start=share, cycle_momentum=self.optimizer == "AdamW"
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return this process' share of the objective's mean over the batch of all processes."""
+        # Dropout and random starts draw what they would have drawn, also where a training goes on after it was killed.
+        torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)))
         summed = self.objective(self.network, batch.inputs, batch.labels)
         return summed * (self.trainer.world_size / batch.total)  # DDP averages gradients over processes
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Count the images that are classified correctly, of the validation or the test split."""
-        self.accuracy.update(self.network(batch.inputs), batch.labels)
+        """Count the images of the validation or the test split that are classified correctly, attacked ones too."""
         split = "test" if self.trainer.testing else "val"
-        self.log(f"{split}/accuracy", self.accuracy, on_epoch=True, prog_bar=True, batch_size=batch.total)
+        measured = {"accuracy": (self.accuracy, batch.inputs)}
+        attack: Any = getattr(self.objective, "attack", None)
+        if attack:
+            measured["robust_accuracy"] = (self.robust_accuracy, attack(self.network, batch.inputs, batch.labels))
+        for name, (accuracy, images) in measured.items():
+            accuracy.update(self.network(images), batch.labels)
+            self.log(f"{split}/{name}", accuracy, on_epoch=True, prog_bar=True, batch_size=batch.total)
 
     test_step = validation_step
 
@@ -124,6 +168,9 @@ class Pretraining(LightningModule):
             "objective": self.objective_settings,
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
+            "optimizer": self.optimizer,
+            "momentum": self.momentum,
+            "warmup_steps": self.warmup_steps,
             "data.batch_size": task.batch_size,
             "data.seed": task.seed,
             "data.view": task.view,
@@ -131,7 +178,7 @@ class Pretraining(LightningModule):
         }
 
     def on_fit_end(self) -> None:
-        """Write the weights, without the classifier, for `model.backbone.weights` to name."""
+        """Write the weights, without the classifier, and what made them, for `model.backbone.weights` to name."""
         if not self.trainer.is_global_zero:
             return
         state = weights.without(self.network.state_dict(), self.classifier or [])
@@ -139,5 +186,22 @@ class Pretraining(LightningModule):
         with writing(self.output, "set --model.output"):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             with atomic(self.output) as file:
-                file.write_bytes(save(state, {"architecture": self.name}))
+                file.write_bytes(save(state, {weights.MADE: json.dumps(self._made(), default=str)}))
         rank_zero_info(f"Weights of {self.name} ({self.output.stat().st_size:,} bytes) written to {self.output}.")
+
+    def _made(self) -> dict[str, Any]:
+        """Return what the weights are of and what made them; accuracies are those of the last validation."""
+        task = self.trainer.datamodule  # type: ignore[attr-defined]
+        described = self.describe(task)
+        found = {name: float(value) for name, value in self.trainer.callback_metrics.items() if "accuracy" in name}
+        return {
+            "architecture": self.name,
+            "kwargs": self.kwargs,
+            "preprocessing": {key: self.preprocessing[key] for key in vars(self.overlay)},
+            "objective": described["objective"],
+            "optimiser": described["optimiser"],
+            "data": task.describe(),
+            "classes": list(task.target.classes),
+            "epochs": self.trainer.current_epoch,
+            **found,
+        }

@@ -27,6 +27,7 @@ QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trai
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
 WEIGHTS = CONFIGS / "digits_0to4.safetensors"
 OVERLAY = "model.backbone.pretrained_cfg_overlay"
+PRETRAINING = ("--model=Pretraining", "--model.name=test_resnet", "--model.output=out.safetensors")
 ANY_CALLABLE = f"--{OVERLAY}={{input_size: [3, 32, 32], mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}}"
 
 
@@ -169,6 +170,24 @@ MISTAKES = {
         ["--model=Pretraining", "--model.objective=CrossEntrpy"],
         "--model.objective is 'CrossEntrpy'; did you mean CrossEntropy?",
     ),
+    "objective without what it needs": (
+        ["--model=Pretraining", "--model.objective=Adversarial"],
+        "--model.objective.eps",
+    ),
+    "attack that moves nothing": (
+        [*PRETRAINING, "--model.objective=Adversarial", "--model.objective.eps=0"],
+        "model.objective.eps is 0; in L2 it must be above 0",
+    ),
+    "widths beyond the network": (
+        [*PRETRAINING, "--model.objective=Matryoshka", "--model.objective.widths=[8,97]"],
+        "Matryoshka of width 97; it must be from 1 to 96, the neurons",
+    ),
+    "objective on two classifiers": (
+        [*PRETRAINING, "--model.name=deit_tiny_distilled_patch16_224", "--model.objective=DeCov"],
+        "DeCov, which needs one linear classifier; VisionTransformerDistilled has tuple",
+    ),
+    "momentum of 1": ([*PRETRAINING, "--model.momentum=1"], "model.momentum is 1; it must be from 0 to below 1"),
+    "negative warm-up": ([*PRETRAINING, "--model.warmup_steps=-1"], "model.warmup_steps is -1; it must be 0 or more"),
     "neither true nor false": (["--model.standardise=maybe"], "model.standardise is maybe", "true or false"),
     # The task.
     "unknown task": (["--data=Digit"], "--data is 'Digit'; did you mean Digits? It must be one of CIFAR10, CIFAR100"),

@@ -24,6 +24,7 @@ SWEEP = "sweep_wandb.yaml"
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 CONFIGS = [name for name in SHIPPED if not name.startswith("sweep")]
 OVERLAYS = {"paper_recipe.yaml": "cifar10_20pct.yaml", "debug.yaml": "cifar10_curve.yaml"}
+OVERLAYS |= {name: "pretrain_cifar10.yaml" for name in CONFIGS if name.startswith("pretrain_cifar10_")}
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
 COLUMNS = (
@@ -47,6 +48,22 @@ def test_every_shipped_configuration_parses(cli, name):
     status, out, err = cli("fit", *files, "--print_config")
     assert status == 0, err
     assert "class_path" in out
+
+
+def test_pre_trainings_differ_in_objective_and_dropout_alone():
+    kinds = {"adversarial_l2": "Adversarial", "adversarial_linf": "Adversarial", "decov": "DeCov"}
+    kinds |= {"dropout": "CrossEntropy", "matryoshka": "Matryoshka"}
+    base = yaml.safe_load((ROOT / "configs" / "pretrain_cifar10.yaml").read_text())["model"]["init_args"]
+    for kind, name in kinds.items():
+        found = yaml.safe_load((ROOT / "configs" / f"pretrain_cifar10_{kind}.yaml").read_text())
+        model = base | found["model"]["init_args"]
+        assert found.keys() == {"name", "model"}
+        assert model["output"] == f"cifar10_{kind}.safetensors"
+        assert model["objective"]["class_path"] == name
+        assert model["kwargs"] == base["kwargs"] | ({"drop_rate": 0.5} if kind == "dropout" else {})
+        assert {key: model[key] for key in model if key not in ("output", "objective", "kwargs")} == {
+            key: base[key] for key in base if key not in ("output", "objective", "kwargs")
+        }
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import itertools
+import json
 import logging
 import pkgutil
 import sys
@@ -10,6 +11,7 @@ import sysconfig
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,34 @@ def timm_preprocessing(name: str, overlay: PretrainedCfgOverlay, kwargs: dict[st
     channels = _channels(kwargs, overlay)
     cfg = replace(timm.get_pretrained_cfg(name) or PretrainedCfg(), **overlay.given(channels or 3))
     return _in_channels(resolve_data_config(pretrained_cfg=cfg.to_dict()), channels)
+
+
+def completed(
+    name: str | None, kwargs: dict[str, Any] | None, overlay: PretrainedCfgOverlay, weights: str, made: dict[str, Any]
+) -> tuple[str, dict[str, Any], PretrainedCfgOverlay]:
+    """Return name, kwargs and preprocessing; what is not given is what a file of weights says (`weights.made`).
+
+    Raises:
+        MisconfigurationException: If the name is nowhere, or name or kwargs are given that contradict the file.
+    """
+    architecture = made.get("architecture", name)
+    if architecture is None:
+        raise MisconfigurationException(
+            f"model.backbone.name is null, and weights {weights} do not say what they are of; name the architecture."
+        )
+    if made:
+        of, as_json = architecture.partition(".")[0], partial(json.dumps, sort_keys=True, default=str)
+        wrong = f"name is {name}" if name and name.partition(".")[0] != of else ""
+        if kwargs and as_json(kwargs) != as_json(made["kwargs"]):  # where a tuple is a list
+            wrong = wrong or f"kwargs are {kwargs}"
+        if wrong:
+            raise MisconfigurationException(
+                f"model.backbone.{wrong}, but {weights} holds the weights of {as_call(of, made['kwargs'])}; leave it "
+                f"out, as with --model.backbone null --model.backbone.weights {weights}."
+            )
+    given = {key: value for key, value in vars(overlay).items() if value is not None}
+    overlay = PretrainedCfgOverlay(**made.get("preprocessing", {}) | given)
+    return name or architecture, kwargs or made.get("kwargs", {}), overlay
 
 
 def as_call(name: str, kwargs: dict[str, Any]) -> str:

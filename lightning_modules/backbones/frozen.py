@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_modules.backbones import weights as weight_files
-from lightning_modules.backbones.build import PretrainedCfgOverlay, as_call, build, describe_preprocessing
+from lightning_modules.backbones.build import PretrainedCfgOverlay, as_call, build, completed, describe_preprocessing
 from lightning_modules.backbones.layers import Place, check_rows, neuron_axes, read_layers
 from lightning_modules.files import one_line
 
@@ -50,7 +50,8 @@ class FrozenBackbone(nn.Module):
         name: A timm model with its pretrained tag (`resnet50.a1_in1k`, `hf-hub:...`), or the import path of a callable
             that returns an `nn.Module` (`torchvision.models.squeezenet1_1`), also in the current folder: of an
             installed package only such a class or what is annotated so, as a configuration must not run whatever else
-            is installed.
+            is installed. Null, as nulls of `kwargs` and `pretrained_cfg_overlay`, takes what a file of weights that
+            `Pretraining` wrote says of itself.
         weights: `pretrained`; a safetensors or torch file, or the index of several, here or on the Hub
             (`hf-hub:<owner>/<name>/<file>`); or `random`, the only way to run an untrained network.
         kwargs: Passed on to the model's constructor, for example `{pad_type: same}`; for grey images `{in_chans: 1}`.
@@ -68,7 +69,7 @@ class FrozenBackbone(nn.Module):
 
     def __init__(
         self,
-        name: str,
+        name: str | None = None,
         weights: str = "pretrained",
         kwargs: dict[str, Any] | None = None,
         pretrained_cfg_overlay: PretrainedCfgOverlay = PretrainedCfgOverlay(),  # noqa: B008 (frozen)
@@ -76,15 +77,17 @@ class FrozenBackbone(nn.Module):
         pooling: Literal["mean", "flatten"] = "mean",
     ) -> None:
         super().__init__()
-        self.name = name
         self.weights = weights
-        self.kwargs = kwargs or {}
+        file = None if weights in ("pretrained", "random") else weight_files.find(weights)
+        made = weight_files.made(file) if file else {}
+        name, self.kwargs, pretrained_cfg_overlay = completed(name, kwargs, pretrained_cfg_overlay, weights, made)
+        self.name = name
         self._overlay = pretrained_cfg_overlay
+        self._objective = f" of {made['objective']}" if made else ""
         self.layers = [layer] if isinstance(layer, str) else layer
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise MisconfigurationException(f"model.backbone.layer is {layer}; give at least one layer, each once.")
         self.pooling = pooling
-        file = None if weights in ("pretrained", "random") else weight_files.find(weights)
         self.network: Any
         built = build(name, weights == "pretrained", self.kwargs, pretrained_cfg_overlay)
         self.network, self.preprocessing, classifier = built
@@ -119,7 +122,8 @@ class FrozenBackbone(nn.Module):
 
     def describe(self) -> str:
         """Return name, weights, layers with their widths, and preprocessing in one line."""
-        weights = {"pretrained": "pretrained", "random": "random weights"}.get(self.weights, f"weights {self.weights}")
+        given = f"weights {self.weights}{self._objective}"
+        weights = {"pretrained": "pretrained", "random": "random weights"}.get(self.weights, given)
         layers = " + ".join(f"{layer} ({width:,} neurons)" for layer, width in self.widths.items())
         pooling = "" if self.pooling == "mean" else f", pooling {self.pooling}"
         network, preprocessing = as_call(self.name, self.kwargs), describe_preprocessing(self.preprocessing)

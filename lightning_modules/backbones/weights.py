@@ -12,17 +12,19 @@ from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import timm
 import torch
 from huggingface_hub import constants, errors, hf_hub_download
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_modules.files import CONFIGS, one_line
 
 HUB = "hf-hub:"  # How the address of a file on the Hugging Face Hub starts
+MADE = "pretraining"  # Key in a safetensors file's metadata of what `Pretraining` says of it, as JSON
 AVERAGED = {"ema", "teacher", "swa", "averaged"}  # Words in the keys of weights that were averaged over training
 
 
@@ -102,6 +104,22 @@ def read(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise MisconfigurationException(f"{path} holds no state dict, under whatever key.")
     return tensors
+
+
+def made(path: Path) -> dict[str, Any]:
+    """Return what `Pretraining` says of a file that it wrote: architecture, kwargs, preprocessing and more; else none.
+
+    Raises:
+        MisconfigurationException: If the architecture is not one of timm's: a file must not name code that is to run.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads(file.metadata()[MADE])
+    except (SafetensorError, KeyError, TypeError):  # another kind of file, without this key, or without any
+        return {}
+    if not timm.is_model(found["architecture"].partition(".")[0]):
+        raise MisconfigurationException(f"{path} says it is of {found['architecture']!r}, which timm does not have.")
+    return found
 
 
 def _shards(path: Path) -> list[str]:
