@@ -150,9 +150,8 @@ class RedundancyProbe(LightningModule):
         checks.memory(self.probes, outputs, len(candidates), self.widths if squared else {}, self.refit)
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
-        self.stream = FeatureStream(
-            Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features), self.standardise
-        )
+        extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)
+        self.stream = FeatureStream(extractor, self.standardise)
         context = Context(
             probes=self.probes,
             fractions=[each for layer, width in self.widths.items() for each in self.plan.asked(layer, width)],
