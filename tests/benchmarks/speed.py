@@ -254,12 +254,12 @@ def probes(bench: Bench) -> list[Figure]:
     many = Step(1280, seeds=5, device=bench.device)
 
     def products() -> float:
-        columns = [torch.randn(len(s.probes), max(s.sizes), 256, device=bench.device) for s in bank._stacks]
-        logits = [torch.randn(*s.probes.shape, s.classes, 256, device=bench.device) for s in bank._stacks]
+        columns = [torch.randn(len(s.probes), max(s.sizes), 256, device=bench.device) for s in bank.stacks]
+        logits = [torch.randn(*s.probes.shape, s.classes, 256, device=bench.device) for s in bank.stacks]
         flat = bank.weight.detach().to(bench.device)
 
         def run() -> None:
-            for stack, inputs, gradient in zip(bank._stacks, columns, logits, strict=True):
+            for stack, inputs, gradient in zip(bank.stacks, columns, logits, strict=True):
                 for block in stack.blocks:
                     weights = stack.view(flat, block).flatten(1, 2)
                     seen, rows = gradient[:, block.probe :].flatten(1, 2), inputs[:, block.start : block.stop]
