@@ -81,7 +81,7 @@ def test_every_probe_its_penalty_and_its_refit_are_scikit_learns(fitted):
         best = int(np.argmin(losses))
         penalty = PENALTIES[best]
         assert val["penalty"][index] == penalty
-        assert val["loss"][index] == pytest.approx(losses[best], rel=1e-3)
+        assert val["loss"][index] == pytest.approx(losses[best], rel=5e-3)
         both, both_labels = np.r_[inputs, more], np.r_[labels, more_labels]
         again = optimum(both, both_labels, penalty)
         for probe, reference, data in (
