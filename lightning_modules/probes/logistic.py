@@ -93,7 +93,8 @@ class Logistic(Solver):
             with torch.no_grad():
                 for inputs, labels in val():
                     loss += self.loss(model.target, bank(model.coordinates(inputs)), labels)
-            active = active & (model.stream.reduce(loss) < best)
+            loss = model.stream.reduce(loss)
+            active = active & (loss < best)
             best = torch.where(active, loss, best)
             grid.keep(active.unsqueeze(0), 0)
             grid.hyperparameters[0, active, 0] = penalty
