@@ -131,7 +131,7 @@ def test_two_processes_leave_the_files_of_one(start, tmp_path):
 
 
 def test_two_processes_find_the_optima_of_one(start, tmp_path):
-    command = (*SHORT, "--model.solver=Logistic", "--model.measures=Inequality", "--name=run")
+    command = (*SHORT, "--model.solver=Logistic", "--model.solver.penalty=[10,100]", "--name=run")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         for process in start(*command, cwd=tmp_path / str(processes), processes=processes):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PENALTIES = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4)
 HISTORY = 8  # steps that L-BFGS remembers
 DESCENT = 1e-4  # share of the decrease that a step's slope promises with which it is taken
+ROWS = 512  # in a batch from memory, at least, so that small batches cost no more than large ones
 KEPT = 0.25  # share of the free memory that features may fill; more are read again in every pass
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -360,5 +361,6 @@ def _in_memory(model: RedundancyProbe, read: Batches, images: float) -> Batches:
     size = 4 * images * sum(model.widths.values()) / model.trainer.world_size
     if size > KEPT * free_memory():
         return read
-    batches = list(read())
-    return lambda: batches
+    inputs, labels = (torch.cat(parts) for parts in zip(*read(), strict=True))
+    rows = max(ROWS, model.task.batch_size)
+    return lambda: zip(inputs.split(rows), labels.split(rows), strict=True)
