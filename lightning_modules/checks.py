@@ -110,13 +110,19 @@ def monitors(trainer: Trainer, logged: Sequence[str], probes: Sequence[Probe] = 
             )
 
 
-def memory(probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int], refit: bool) -> None:
-    """Refuse a bank, or second moments of layers with these widths, that do not fit into memory."""
+def free_memory() -> int:
+    """Return the bytes that are free, on the GPU where there is one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def memory(
+    probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int], refit: bool, copies: int
+) -> None:
+    """Refuse a bank in so many copies, or second moments of layers with these widths, that do not fit into memory."""
     parameters = sum((probe.neurons + 1) * outputs for probe in probes) * candidates
-    needed = (
-        4 * 4 * parameters * (1 + refit)
-    )  # with gradient, momentum and the weights that are kept; a refit has its own
-    available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    # With gradient, momentum and the weights that are kept, of which a refit has its own, and what the solver needs.
+    needed = 4 * parameters * (4 * (1 + refit) + copies)
+    available = free_memory()
     if needed > available:
         raise MisconfigurationException(
             f"The bank needs {needed / 1e9:,.1f} GB of memory ({len(probes)} probes x {candidates} candidates, "

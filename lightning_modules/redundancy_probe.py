@@ -35,7 +35,7 @@ class RedundancyProbe(LightningModule):
         seeds: Subset seeds; a number n means 0 to n - 1.
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
-        solver: How probes are found: `SGD`, which null is too, `Ridge`, or a class of your own, with its arguments.
+        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, or a class of your own.
         features: What the probes train on: `clean`, one view without augmentation, extracted once; a number of
             augmented views, each extracted once and cycled over epochs; or `off`, fresh augmentation in every epoch,
             with a pass of the backbone each.
@@ -147,7 +147,8 @@ class RedundancyProbe(LightningModule):
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
         squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        checks.memory(self.probes, outputs, len(candidates), self.widths if squared else {}, self.refit)
+        squares = self.widths if squared else {}
+        checks.memory(self.probes, outputs, len(candidates), squares, self.refit, self.solver.copies)
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)

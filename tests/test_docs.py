@@ -136,8 +136,8 @@ def test_the_flags_of_a_recipe_of_the_paper_are_what_its_row_says(cli, recipe):
 @pytest.mark.parametrize("words", [words for words in DOCUMENTED if "train.py" not in words], ids=" ".join)
 def test_another_command_names_what_is_there(monkeypatch, words):
     program = words[:3]
-    if program == ("python", "-m", "tests.benchmarks.speed"):
-        speed = importlib.import_module(program[2])
+    if program[:2] == ("python", "-m") and program[2].startswith("tests.benchmarks."):
+        benchmark = importlib.import_module(program[2])
         parse = argparse.ArgumentParser.parse_args
         asked = []
 
@@ -147,8 +147,8 @@ def test_another_command_names_what_is_there(monkeypatch, words):
 
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with pytest.raises(KeyboardInterrupt):
-            speed.main()
-        assert set(asked[0].names) <= set(speed.MEASUREMENTS)
+            benchmark.main()
+        assert set(getattr(asked[0], "names", ())) <= set(getattr(benchmark, "MEASUREMENTS", ()))
     elif program[1:] == ("-m", "pytest"):
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
     elif program[0] == "wandb":

@@ -150,7 +150,7 @@ MISTAKES = {
     "step size 0": (["--model.solver.step_size=0"], "model.solver.step_size is 0; it must be at least 1"),
     "unknown solver": (
         ["--model.solver=Rigde"],
-        "--model.solver is 'Rigde'; did you mean Ridge? It must be one of Ridge, SGD, or the import path of another",
+        "--model.solver is 'Rigde'; did you mean Ridge? It must be one of Logistic, Ridge, SGD, or the import path",
     ),
     "task for a solver": (["--model.solver=datamodules.Digits"], "'datamodules.Digits', which is no Solver"),
     "unknown option of a solver": (["--model.solver.penalti=1"], "did you mean model.solver.penalty?"),
@@ -163,6 +163,10 @@ MISTAKES = {
         "--model.learning_rate is an option of Pretraining; did you mean model.solver.learning_rate?",
     ),
     "negative penalty": (["--model.solver=Ridge", "--model.solver.penalty=-1"], "model.solver.penalty is -1; it must"),
+    "no penalty": (
+        ["--model.solver=Logistic", "--model.solver.penalty=0"],
+        "model.solver.penalty is 0; it must be above 0",
+    ),
     "unknown measure": (["--model.measures=[CKAA]"], "'CKAA'; did you mean CKA? It must be one of Accuracy, CKA"),
     "no neighbour": (["--model.measures=Neighbours", "--model.measures.neighbours=0"], "neighbours is 0; it must be 1"),
     "measure twice": (["--model.measures=[CKA,CKA]"], "would both write cka; leave one out"),

@@ -130,3 +130,16 @@ def test_two_processes_leave_the_files_of_one(start, tmp_path):
         pd.testing.assert_frame_equal(mine, theirs, rtol=1e-6, atol=1e-9)
         counted = [column for column in mine if column in ("accuracy", "correct", "images", "kept", "gained", "lost")]
         assert mine[counted].equals(theirs[counted])
+
+
+def test_two_processes_find_the_optima_of_one(start, tmp_path):
+    command = (*SHORT, "--model.solver=Logistic", "--model.solver.penalty=[10,100]", "--name=run")
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        for process in start(*command, cwd=tmp_path / str(processes), processes=processes):
+            done = process.wait()
+            assert done.returncode == 0, done.stderr
+    one, two = (pd.read_csv(tmp_path / str(processes) / "runs" / "run" / "results.csv") for processes in (1, 2))
+    assert one["penalty"].equals(two["penalty"])
+    np.testing.assert_allclose(one["loss"], two["loss"], rtol=5e-3)
+    np.testing.assert_allclose(one["accuracy"], two["accuracy"], atol=0.006)  # one image of 179

@@ -29,7 +29,8 @@ def find_config(name: str) -> str:
         if path.is_file():
             return str(path)
     shipped = sorted(path.name for path in CONFIGS.glob("*.yaml"))
-    near = difflib.get_close_matches(name, shipped, n=1) or [f"one of {', '.join(shipped)}"]
+    tasks = [each for each in shipped if not each.startswith(("paper_", "pretrain_", "sweep_"))]
+    near = difflib.get_close_matches(name, shipped, n=1) or [f"one of {', '.join(tasks)}"]
     raise MisconfigurationException(f"There is no configuration {name!r} here or in {CONFIGS}; try {near[0]}.")
 
 

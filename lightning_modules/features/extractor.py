@@ -135,6 +135,11 @@ class FeatureStream(nn.Module):
         loader.sampler.set_epoch(view)
         return self._labelled(loader, split)
 
+    def all_views(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process' share of a split, of train in all its views, as `batches` does."""
+        views = self.features if isinstance(self.features, int) and split == "train" else 1
+        return itertools.chain.from_iterable(self.batches(split, view) for view in range(views))
+
     def everything(self, split: str) -> Tensor | None:
         """Return all features of the clean view of a split, shape (n, sum of widths); None where they are not kept."""
         views = self.task.features(split) if self.features == "clean" else None
@@ -142,8 +147,7 @@ class FeatureStream(nn.Module):
 
     def moments(self, split: str) -> dict[str, Moments]:
         """Return the moments of each layer over a split (all views of train), summed over processes."""
-        views = self.features if isinstance(self.features, int) and split == "train" else 1
-        return self._sum(itertools.chain.from_iterable(self.batches(split, view) for view in range(views)))
+        return self._sum(self.all_views(split))
 
     def clean_moments(self, products: bool = True) -> dict[str, Moments]:
         """Return the moments of each layer over the clean view of train, with or without the products X'X."""

@@ -105,20 +105,20 @@ class ProbeBank(nn.Module):
         super().__init__()
         self.probes = list(probes)
         self.classes = classes
-        self._stacks: list[Stack] = []
+        self.stacks: list[Stack] = []
         offset = 0
         for alike in probe_groups(self.probes):
             members = torch.tensor([group.probes for group in alike])
-            self._stacks.append(Stack(members, alike[0].sizes, classes, offset))
-            offset = self._stacks[-1].end
+            self.stacks.append(Stack(members, alike[0].sizes, classes, offset))
+            offset = self.stacks[-1].end
         self.weight = nn.Parameter(torch.empty(offset))
         self.bias = nn.Parameter(torch.empty(len(self.probes), classes))
-        place = torch.cat([stack.probes.flatten() for stack in self._stacks]).argsort()
+        place = torch.cat([stack.probes.flatten() for stack in self.stacks]).argsort()
         self._in_order = torch.equal(place, torch.arange(len(place)))  # no rearrangement to pay for
         self.register_buffer("place", place, persistent=False)
         self._homes = {
             index: (stack, group, rank)
-            for stack in self._stacks
+            for stack in self.stacks
             for group, members in enumerate(stack.probes.tolist())
             for rank, index in enumerate(members)
         }
@@ -134,10 +134,10 @@ class ProbeBank(nn.Module):
         """Return the logits of every probe, shape (P, C, B), for coordinates as `Coordinates` gathers them."""
         with torch.autocast(coordinates.device.type, enabled=False):
             columns = coordinates.to(self.weight.dtype)
-            sizes = [(len(stack.probes), max(stack.sizes)) for stack in self._stacks]
+            sizes = [(len(stack.probes), max(stack.sizes)) for stack in self.stacks]
             parts = columns.split([groups * size for groups, size in sizes])
             inputs = [part.view(*size, -1) for part, size in zip(parts, sizes, strict=True)]
-            logits = _BankLogits.apply(self.weight, self._stacks, *inputs)
+            logits = _BankLogits.apply(self.weight, self.stacks, *inputs)
             if not self._in_order:
                 logits = logits.index_select(0, self.place)
             return logits.add_(self.bias.unsqueeze(-1))
@@ -157,7 +157,7 @@ class ProbeBank(nn.Module):
     @torch.no_grad()
     def copy_probes(self, source: "ProbeBank", which: Tensor) -> None:
         """Take the weights of the probes where `which`, shape (P,), is true from a bank of the same probes."""
-        for stack in self._stacks:
+        for stack in self.stacks:
             chosen = which.to(self.weight.device)[stack.probes.to(self.weight.device)]
             for block in stack.blocks:
                 mine, theirs = stack.view(self.weight, block), stack.view(source.weight, block)

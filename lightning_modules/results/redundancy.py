@@ -128,13 +128,15 @@ def redundancy(
     for (layer, selection), group in rows[rows["selection"] != FULL].groupby(["layer", "selection"], sort=False):
         full = rows.loc[(rows["layer"] == layer) & (rows["selection"] == FULL), metric].mean() or np.nan
         means = group.groupby("fraction")[metric].mean()
+        grid, ratios = means.index.to_numpy(float), means.to_numpy() / full
+        if draws is not None:
+            drawn, drawn_full = draws[[(layer, selection, each) for each in grid]].to_numpy(), draws[layer, FULL, 1.0]
         for delta in deltas:
             ranges: dict[str, tuple[float, float]] = {}
             if draws is not None:
-                drawn = draws[[(layer, selection, fraction) for fraction in means.index]].to_numpy()
-                ranges = sufficient_range(means.index, drawn, draws[layer, FULL, 1.0].to_numpy(), delta)
+                ranges = sufficient_range(grid, drawn, drawn_full.to_numpy(), delta)
             for rule in RULES:
-                enough = float(sufficient_fraction(means.index, means / full, delta, rule))
+                enough = float(sufficient_fraction(grid, ratios, delta, rule))
                 least, most = ranges.get(rule, (np.nan, np.nan))
                 mass = plan.neurons(enough, int(group["width"].iloc[0])) if "width" in group else np.nan
                 low, high = 1 - max(most, enough), 1 - min(least, enough)  # NaN comes first, and so stays

@@ -295,9 +295,9 @@ class Confidence(Measure):
 
 
 def test_a_measure_of_ones_own_is_in_the_results_the_report_and_on_wandb(cli, tmp_path, monkeypatch):
-    (tmp_path / "my_measures.py").write_text(MY_MEASURES)
+    (tmp_path / "confidence.py").write_text(MY_MEASURES)
     monkeypatch.syspath_prepend(tmp_path)
-    status, _, err = cli(*SHORT, "--name=own", "--model.measures=[my_measures.Confidence]")
+    status, _, err = cli(*SHORT, "--name=own", "--model.measures=[confidence.Confidence]")
     assert status == 0, err
     folder = tmp_path / "runs" / "own"
     results = pd.read_csv(folder / "results.csv")

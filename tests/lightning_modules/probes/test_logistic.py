@@ -1,0 +1,136 @@
+"""Logistic regression through the Trainer, on real features, against scikit-learn."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from datamodules import Digits
+from lightning_modules import FrozenBackbone, RedundancyProbe
+from lightning_modules.backbones.build import PretrainedCfgOverlay
+from lightning_modules.probes import Logistic, logistic
+
+PENALTIES = [0.03, 1.0, 30.0]
+KWARGS = {"channels": [12, 24, 48, 96], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8}
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory):
+    """Fit probes of digits 5 to 9 on two layers of the shipped backbone; return the model and its task."""
+    folder = tmp_path_factory.mktemp("logistic")
+
+    def run(solver, batch_size=100, **changes):
+        overlay = PretrainedCfgOverlay([3, 32, 32], [0.5] * 3, [0.5] * 3, "bilinear", 1.0)
+        layers = ["layer3", "penultimate"]
+        backbone = FrozenBackbone("resnet26", "digits_0to4.safetensors", KWARGS, overlay, layers)
+        settings = {"fractions": [0.02, 0.2], "seeds": 2, "selection": ["random", "pca"], "measures": []} | changes
+        model = RedundancyProbe(backbone, solver=solver, **settings)
+        task = Digits([5, 6, 7, 8, 9], batch_size=batch_size, num_workers=0)
+        task.preprocessing = model.preprocessing
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+        trainer = Trainer(default_root_dir=folder, **quiet)
+        trainer.fit(model, datamodule=task)
+        trainer.validate(model, datamodule=task, verbose=False)
+        trainer.test(model, datamodule=task, verbose=False)
+        return model, task
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fitted(fit):
+    """A bank that was refitted on train and validation together."""
+    return fit(Logistic(PENALTIES), refit=True)
+
+
+def seen(model, task, index, split):
+    """What a probe sees of a split, and the labels."""
+    rows = task.features(split)[0]
+    layer = model.coordinates.by_layer(rows[torch.arange(len(rows))].double())[model.probes[index].layer]
+    basis = model.coordinates.basis(index)
+    values = layer if basis is None else (layer - basis[1]) @ basis[0].double()
+    return values[:, model.coordinates.subset(index)].numpy(), task.images[split].labels.numpy()
+
+
+def optimum(inputs, labels, penalty):
+    return LogisticRegression(C=1 / penalty, tol=1e-7, max_iter=5000).fit(inputs, labels)
+
+
+def objective(weight, bias, inputs, labels, penalty):
+    logits = inputs @ np.asarray(weight, np.float64).T + np.asarray(bias)
+    shifted = logits - logits.max(1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]
+    return losses.sum() + penalty / 2 * np.square(np.asarray(weight, np.float64)).sum()
+
+
+def test_every_probe_its_penalty_and_its_refit_are_scikit_learns(fitted):
+    model, task = fitted
+    results = model.results().tables["results"]
+    val, test = (results[results["split"] == split].reset_index() for split in ("val", "test"))
+    accuracies = []
+    assert val["penalty"].nunique() > 1
+    for index in range(len(model.probes)):
+        (inputs, labels), (more, more_labels), (other, other_labels) = (
+            seen(model, task, index, split) for split in ("train", "val", "test")
+        )
+        tried = [optimum(inputs, labels, penalty) for penalty in PENALTIES]
+        losses = [log_loss(more_labels, each.predict_proba(more)) for each in tried]
+        best = int(np.argmin(losses))
+        penalty = PENALTIES[best]
+        assert val["penalty"][index] == penalty
+        assert val["loss"][index] == pytest.approx(losses[best], rel=5e-3)
+        both, both_labels = np.r_[inputs, more], np.r_[labels, more_labels]
+        again = optimum(both, both_labels, penalty)
+        for probe, reference, data in (
+            (model.grid.kept[0].get_probe(index), tried[best], (inputs, labels)),
+            (model.grid.final_probe(index), again, (both, both_labels)),
+        ):
+            lowest = objective(reference.coef_, reference.intercept_, *data, penalty)
+            assert objective(*probe, *data, penalty) == pytest.approx(lowest, rel=1e-4)
+        accuracies.append((test["accuracy"][index], again.score(other, other_labels)))
+    ours, theirs = np.mean(accuracies, axis=0)
+    assert ours == pytest.approx(theirs, abs=0.002)
+    assert (results["excess"] <= 1e-6).all()
+    assert model.solver.remarks(model) == []
+
+
+def test_a_probe_in_the_bank_takes_the_steps_that_it_takes_alone(fit):
+    few = Logistic([1.0, 30.0], max_iterations=8)
+    together, _ = fit(few)
+    alone, _ = fit(few, selection="random", fractions=0.2, seeds=[1])
+    for index, probe in enumerate(alone.probes):
+        place = together.probes.index(probe)
+        for mine, theirs in zip(alone.grid.final_probe(index), together.grid.final_probe(place), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_features_that_memory_does_not_hold_give_the_same_and_so_do_other_batches(fit, monkeypatch):
+    settings = {"selection": "random", "fractions": 0.2, "seeds": [1]}
+    once, _ = fit(Logistic(30.0), **settings)
+    monkeypatch.setattr(logistic, "KEPT", 0)
+    weights = once.grid.kept[0].weight
+    for batch_size in (1000, 100):
+        again, _ = fit(Logistic(30.0), batch_size=batch_size, **settings)
+        torch.testing.assert_close(again.grid.kept[0].weight, weights, rtol=0, atol=2e-3 * float(weights.abs().max()))
+
+
+def test_a_probe_that_has_not_converged_is_named(fit):
+    model, _ = fit(Logistic(1e-2, max_iterations=4), fractions=0.02, seeds=1, selection="random")
+    (remark,) = model.solver.remarks(model)
+    assert remark.startswith("The optimum was not reached for layer3 full")
+
+
+def test_a_real_fit_names_penalties(cli, tmp_path):
+    status, out, err = cli(
+        *("fit", "--config=quickstart.yaml", "--model.solver=Logistic", "--model.solver.penalty=[1,10]"),
+        *("--model.fractions=[0.1]", "--model.seeds=1", "--trainer.logger=false", "--model.measures=Inequality"),
+        *("--trainer.enable_progress_bar=false", "--name=converged", "--trainer.accelerator=cpu"),
+    )
+    assert status == 0, err
+    rows = pd.read_csv(tmp_path / "runs" / "converged" / "results.csv")
+    assert set(rows["penalty"]) <= {1.0, 10.0}
+    assert rows["solver"].unique() == "logistic"
+    assert "To keep 90 % of the accuracy" in out
