@@ -165,8 +165,7 @@ class RedundancyProbe(LightningModule):
             moments=self.stream.moments,
         )
         self.measures.setup(context)
-        # What processes need not tell each other: they build the same, and a frozen backbone stays so. Without this
-        # DDP sends all of it at the start, and every buffer before each step.
+        # Processes build the same: without this DDP would send all of it at the start, and buffers before each step.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
 

@@ -22,6 +22,10 @@ from lightning_modules.backbones.frozen import FrozenBackbone
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
+# One thread in each of the tests' two processes, and in those that they start: more would wait for each other.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def no_wandb_account(monkeypatch, tmp_path):
