@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hub import Hub
 from PIL import Image
 from torch.distributed import TCPStore
 
@@ -136,6 +139,28 @@ def quickstart(tmp_path_factory):
     done = launch("fit", "--config", "quickstart.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "quickstart", done
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Let a server of this process be the Hub, with a cache of its own; its `files` are those of every repository."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        for name, value in {
+            "huggingface_hub.constants.HF_HUB_OFFLINE": False,
+            "huggingface_hub.constants.ENDPOINT": endpoint,
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE": endpoint
+            + "/{repo_id}/resolve/{revision}/{filename}",
+            "huggingface_hub.constants.HF_HUB_CACHE": str(tmp_path / "hub"),
+            "datasets.config.HF_ENDPOINT": endpoint,
+        }.items():
+            monkeypatch.setattr(name, value)
+        monkeypatch.setattr(Hub, "files", {})
+        monkeypatch.setattr(Hub, "asked", [])
+        yield Hub
+        server.shutdown()
 
 
 @pytest.fixture
