@@ -155,6 +155,7 @@ def hub(tmp_path, monkeypatch):
             + "/{repo_id}/resolve/{revision}/{filename}",
             "huggingface_hub.constants.HF_HUB_CACHE": str(tmp_path / "hub"),
             "datasets.config.HF_ENDPOINT": endpoint,
+            "datasets.config.HF_HUB_OFFLINE": False,
         }.items():
             monkeypatch.setattr(name, value)
         monkeypatch.setattr(Hub, "files", {})
