@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import json
-import re
 from pathlib import PurePosixPath
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
@@ -61,10 +60,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, content, wrong=None, body=True, headers=None):
         content = b"" if wrong else content
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked:
-            content = content[int(asked[1]) : int(asked[2]) + 1]
-        self.send_response(404 if wrong else 206 if asked else 200)
+        self.send_response(404 if wrong else 200)
         for name, value in ({"X-Error-Code": wrong} if wrong else headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))

@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-import zipfile
 
 import numpy as np
 import pandas as pd
@@ -302,22 +301,13 @@ def test_names_of_images_say_no_split_on_the_hub_either(kind, hub, tmp_path, mon
         )
 
 
-@pytest.mark.parametrize("kind", ["parquet", "zip"])
-def test_repositories_of_other_files_are_read_too(kind, hub, tmp_path):
-    if kind == "parquet":
-        for place, name in enumerate(("litmus_test", "blots")):
-            parquet(tmp_path / name, noise()[6 * place :][:6], label=["a", "b"] * 3)
-            hub.files[f"{name}.parquet"] = (tmp_path / name / "all.parquet").read_bytes()
-    else:
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w") as archive:
-            for i, image in enumerate(noise()):
-                archive.writestr(f"{'ab'[i % 2]}/{i}.png", image)
-        hub.files["train.zip"] = file.getvalue()
+def test_names_of_files_on_the_hub_count_as_those_in_a_folder_do(hub, tmp_path):
+    for place, name in enumerate(("litmus_test", "blots")):
+        parquet(tmp_path / name, noise()[6 * place :][:6], label=["a", "b"] * 3)
+        hub.files[f"{name}.parquet"] = (tmp_path / name / "all.parquet").read_bytes()
     task = HuggingFaceImages("lab/birds", root=str(tmp_path / "data"))
     task.setup()
-    assert sizes(task) == (8, 2, 2)
-    assert task.target.classes == ["a", "b"]
+    assert "8 train (no split is named), 2 val (cut from train), 2 test (cut from train)" in task.describe()
 
 
 def test_folders_that_save_to_disk_wrote_are_read_as_they_are(tmp_path):
