@@ -11,6 +11,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -34,15 +36,17 @@ FAINT_SELECTIONS = 3  # up to which they have room
 
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PNG and SVG and return both files; equal figures give equal files."""
-    files = [path.with_suffix(ending) for ending in (".png", ".svg")]
-    layout = figure.get_layout_engine()
+    png, svg = (path.with_suffix(ending) for ending in (".png", ".svg"))
+    canvas, layout = FigureCanvasAgg(figure), figure.get_layout_engine()
     if layout is not None:
         layout.execute(figure)  # once for both
     figure.set_layout_engine("none")
-    for path in files:
-        with atomic(path) as file, mpl.rc_context({"svg.hashsalt": path.stem}):
-            figure.savefig(file, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return files
+    figure.set_dpi(150)
+    with atomic(png) as file:
+        canvas.print_png(file)  # not `savefig`, which goes through everything once more before it draws
+    with atomic(svg) as file, mpl.rc_context({"svg.hashsalt": path.stem}):
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    return [png, svg]
 
 
 def curve(results: Results, split: str) -> dict[str, Picture]:
