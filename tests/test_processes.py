@@ -50,8 +50,8 @@ def test_torchrun_fits_on_as_many_processes_as_it_starts(one, tmp_path):
     assert_the_same_within_sampling_error(one, tmp_path / "runs")
 
 
-def test_lightnings_own_launcher_fits_on_several_devices(one, tmp_path):
-    done = launch(*SHORT, "--name=run", "--trainer.devices=2", cwd=tmp_path)
+def test_lightnings_own_launcher_fits_on_several_devices(one, start, tmp_path):
+    done = start(*SHORT, "--name=run", "--trainer.devices=2", cwd=tmp_path)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "Starting with 2 processes" in done.stderr
     assert done.stdout.count("To keep 90 % of the accuracy") == 1
