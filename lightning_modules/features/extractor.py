@@ -53,6 +53,7 @@ class Extractor:
             "view": self.task.view_provenance(view),
             "images": self.digest(split),
             "precision": str(self.trainer.precision),
+            "network": "batch norms folded",
         }
         rank, processes = self.trainer.global_rank, self.trainer.world_size
         cache = FeatureCache(self.directory, provenance, len(self.task.images[split]))
@@ -60,7 +61,8 @@ class Extractor:
         batches = [list(shard[i : i + BATCH]) for shard in missing for i in range(0, len(shard), BATCH)]
         if batches:
             description = f"Extracting {split}" + ("" if view is None else f", view {view + 1} of {self.features}")
-            with Progress(sum(map(len, missing)), description, "image", shown=rank == 0) as progress:
+            total = sum(map(len, missing))
+            with self.backbone.inference(), Progress(total, description, "image", shown=rank == 0) as progress:
                 loader = iter(self.task.extraction_loader(split, batches, view))
                 for shard in missing:
                     parts = []
