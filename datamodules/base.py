@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
@@ -229,13 +229,16 @@ class Task(LightningDataModule, ABC):
             self._features[split] = self.extract(split)
         return self._features.get(split)
 
-    def extraction_loader(self, split: str, batches: Sequence[Sequence[int]], view: int | None) -> "DataLoader[Batch]":
+    def extraction_loader(
+        self, split: str, batches: Iterable[Sequence[int]], view: int | None, largest: int
+    ) -> "DataLoader[Batch]":
         """Return a loader of exactly these batches of images, in this order, whatever the process.
 
-        `batches` are indices into the split; images are augmented as in epoch `view`, or in the clean view where None.
+        `batches` are indices into the split, at most `largest` each, and are asked for one by one; images are augmented
+        as in epoch `view`, or in the clean view where None.
         """
-        requests = [Request(list(batch), len(batch), view or 0) for batch in batches]
-        return self._loader(self._image_batches(split, augmented=view is not None), requests)
+        requests = (Request(list(batch), len(batch), view or 0) for batch in batches)
+        return self._loader(self._image_batches(split, augmented=view is not None), requests, largest)
 
     def clean_loader(self, split: str) -> "DataLoader[Batch]":
         """Return the images of a split in order, in the clean view, also where its loader yields features."""
@@ -288,9 +291,12 @@ class Task(LightningDataModule, ABC):
         return ImageBatches(cast(Images, self.images[split]), transform, self.preprocessing, self.seed, random)
 
     def _loader(
-        self, batches: ImageBatches | FeatureBatches, requests: RequestSampler | Sequence[Request]
+        self, batches: ImageBatches | FeatureBatches, requests: Iterable[Request], largest: int | None = None
     ) -> "DataLoader[Batch]":
-        workers = affordable(self._workers(batches), batches, requests) if isinstance(batches, ImageBatches) else 0
+        workers = 0
+        if isinstance(batches, ImageBatches):
+            size = requests.largest if isinstance(requests, RequestSampler) else largest or 0
+            workers = affordable(self._workers(batches), batches, size)
         return DataLoader(
             batches,
             batch_size=None,  # a request already is a batch

@@ -335,6 +335,10 @@ VERBS = {
         "write data: {class_path: Embeddings, init_args: {features: x.npy}}, or say --data Embeddings before",
     ),
     "test without a run": (["test", "--config", "quickstart.yaml"], "no runs/quickstart/checkpoints/last.ckpt"),
+    "nothing to extract": (
+        ["extract", "--config", "quickstart.yaml", "--model.features=off", "--trainer.enable_progress_bar=false"],
+        "There is nothing to extract: model.features is off.",
+    ),
     "prediction without a run": (["predict", "--config", "quickstart.yaml"], "name the --config of a run"),
 }
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lightning_modules.backbones.frozen import FrozenBackbone
 from lightning_modules.features.cache import BATCH, FeatureCache, FeatureRows
 from lightning_modules.features.moments import Moments
 from lightning_modules.progress import Progress
+
+PAUSE = 0.5  # Seconds before it is asked again what others have made
 
 
 class Extractor:
@@ -57,29 +60,46 @@ class Extractor:
         }
         rank, processes = self.trainer.global_rank, self.trainer.world_size
         cache = FeatureCache(self.directory, provenance, len(self.task.images[split]))
-        missing = cache.missing(rank, processes)
-        batches = [list(shard[i : i + BATCH]) for shard in missing for i in range(0, len(shard), BATCH)]
-        if batches:
+        share = cache.shards[rank::processes]
+        missing = cache.missing(share)
+        if missing:
             description = f"Extracting {split}" + ("" if view is None else f", view {view + 1} of {self.features}")
             total = sum(map(len, missing))
             with self.backbone.inference(), Progress(total, description, "image", shown=rank == 0) as progress:
-                loader = iter(self.task.extraction_loader(split, batches, view))
-                for shard in missing:
-                    parts = []
-                    for batch in itertools.islice(loader, -(-len(shard) // BATCH)):
-                        parts.append(self.represent(batch.inputs, batch.indices, split).cpu())
-                        progress.update(len(batch.indices))
-                    cache.write(shard, torch.cat(parts))
+                left = missing
+                while left:
+                    if not self._make(cache, left, split, view, progress):
+                        time.sleep(PAUSE)  # others are at all that is left; a process that ends lets go of its own
+                    left = cache.missing(left)
         self.trainer.strategy.barrier()
         rows = cache.read(processes)
-        state = (
-            "extracted" if len(missing) == len(cache.shards[rank::processes]) else "completed" if missing else "found"
-        )
+        state = "extracted" if len(missing) == len(share) else "completed" if missing else "found"
         rank_zero_info(
             f"Features of {split}, {provenance['view']}: {len(rows):,} x {rows.shape[1]:,} "
             f"({4 * len(rows) * rows.shape[1] / 1e6:,.1f} MB) {state} in {cache.folder}; delete it to clear them."
         )
         return rows
+
+    def _make(self, cache: FeatureCache, shards: Sequence[range], split: str, view: int | None, progress: Any) -> int:
+        """Extract those of the shards that no other process is at, and return how many."""
+        claimed: deque[range] = deque()  # a loader's workers are ahead by some batches
+
+        def batches() -> Iterator[list[int]]:
+            for shard in cache.claim(shards):
+                claimed.append(shard)
+                yield from (list(shard[i : i + BATCH]) for i in range(0, len(shard), BATCH))
+
+        made, parts = 0, []
+        try:
+            for batch in self.task.extraction_loader(split, batches(), view, BATCH):
+                parts.append(self.represent(batch.inputs, batch.indices, split).cpu())
+                progress.update(len(batch.indices))
+                if len(parts) == -(-len(claimed[0]) // BATCH):
+                    cache.write(claimed.popleft(), torch.cat(parts))
+                    made, parts = made + 1, []
+        finally:
+            cache.release()
+        return made
 
     def represent(self, images: Tensor, indices: Tensor, split: str) -> Tensor:
         """Return the features, shape (B, sum of widths), of the images at `indices` of a split, shape (B, C, H, W).
