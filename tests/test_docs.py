@@ -25,7 +25,7 @@ PAGES = [page for folder in FOLDERS if (page := ROOT / f"{folder}README.md").is_
 PAGES += sorted((ROOT / ".github" / "docs").glob("*.md"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MODULES = ROOT / "lightning_modules" / "README.md"
-SETTINGS = ("fit", "validate", "test", "predict")
+SETTINGS = ("extract", "fit", "validate", "test", "predict")
 """Verbs whose options are the keys of a configuration."""
 
 
