@@ -24,7 +24,7 @@ from datamodules.loading import (
     affordable,
 )
 from datamodules.splits import Part, stratified_split
-from datamodules.targets import Multiclass, Target
+from datamodules.targets import Multiclass, Predicted, Target
 from datamodules.transforms import AUGMENTATIONS, VIEWS, Preprocessing
 
 SPLITS = ("train", "val", "test")
@@ -162,7 +162,7 @@ class Task(LightningDataModule, ABC):
         for split, loaded in self.images.items():
             if len(loaded) < processes:
                 raise MisconfigurationException(
-                    f"The {split} split of {self.name} has {len(loaded)} images, fewer than the {processes} "
+                    f"The {split} split of {self.name} has {len(loaded)} {self.target.items}, fewer than the {processes} "
                     f"processes; use at most {len(loaded)} devices."
                 )
 
@@ -207,7 +207,7 @@ class Task(LightningDataModule, ABC):
         train, least = images["train"], len(missing) + 1
         labels, counts = train.labels.unique(return_counts=True)
         if any(isinstance(part, float) for part in missing.values()) and counts.min() < least:
-            few = self.target.name(labels[counts < least]).tolist()
+            few = cast(Predicted, self.target).name(labels[counts < least]).tolist()
             raise MisconfigurationException(
                 f"Class {few[0]!r} of {self.name} has {int(counts[counts < least][0])} images in train; to cut "
                 f"{' and '.join(missing)} from it, it needs at least {least}. --data.min_images {least} leaves such "

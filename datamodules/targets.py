@@ -1,8 +1,8 @@
 """What a task asks for: how labels are checked and encoded, what a probe's outputs mean, and how they are scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,16 @@ from datamodules.images import Labelled
 
 
 class Target(ABC):
-    """What is to be predicted of every image or vector."""
+    """What is to be predicted, or found, of every image or vector."""
 
-    outputs: int  # of a probe, C
-    chance: float  # expected metric of guessing
+    classes: Sequence[str] = ()  # names of the classes, where there are any
+    outputs: int  # of a probe, C; 0 where nothing is predicted
+    chance: float | None  # expected metric of guessing, where it is known
     metric: ClassVar[str]  # name of the headline metric: a column of `results.csv` and a part of logged metrics' keys
     measure: ClassVar[str | type]  # name of the measure that counts it
     label: ClassVar[str]  # what the metric is called in text and pictures
     unit: ClassVar[str]  # unit that the metric is shown in; for "%" a share is shown times 100
+    items: ClassVar[str] = "images"  # what validation and test hold, in text and pictures
 
     @abstractmethod
     def check(self, images: Labelled, split: str, task: str) -> None:
@@ -31,6 +33,18 @@ class Target(ABC):
 
         A MisconfigurationException is raised if a label is not of this target; the message names image, split and task.
         """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the target in two words, as `5 classes`."""
+
+    def scores(self, probes: int) -> Metric | None:
+        """Return what scores so many probes while they are trained; None where nothing is predicted."""
+        return None
+
+
+class Predicted(Target):
+    """A target that the outputs of a probe predict."""
 
     @abstractmethod
     def matrix(self, labels: Tensor) -> Tensor:
@@ -56,12 +70,8 @@ class Target(ABC):
     def name(self, decisions: Tensor) -> np.ndarray:
         """Return what decisions or labels are called, strings in an array of the same shape."""
 
-    @abstractmethod
-    def describe(self) -> str:
-        """Return the target in two words, as `5 classes`."""
 
-
-class Multiclass(Target):
+class Multiclass(Predicted):
     """One class of several for each image; labels are indices of `classes`, the names; the loss is cross-entropy."""
 
     metric = "accuracy"
@@ -156,3 +166,56 @@ class RightAnswers(Metric):
     def compute(self) -> Tensor:
         """Return the accuracy of every probe, shape (P,), float64."""
         return self.right.double() / self.images
+
+
+class Judgements(NamedTuple):
+    """What was judged of the documents for each of the n queries of a split, at most J for one."""
+
+    documents: Tensor  # places in the corpus, -1 where a query has fewer, shape (n, J), int64
+    grades: Tensor  # how relevant they are, from 1 on relevant at all, shape (n, J), int64
+
+
+class Relevance(Target):
+    """The relevant documents of a corpus, the train split, for each query of validation and test.
+
+    Nothing is predicted, so a probe has no outputs and labels say nothing.
+
+    Args:
+        identifiers: Ids of the documents, by their places in the corpus.
+        judged: The judgements of each split, `val` and `test`.
+    """
+
+    outputs = 0
+    chance = None
+    metric = "ndcg@10"
+    measure = "Ranking"
+    label = "nDCG@10"
+    unit = ""
+    items = "queries"
+
+    def __init__(self, identifiers: Sequence[str], judged: Mapping[str, Judgements]) -> None:
+        order = sorted(range(len(identifiers)), key=lambda place: identifiers[place].encode())
+        self.ties = torch.tensor(order).argsort()
+        """Places of the documents in the order of their ids as bytes: of equally similar ones the last goes first, as
+        trec_eval has it. Shape (m,)."""
+        self.judged = judged
+
+    def check(self, images: Labelled, split: str, task: str) -> None:
+        """Say how many queries have no relevant document, and where a single query decides about much."""
+        if split == "train":
+            return
+        without = int((self.judged[split].grades < 1).all(1).sum())
+        if without:
+            rank_zero_info(
+                f"{without:,} of the {len(images):,} queries in {split} of {task} have no document that is relevant "
+                f"(a score of 1 or more); they count as 0, as in trec_eval."
+            )
+        if len(images) < 100:
+            rank_zero_info(
+                f"{split} of {task} is small: one of its {len(images):,} queries is {1 / len(images):.2g} of the "
+                f"{self.label}."
+            )
+
+    def describe(self) -> str:
+        """Return what is to be found."""
+        return "relevant documents"

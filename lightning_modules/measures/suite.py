@@ -6,21 +6,23 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_modules import measures
 from lightning_modules.measures.cka import CKA
 from lightning_modules.measures.inequality import Inequality
 from lightning_modules.measures.measure import Batch, Context, Measure
 
 
 class Suite(list[Measure]):
-    """Measures that see the same batches: one or a list, None is CKA and Inequality.
+    """Measures that see the same batches: one or a list, None is CKA and Inequality (where classes are predicted).
 
     Raises:
         MisconfigurationException: If two would write the same column or table, or one needs features of the clean view
             and the probes train on others.
     """
 
-    def __init__(self, measures: Measure | Sequence[Measure] | None, clean: bool) -> None:
-        given = [CKA(), Inequality()] if measures is None else measures
+    def __init__(self, wanted: Measure | Sequence[Measure] | None, clean: bool) -> None:
+        self.is_default = wanted is None
+        given = [CKA(), Inequality()] if wanted is None else wanted
         super().__init__([given] if isinstance(given, Measure) else given)
         writers: dict[str, str] = {}
         for measure in self:
@@ -37,6 +39,19 @@ class Suite(list[Measure]):
                 raise MisconfigurationException(
                     f"model.measures lists {kind}, which needs model.features clean; leave one out."
                 )
+
+    def put_first(self, target: Any) -> None:
+        """Put the measure of the target's own metric before the others; refuse what needs classes that it has not."""
+        named = target.measure  # a class, or the name of one of this project's
+        kind = getattr(measures, named) if isinstance(named, str) else named
+        others = [] if self.is_default and not target.outputs else [each for each in self if type(each) is not kind]
+        for measure in others:
+            if measure.needs_classes and not target.outputs:
+                raise MisconfigurationException(
+                    f"model.measures lists {type(measure).__name__}, which needs classes; the task has "
+                    f"{target.describe()}, so leave it out."
+                )
+        self[:] = [kind(), *others]
 
     def setup(self, context: Context) -> None:
         """Let all measures know their run."""
