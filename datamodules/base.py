@@ -162,8 +162,8 @@ class Task(LightningDataModule, ABC):
         for split, loaded in self.images.items():
             if len(loaded) < processes:
                 raise MisconfigurationException(
-                    f"The {split} split of {self.name} has {len(loaded)} {self.target.items}, fewer than the {processes} "
-                    f"processes; use at most {len(loaded)} devices."
+                    f"The {split} split of {self.name} has {len(loaded)} {self.target.items}, fewer than the "
+                    f"{processes} processes; use at most {len(loaded)} devices."
                 )
 
     def describe(self) -> str:

@@ -63,7 +63,10 @@ class Retrieval(Task):
                 f"{queries.file} holds vectors of {width} values, those of {corpus.file} have {self.width}."
             )
         places = [{name: place for place, name in enumerate(part.names)} for part in (queries, corpus)]
-        grades = self._halved({split: _grades(file, *places) for split, file in self.qrels.items()})
+        grades = {split: _grades(file, *places) for split, file in self.qrels.items()}
+        self.origins = {split: f"queries of {file.name}" for split, file in self.qrels.items()}
+        if self.qrels["val"] == self.qrels["test"]:
+            grades = self._halved(grades["test"], queries.names)
         twice = grades["val"].keys() & grades["test"].keys()
         if twice:
             raise MisconfigurationException(
@@ -133,20 +136,18 @@ class Retrieval(Task):
                 )
         return _Part(file, matrix, names)
 
-    def _halved(self, grades: dict[str, Grades]) -> dict[str, Grades]:
-        """Return the judgements of val and test; where they are the same, a seeded half of the queries each."""
-        self.origins = {split: f"queries of {file.name}" for split, file in self.qrels.items()}
-        if self.qrels["val"] != self.qrels["test"]:
-            return grades
-        self.origins = dict.fromkeys(grades, f"half of the queries of {self.qrels['test'].name}")
-        judged = list(grades["test"])
-        if len(judged) < 2:
-            raise MisconfigurationException(f"{self.qrels['test']} judges {len(judged)} query; give at least two.")
-        order = torch.randperm(len(judged), generator=torch.Generator().manual_seed(self.seed))
-        halves = zip(("val", "test"), order.tensor_split([len(judged) // 2]), strict=True)
+    def _halved(self, grades: Grades, names: Sequence[str]) -> dict[str, Grades]:
+        """Return a seeded half of the judged queries each for val and test, the same in whatever order they come."""
+        file = self.qrels["test"]
+        self.origins = dict.fromkeys(self.qrels, f"half of the queries of {file.name}")
+        if len(grades) < 2:
+            raise MisconfigurationException(f"{file} judges one query; give at least two, to choose and to test.")
+        order = torch.randperm(len(grades), generator=torch.Generator().manual_seed(self.seed))
+        by_name = sorted(grades, key=names.__getitem__)
+        halves = ({by_name[place] for place in half.tolist()} for half in order.tensor_split([len(grades) // 2]))
         return {
-            split: {judged[place]: grades["test"][judged[place]] for place in half.sort().values.tolist()}
-            for split, half in halves
+            split: {query: its for query, its in grades.items() if query in half}
+            for split, half in zip(("val", "test"), halves, strict=True)
         }
 
 
