@@ -35,6 +35,7 @@ class Retrieval(Task):
         root: Folder of the files; it names the task.
         feature_key: Name of the vectors in files of several arrays, see `Embeddings`.
         id_key: Name of the ids there. Null takes an array of a usual name (`_id`, `id`, `docid`), or the JSON lines.
+        same_ids: Whether a query may find the document of its own id; false leaves it out, as BEIR's evaluation does.
         **kwargs: See `Task`.
 
     Raises:
@@ -43,9 +44,16 @@ class Retrieval(Task):
 
     vectors: ClassVar = True
 
-    def __init__(self, root: str, feature_key: str | None = None, id_key: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        root: str,
+        feature_key: str | None = None,
+        id_key: str | None = None,
+        same_ids: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(root, augmentation="none", view="weights", num_workers=0, protocol="full", **kwargs)
-        self.feature_key, self.id_key = feature_key, id_key
+        self.feature_key, self.id_key, self.same_ids = feature_key, id_key, same_ids
         self.name = self.root.resolve().name
         self.files = {part: self._vector_file(part) for part in ("corpus", "queries")}
         self.qrels = self._qrels()
@@ -79,7 +87,8 @@ class Retrieval(Task):
             rank_zero_info(
                 f"{left:,} of {len(queries.names):,} queries have no judgements in {files}; they are left out."
             )
-        self.target = Relevance(corpus.names, {split: _padded(each) for split, each in grades.items()})
+        own = [-1 if self.same_ids else places[1].get(name, -1) for name in queries.names]
+        self.target = Relevance(corpus.names, {split: _padded(each, own) for split, each in grades.items()})
         self.origins["train"] = f"documents of {corpus.file.name}"
         parts = {"train": (corpus, torch.arange(len(corpus.names)))}
         parts |= {split: (queries, torch.tensor(list(each))) for split, each in grades.items()}
@@ -209,14 +218,14 @@ def _grades(file: Path, queries: Mapping[str, int], documents: Mapping[str, int]
     return dict(sorted(grades.items()))
 
 
-def _padded(grades: Grades) -> Judgements:
-    """Return judgements by query as matrices."""
+def _padded(grades: Grades, barred: Sequence[int]) -> Judgements:
+    """Return judgements by query as matrices, with the document that each query must not find, by its place."""
     shape = len(grades), max(map(len, grades.values()))
     documents, scores = torch.full(shape, -1), torch.zeros(shape, dtype=torch.int64)
     for row, of_query in enumerate(grades.values()):
         documents[row, : len(of_query)] = torch.tensor(list(of_query))
         scores[row, : len(of_query)] = torch.tensor(list(of_query.values()))
-    return Judgements(documents, scores)
+    return Judgements(documents, scores, torch.tensor([barred[query] for query in grades]))
 
 
 def _checked(part: _Part, rows: Tensor) -> Vectors:

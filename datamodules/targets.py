@@ -173,6 +173,7 @@ class Judgements(NamedTuple):
 
     documents: Tensor  # places in the corpus, -1 where a query has fewer, shape (n, J), int64
     grades: Tensor  # how relevant they are, from 1 on relevant at all, shape (n, J), int64
+    barred: Tensor  # places of documents that are left out of the rankings, -1 for none, shape (n,), int64
 
 
 class Relevance(Target):

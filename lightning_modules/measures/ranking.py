@@ -47,7 +47,9 @@ class Ranking(Measure):
         judged = self.context.target.judged[self.split]
         inputs, places = (torch.cat(parts) for parts in zip(*self.queries, strict=True))
         found = self._search(inputs)
-        documents, grades = (each.to(found.device)[places] for each in judged)
+        documents, grades, barred = (each.to(found.device)[places] for each in judged)
+        found = found.masked_fill(found == barred.unsqueeze(1), -1)
+        found = found.gather(2, (found < 0).byte().argsort(dim=2, stable=True))[..., :DEPTH]
         names = [column.name for column in self.columns[:5]]
         values = torch.zeros(len(names), len(found), len(judged.grades), dtype=torch.float64, device=found.device)
         for probe, of_probe in enumerate(found):
@@ -72,7 +74,7 @@ class Ranking(Measure):
         """
         coordinates, target = self.context.coordinates, self.context.target
         ties = target.ties.to(queries.device)
-        shape = len(self.context.probes), len(queries), min(DEPTH, len(ties))
+        shape = len(self.context.probes), len(queries), min(DEPTH + 1, len(ties))  # one may be barred
         best = torch.full(shape, torch.iinfo(torch.int64).min, device=queries.device)
         orders = {group: (coordinates.ordering(group), coordinates.centre(group)) for group in coordinates.groups}
 

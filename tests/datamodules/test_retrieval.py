@@ -38,7 +38,7 @@ def set_up(folder, **arguments):
 
 def judgements(task, split):
     """Return what a task says was judged, by id: the query's row, the document, the grade."""
-    documents, grades = task.target.judged[split]
+    documents, grades, _ = task.target.judged[split]
     rows = task.images[split].rows.tolist()
     cells = [(rows[i], int(documents[i, j]), int(grades[i, j])) for i, j in (documents >= 0).nonzero().tolist()]
     return [(row, f"doc{document}", grade) for row, document, grade in cells]
@@ -47,9 +47,8 @@ def judgements(task, split):
 def by_vector(task, split):
     """Return what was judged of each query, by its vector, as vectors and grades."""
     found, corpus = {}, task.features("train")[0]
-    for query, names, grades in zip(
-        task.features(split)[0][torch.arange(len(task.images[split]))], *task.target.judged[split], strict=True
-    ):
+    queries = task.features(split)[0][torch.arange(len(task.images[split]))]
+    for query, names, grades, _ in zip(queries, *task.target.judged[split], strict=True):
         documents = corpus[names[names >= 0]].tolist()
         found[tuple(query.tolist())] = sorted(zip(map(tuple, documents), grades[names >= 0].tolist(), strict=True))
     return found
@@ -71,6 +70,17 @@ def test_the_corpus_is_train_and_a_seeded_half_of_the_judged_queries_each_valida
         assert torch.equal(torch.cat([batch.inputs for batch in batches]), torch.from_numpy(QUERIES)[rows])
         assert judgements(task, split) == [row for row in JUDGED if row[0] in rows.tolist()]
     assert set(set_up(tmp_path / "mine", seed=1).images["val"].rows.tolist()) != val
+
+
+def test_the_document_of_a_querys_own_id_is_barred_where_that_is_asked_for(tmp_path):
+    folder = write(tmp_path)
+    edit("corpus.jsonl", '"doc5"', '"3"')(folder)
+    edit("qrels/test.tsv", "doc5", "3")(folder)
+    for same_ids, place in ((True, -1), (False, 5)):
+        task = set_up(folder, same_ids=same_ids)
+        for split in ("val", "test"):
+            barred = zip(task.images[split].rows.tolist(), task.target.judged[split].barred.tolist(), strict=True)
+            assert dict(barred) == {row: place if row == 3 else -1 for row in task.images[split].rows.tolist()}
 
 
 def test_ties_go_by_the_bytes_of_the_ids(tmp_path):

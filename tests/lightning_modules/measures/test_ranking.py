@@ -61,6 +61,8 @@ def test_every_metric_of_every_subset_is_trec_evals_ties_included(monkeypatch, k
     grades[3] = 0  # a query without a relevant document
     judged = np.stack([random.permutation(documents)[:5] for _ in range(20)])
     judged[:4, -1], grades[:4, -1] = -1, 0  # queries of which fewer were judged
+    barred = np.where(np.arange(20) % 3, -1, judged[:, 0])
+    judgements = Judgements(*map(torch.tensor, (judged, grades, barred)))
     probes = Plan(["random", "first"], [0.1, 0.5, 0.9], 2).probes({"none": 12})
     found = evaluate(
         Ranking(),
@@ -68,7 +70,7 @@ def test_every_metric_of_every_subset_is_trec_evals_ties_included(monkeypatch, k
         torch.zeros(20, dtype=torch.int64),
         inputs=torch.from_numpy(queries),
         widths={"none": 12},
-        target=Relevance(IDENTIFIERS[:documents], {"test": Judgements(torch.tensor(judged), torch.tensor(grades))}),
+        target=Relevance(IDENTIFIERS[:documents], {"test": judgements}),
         solver=Search(kind),
         features=lambda split, start, stop: torch.from_numpy(corpus)[start:stop],
     )
@@ -77,13 +79,14 @@ def test_every_metric_of_every_subset_is_trec_evals_ties_included(monkeypatch, k
         order = torch.randperm(12, generator=torch.Generator().manual_seed(probe.seed)).tolist()
         seen = (order if probe.selection == "random" else list(range(12)))[: probe.neurons]
         wanted = []
-        for query, names, of_query in zip(queries, judged, grades, strict=True):
+        for query, names, of_query, out in zip(queries, judged, grades, barred, strict=True):
             alike = {
                 name: similarity(query[seen].astype(float), document[seen].astype(float), kind)
-                for name, document in zip(IDENTIFIERS, corpus, strict=False)
+                for place, (name, document) in enumerate(zip(IDENTIFIERS, corpus, strict=False))
+                if place != out
             }
-            judgements = zip(names.tolist(), of_query.tolist(), strict=True)
-            wanted.append(trec_eval(alike, {IDENTIFIERS[name]: grade for name, grade in judgements if name >= 0}))
+            of_query = dict(zip(names.tolist(), of_query.tolist(), strict=True))
+            wanted.append(trec_eval(alike, {IDENTIFIERS[name]: grade for name, grade in of_query.items() if name >= 0}))
         for name in wanted[0]:
             assert found[name][index].item() == pytest.approx(np.mean([each[name] for each in wanted]), abs=1e-9)
         assert found["per_image"][index].tolist() == pytest.approx([each["ndcg@10"] for each in wanted], abs=1e-6)
@@ -93,7 +96,7 @@ def test_documents_in_one_direction_are_ties_wherever_they_lie(monkeypatch):
     monkeypatch.setattr("lightning_modules.measures.ranking.DOCUMENTS", 67)  # other products are in another order
     queries = torch.randn(3, 384, generator=torch.Generator().manual_seed(0))
     corpus = queries[:1] * 2.0 ** (torch.arange(101) % 5).unsqueeze(1)
-    judged = Judgements(torch.full((3, 1), 40), torch.ones(3, 1))
+    judged = Judgements(torch.full((3, 1), 40), torch.ones(3, 1), torch.full((3,), -1))
     names = [f"{(place + 60) % 101:03d}" for place in range(101)]  # that at 40 is the last
     found = evaluate(
         Ranking(),
