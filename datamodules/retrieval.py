@@ -46,12 +46,14 @@ class Retrieval(Task):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         feature_key: str | None = None,
         id_key: str | None = None,
         same_ids: bool = True,
         **kwargs: Any,
     ) -> None:
+        if root is None:
+            raise MisconfigurationException("Give data.root, the folder of corpus.*, queries.* and qrels/test.tsv.")
         super().__init__(root, augmentation="none", view="weights", num_workers=0, protocol="full", **kwargs)
         self.feature_key, self.id_key, self.same_ids = feature_key, id_key, same_ids
         self.name = self.root.resolve().name

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lightning_modules.measures.measure import Batch, Measure
 from lightning_modules.measures.similarities import similarities
+from lightning_modules.progress import Progress
 from lightning_modules.results.tables import PER_IMAGE, Column
 from lightning_modules.subsets.plan import ProbeGroup
 
@@ -83,7 +85,8 @@ class Ranking(Measure):
             return ordering.coordinates(coordinates.by_layer(rows)[group.layer]) - centre
 
         asked = {group: seen(group, queries.double()).split(QUERIES) for group in orders}
-        for start in range(0, len(ties), DOCUMENTS):
+        starts, shown = range(0, len(ties), DOCUMENTS), rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        for start in Progress(len(starts), "Searching", "block", shown, iterable=starts):
             block = self.context.features("train", start, start + DOCUMENTS)
             assert block is not None  # as features are clean
             places = ties[start : start + DOCUMENTS]

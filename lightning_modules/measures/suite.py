@@ -13,7 +13,7 @@ from lightning_modules.measures.measure import Batch, Context, Measure
 
 
 class Suite(list[Measure]):
-    """Measures that see the same batches: one or a list, None is CKA and Inequality (where classes are predicted).
+    """Measures that see the same batches: one or a list, None is CKA and Inequality, and nothing in a search.
 
     Raises:
         MisconfigurationException: If two would write the same column or table, or one needs features of the clean view

@@ -201,6 +201,10 @@ def test_what_does_not_fit_is_named(tmp_path, name):
     assert [part for part in said if part not in line] == [], line
 
 
+def test_a_folder_must_be_given():
+    assert refusal(Retrieval) == "Give data.root, the folder of corpus.*, queries.* and qrels/test.tsv."
+
+
 def test_queries_without_a_relevant_document_are_told(tmp_path, caplog):
     set_up(write(tmp_path, {"dev": JUDGED[:6], "test": [("4", "doc1", 0), *JUDGED[6:12]]}))
     assert "1 of the 3 queries in test of" in caplog.text
