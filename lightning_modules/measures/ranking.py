@@ -10,10 +10,10 @@ from lightning_modules.measures.measure import Batch, Measure
 from lightning_modules.measures.similarities import similarities
 from lightning_modules.progress import Progress
 from lightning_modules.results.tables import PER_IMAGE, Column
-from lightning_modules.subsets.plan import ProbeGroup
 
 DEPTH = 100  # documents of a ranking that are looked at
 QUERIES, DOCUMENTS = 512, 8192  # of which similarities are computed at once
+COORDINATES = 2**24  # of documents that are held at once
 
 
 class Ranking(Measure):
@@ -74,24 +74,24 @@ class Ranking(Measure):
         One pass over the corpus, in blocks, for all probes. A document is kept as one whole number, its similarity as
         the higher 32 bits and its place among the ids as the lower ones, so that no two are equal.
         """
-        coordinates, target = self.context.coordinates, self.context.target
-        ties = target.ties.to(queries.device)
+        coordinates, groups = self.context.coordinates, self.context.coordinates.groups
+        ties = self.context.target.ties.to(queries.device)
         shape = len(self.context.probes), len(queries), min(DEPTH + 1, len(ties))  # one may be barred
         best = torch.full(shape, torch.iinfo(torch.int64).min, device=queries.device)
-        orders = {group: (coordinates.ordering(group), coordinates.centre(group)) for group in coordinates.groups}
+        sizes = [group.sizes[-1] for group in groups]
 
-        def seen(group: ProbeGroup, rows: Tensor) -> Tensor:
-            ordering, centre = orders[group]
-            return ordering.coordinates(coordinates.by_layer(rows)[group.layer]) - centre
+        def seen(features: Tensor) -> list[Tensor]:
+            """Return what the largest probe of each group sees, shape (B, k)."""
+            return [part.t() for part in coordinates(features.double()).split(sizes)]
 
-        asked = {group: seen(group, queries.double()).split(QUERIES) for group in orders}
-        starts, shown = range(0, len(ties), DOCUMENTS), rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        asked = [part.split(QUERIES) for part in seen(queries)]
+        block = max(1, min(DOCUMENTS, COORDINATES // sum(sizes)))
+        starts, shown = range(0, len(ties), block), rank_zero_only.rank == 0  # type: ignore[attr-defined]
         for start in Progress(len(starts), "Searching", "block", shown, iterable=starts):
-            block = self.context.features("train", start, start + DOCUMENTS)
-            assert block is not None  # as features are clean
-            places = ties[start : start + DOCUMENTS]
-            for group, parts in asked.items():
-                stored = seen(group, block.double())
+            features = self.context.features("train", start, start + block)
+            assert features is not None  # as features are clean
+            places = ties[start : start + block]
+            for group, parts, stored in zip(groups, asked, seen(features), strict=True):
                 for number, part in enumerate(parts):
                     rows = slice(number * QUERIES, (number + 1) * QUERIES)
                     alike = similarities(part, stored, group.sizes, self.context.solver.similarity)
