@@ -14,6 +14,7 @@ from lightning_modules.results.tables import PER_IMAGE, Column
 DEPTH = 100  # documents of a ranking that are looked at
 QUERIES, DOCUMENTS = 512, 8192  # of which similarities are computed at once
 COORDINATES = 2**24  # of documents that are held at once
+NOTHING = -0x7F800001 << 32  # a key below all others: that of minus infinity
 
 
 class Ranking(Measure):
@@ -77,7 +78,7 @@ class Ranking(Measure):
         coordinates, groups = self.context.coordinates, self.context.coordinates.groups
         ties = self.context.target.ties.to(queries.device)
         shape = len(self.context.probes), len(queries), min(DEPTH + 1, len(ties))  # one may be barred
-        best = torch.full(shape, torch.iinfo(torch.int64).min, device=queries.device)
+        best = torch.full(shape, NOTHING, device=queries.device)
         sizes = [group.sizes[-1] for group in groups]
 
         def seen(features: Tensor) -> list[Tensor]:
@@ -96,15 +97,40 @@ class Ranking(Measure):
                     rows = slice(number * QUERIES, (number + 1) * QUERIES)
                     alike = similarities(part, stored, group.sizes, self.context.solver.similarity)
                     for probe, values in zip(group.probes, alike, strict=True):
-                        keys = torch.cat([best[probe, rows], _in_order(values.float()) + places], 1)
-                        best[probe, rows] = keys.topk(shape[2]).values
+                        best[probe, rows] = _better(best[probe, rows], values.float(), places)
         return ties.argsort()[best & 0xFFFFFFFF]
 
 
-def _in_order(values: Tensor) -> Tensor:
+def _as_keys(values: Tensor) -> Tensor:
     """Return whole numbers that are ordered as float32 values are, times 2^32."""
     bits = (values + 0.0).view(torch.int32)  # -0 becomes 0
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
+
+
+def _as_values(keys: Tensor) -> Tensor:
+    """Return the float32 values that keys begin with."""
+    bits = (keys >> 32).int()
+    return (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _better(best: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """Return the best keys of each query, descending, shape (n, depth), after more documents.
+
+    Few of these are as good as the worst that is kept, so that no others become keys.
+
+    Args:
+        best: Those before, descending, shape (n, depth).
+        values: Similarities of the documents, float32, shape (n, m).
+        places: Of the documents among the ids, shape (m,).
+    """
+    good = values >= _as_values(best[:, -1:])
+    rows, columns = good.nonzero(as_tuple=True)
+    counts = good.sum(1)
+    more = best.new_full((len(best), int(counts.max())), NOTHING)
+    more[rows, torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]] = (
+        _as_keys(values[good]) + places[columns]
+    )
+    return torch.cat([best, more], 1).topk(best.shape[1]).values
 
 
 def ranking_metrics(found: Tensor, documents: Tensor, grades: Tensor) -> dict[str, Tensor]:
