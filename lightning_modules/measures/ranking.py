@@ -1,4 +1,4 @@
-"""Ranking: how well exact search on every subset finds the relevant documents of each query."""
+"""Ranking: how well exact search on every subset finds the relevant documents of each query, in one stage and two."""
 
 from collections.abc import Mapping
 
@@ -6,11 +6,22 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_modules.measures.measure import Batch, Measure
+from lightning_modules.measures.measure import Batch, Measure, Picture
 from lightning_modules.measures.similarities import similarities
 from lightning_modules.progress import Progress
+from lightning_modules.results.results import Results
 from lightning_modules.results.tables import PER_IMAGE, Column
+from lightning_modules.subsets.selections import FULL
 
+METRICS = {
+    "ndcg@10": "nDCG@10",
+    "recall@10": "recall@10",
+    "recall@100": "recall@100",
+    "map@100": "MAP@100",
+    "mrr@10": "MRR@10",
+}
+RESCORED = {f"ndcg@10_rescored_{best}": best for best in (10, 20, 40, 100)}
+"""Columns of two stages, and how many documents of the first are ranked again."""
 DEPTH = 100  # documents of a ranking that are looked at
 QUERIES, DOCUMENTS = 512, 8192  # of which similarities are computed at once
 COORDINATES = 2**24  # of documents that are held at once
@@ -18,19 +29,17 @@ NOTHING = -0x7F800001 << 32  # a key below all others: that of minus infinity
 
 
 class Ranking(Measure):
-    """nDCG@10, recall@10 and @100, MAP@100 and MRR@10 of exact search, as trec_eval computes them.
+    """nDCG@10, recall@10 and @100, MAP@100 and MRR@10 of exact search, as trec_eval computes them, means over queries.
 
-    Means over queries. Similarities are computed in float64 and rounded to float32; of equal ones the document whose id
-    is last as bytes goes first. Costs 2 n m D operations for n queries and m documents for every seed of every
-    selection, and memory for the best documents alone.
+    And nDCG@10 of two stages: the best 10, 20, 40 or 100 documents that a subset finds are ranked again by the full
+    layer. Similarities are computed in float64 and rounded to float32; of equal ones the document whose id is last as
+    bytes goes first. Costs 2 n m D operations for n queries and m documents for every seed of every selection, and
+    memory for the best documents alone.
     """
 
     columns = (
-        Column("ndcg@10", "nDCG@10", logged=True),
-        Column("recall@10", "recall@10", logged=True),
-        Column("recall@100", "recall@100", logged=True, drawn=True),
-        Column("map@100", "MAP@100"),
-        Column("mrr@10", "MRR@10"),
+        *(Column(name, label, logged=True, drawn=name == "recall@100") for name, label in METRICS.items()),
+        *(Column(name, f"nDCG@10, {best} rescored") for name, best in RESCORED.items()),
         *map(Column, ("images", "loss")),
     )
     needs_clean_features = True
@@ -49,35 +58,50 @@ class Ranking(Measure):
         """Return the columns, and the nDCG@10 of each query by every probe, shape (P, n); `images` are queries."""
         judged = self.context.target.judged[self.split]
         inputs, places = (torch.cat(parts) for parts in zip(*self.queries, strict=True))
-        found = self._search(inputs)
-        documents, grades, barred = (each.to(found.device)[places] for each in judged)
-        found = found.masked_fill(found == barred.unsqueeze(1), -1)
-        found = found.gather(2, (found < 0).byte().argsort(dim=2, stable=True))[..., :DEPTH]
-        names = [column.name for column in self.columns[:5]]
-        values = torch.zeros(len(names), len(found), len(judged.grades), dtype=torch.float64, device=found.device)
-        for probe, of_probe in enumerate(found):
-            parts = (each.split(QUERIES) for each in (of_probe, documents, grades))
-            of_queries = [ranking_metrics(*part) for part in zip(*parts, strict=True)]
-            for place, name in enumerate(names):
-                values[place, probe, places] = torch.cat([each[name] for each in of_queries])
+        keys = self._search(inputs)
+        documents, grades, barred = (each.to(keys.device)[places] for each in judged)
+        names = [*METRICS, *RESCORED]
+        values = torch.zeros(len(names), keys.shape[1], len(judged.grades), dtype=torch.float64, device=keys.device)
+        for probe, of_probe in enumerate(keys.unbind(1)):
+            parts = (each.split(QUERIES) for each in (of_probe.transpose(0, 1), documents, grades, barred))
+            of_queries = [self._measured(*part) for part in zip(*parts, strict=True)]
+            values[:, probe, places] = torch.cat(
+                [torch.stack([each[name] for name in names]) for each in of_queries], 1
+            )
         values = self.context.reduce(values)  # each process has zeros where others have queries
-        means = values.mean(2)
         return {
-            "images": torch.full((len(found),), values.shape[2]),
-            "loss": torch.full((len(found),), torch.nan),  # there is none
-            **dict(zip(names, means, strict=True)),
+            "images": torch.full((keys.shape[1],), values.shape[2]),
+            "loss": torch.full((keys.shape[1],), torch.nan),  # there is none
+            **dict(zip(names, values.mean(2), strict=True)),
             PER_IMAGE: values[0].float(),
         }
 
-    def _search(self, queries: Tensor) -> Tensor:
-        """Return the best documents of every probe, best first, shape (P, n, depth), for queries (n, sum of widths).
+    def _measured(self, keys: Tensor, documents: Tensor, grades: Tensor, barred: Tensor) -> dict[str, Tensor]:
+        """Return the metrics of a probe for n queries, from their keys as `_search` has them, shape (n, 2, depth)."""
+        by_tie = self.context.target.ties.argsort().to(keys.device)
 
-        One pass over the corpus, in blocks, for all probes. A document is kept as one whole number, its similarity as
-        the higher 32 bits and its place among the ids as the lower ones, so that no two are equal.
+        def named(keys: Tensor) -> Tensor:
+            return by_tie[keys & 0xFFFFFFFF].masked_fill(keys == NOTHING, -1)
+
+        first, full = keys.masked_fill(named(keys) == barred[:, None, None], NOTHING).unbind(1)
+        order = first.argsort(1, descending=True)[:, :DEPTH]  # without the one that was barred, if it was found
+        first, full = first.gather(1, order), full.gather(1, order)
+        found = ranking_metrics(named(first), documents, grades)
+        for name, best in RESCORED.items():
+            again = full[:, :best].sort(descending=True).values
+            found[name] = ranking_metrics(named(again), documents, grades)["ndcg@10"]
+        return found
+
+    def _search(self, queries: Tensor) -> Tensor:
+        """Return the best documents of every probe, shape (2, P, n, depth), for queries, shape (n, sum of widths).
+
+        One pass over the corpus, in blocks, for all probes. A document is kept as a key, one whole number: its
+        similarity as the higher 32 bits and its place among the ids as the lower ones, so that no two are equal. First
+        by the subset, best first, and then the same documents by the full layer.
         """
         coordinates, groups = self.context.coordinates, self.context.coordinates.groups
         ties = self.context.target.ties.to(queries.device)
-        shape = len(self.context.probes), len(queries), min(DEPTH + 1, len(ties))  # one may be barred
+        shape = 2, len(self.context.probes), len(queries), min(DEPTH + 1, len(ties))  # one may be barred
         best = torch.full(shape, NOTHING, device=queries.device)
         sizes = [group.sizes[-1] for group in groups]
 
@@ -85,20 +109,40 @@ class Ranking(Measure):
             """Return what the largest probe of each group sees, shape (B, k)."""
             return [part.t() for part in coordinates(features.double()).split(sizes)]
 
-        asked = [part.split(QUERIES) for part in seen(queries)]
+        asked = seen(queries)
         block = max(1, min(DOCUMENTS, COORDINATES // sum(sizes)))
         starts, shown = range(0, len(ties), block), rank_zero_only.rank == 0  # type: ignore[attr-defined]
         for start in Progress(len(starts), "Searching", "block", shown, iterable=starts):
             features = self.context.features("train", start, start + block)
             assert features is not None  # as features are clean
-            places = ties[start : start + block]
-            for group, parts, stored in zip(groups, asked, seen(features), strict=True):
-                for number, part in enumerate(parts):
-                    rows = slice(number * QUERIES, (number + 1) * QUERIES)
-                    alike = similarities(part, stored, group.sizes, self.context.solver.similarity)
-                    for probe, values in zip(group.probes, alike, strict=True):
-                        best[probe, rows] = _better(best[probe, rows], values.float(), places)
-        return ties.argsort()[best & 0xFFFFFFFF]
+            places, stored = ties[start : start + block], seen(features)
+            for rows in (slice(first, first + QUERIES) for first in range(0, len(queries), QUERIES)):
+                full: dict[str, Tensor] = {}  # similarities by layer; its group comes first
+                for group, mine, theirs in zip(groups, asked, stored, strict=True):
+                    alike = similarities(mine[rows], theirs, group.sizes, self.context.solver.similarity)
+                    for probe, values in zip(group.probes, (each.float() for each in alike), strict=True):
+                        if group.selection == FULL:
+                            full[group.layer] = values
+                        best[:, probe, rows] = _better(best[:, probe, rows], values, full[group.layer], places)
+        return best
+
+    def pictures(self, results: Results, split: str) -> dict[str, Picture]:
+        """Draw nDCG@10 of one stage and of two against fraction, a panel per layer and selection."""
+        from lightning_modules.reporting import figures
+
+        means, headline = results.curve(split), results.headline
+        groups = list(means[means["selection"] != FULL].groupby(["layer", "selection"], sort=False))
+        lines = {"mean": "one stage"} | {name: f"best {best} ranked again" for name, best in RESCORED.items()}
+        figure, flat = figures.panels(len(groups), results.title)
+        for axes, ((layer, selection), points) in zip(flat, groups, strict=True):
+            for (column, label), style in zip(lines.items(), figures.styles(lines).values(), strict=True):
+                figures.line(axes, points, style, label, column, scale=headline.scale)
+            figures.fraction_axis(axes, means)
+            several = len(results.layers) > 1
+            figures.value_axis(axes, f"{split} {headline.heading}", f"{layer} {selection}" if several else selection)
+        figures.legend(figure, flat)
+        caption = "Search in two stages: the best documents by the subset are ranked again by the full layer."
+        return {"rescored": Picture(figure, caption)}
 
 
 def _as_keys(values: Tensor) -> Tensor:
@@ -113,24 +157,25 @@ def _as_values(keys: Tensor) -> Tensor:
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32)
 
 
-def _better(best: Tensor, values: Tensor, places: Tensor) -> Tensor:
-    """Return the best keys of each query, descending, shape (n, depth), after more documents.
+def _better(best: Tensor, values: Tensor, full: Tensor, places: Tensor) -> Tensor:
+    """Return the best keys of each query after more documents, those of the subset descending, shape (2, n, depth).
 
     Few of these are as good as the worst that is kept, so that no others become keys.
 
     Args:
-        best: Those before, descending, shape (n, depth).
+        best: Those before, of the subset and of the full layer, shape (2, n, depth).
         values: Similarities of the documents, float32, shape (n, m).
+        full: The same by the full layer.
         places: Of the documents among the ids, shape (m,).
     """
-    good = values >= _as_values(best[:, -1:])
+    good = values >= _as_values(best[0, :, -1:])
     rows, columns = good.nonzero(as_tuple=True)
     counts = good.sum(1)
-    more = best.new_full((len(best), int(counts.max())), NOTHING)
-    more[rows, torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]] = (
-        _as_keys(values[good]) + places[columns]
-    )
-    return torch.cat([best, more], 1).topk(best.shape[1]).values
+    more = best.new_full((*best.shape[:2], int(counts.max())), NOTHING)
+    ranks = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    more[:, rows, ranks] = _as_keys(torch.stack([values[good], full[good]])) + places[columns]
+    joined = torch.cat([best, more], 2)
+    return joined.gather(2, joined[0].topk(best.shape[2]).indices.expand(2, -1, -1))
 
 
 def ranking_metrics(found: Tensor, documents: Tensor, grades: Tensor) -> dict[str, Tensor]:

@@ -15,9 +15,13 @@ from lightning_modules.subsets.plan import Plan
 IDENTIFIERS = [f"d{number}" for number in range(60)]  # as bytes, d9 comes after d10
 
 
+def ranked(similarities, names):
+    return sorted(names, key=lambda name: (np.float32(similarities[name]), name.encode()), reverse=True)
+
+
 def trec_eval(similarities, grades):
     """What trec_eval says of one query, from similarities and grades by document."""
-    ranking = sorted(similarities, key=lambda name: (np.float32(similarities[name]), name.encode()), reverse=True)
+    ranking = ranked(similarities, similarities)
     relevant = [name for name, grade in grades.items() if grade > 0]
 
     def discounted(gains):
@@ -80,13 +84,21 @@ def test_every_metric_of_every_subset_is_trec_evals_ties_included(monkeypatch, k
         seen = (order if probe.selection == "random" else list(range(12)))[: probe.neurons]
         wanted = []
         for query, names, of_query, out in zip(queries, judged, grades, barred, strict=True):
-            alike = {
-                name: similarity(query[seen].astype(float), document[seen].astype(float), kind)
-                for place, (name, document) in enumerate(zip(IDENTIFIERS, corpus, strict=False))
-                if place != out
-            }
+            alike, exact = (
+                {
+                    name: similarity(query[its].astype(float), document[its].astype(float), kind)
+                    for place, (name, document) in enumerate(zip(IDENTIFIERS, corpus, strict=False))
+                    if place != out
+                }
+                for its in (seen, order)
+            )
             of_query = dict(zip(names.tolist(), of_query.tolist(), strict=True))
-            wanted.append(trec_eval(alike, {IDENTIFIERS[name]: grade for name, grade in of_query.items() if name >= 0}))
+            of_query = {IDENTIFIERS[name]: grade for name, grade in of_query.items() if name >= 0}
+            wanted.append(trec_eval(alike, of_query))
+            for best in (10, 20, 40, 100):  # of those that are taken, the second stage alone says in which order
+                taken = ranked(alike, alike)[:best]
+                again = trec_eval({name: exact[name] for name in taken}, of_query)
+                wanted[-1][f"ndcg@10_rescored_{best}"] = again["ndcg@10"]
         for name in wanted[0]:
             assert found[name][index].item() == pytest.approx(np.mean([each[name] for each in wanted]), abs=1e-9)
         assert found["per_image"][index].tolist() == pytest.approx([each["ndcg@10"] for each in wanted], abs=1e-6)
