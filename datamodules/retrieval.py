@@ -52,6 +52,10 @@ class Retrieval(Task):
         same_ids: bool = True,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("target", "classes") != "classes":
+            raise MisconfigurationException(
+                "data.target is for images of classes; Retrieval has judgements, leave it out."
+            )
         if root is None:
             raise MisconfigurationException("Give data.root, the folder of corpus.*, queries.* and qrels/test.tsv.")
         super().__init__(root, augmentation="none", view="weights", num_workers=0, protocol="full", **kwargs)

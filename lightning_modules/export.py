@@ -23,13 +23,11 @@ from lightning_modules.subsets.plan import Probe
 from lightning_modules.subsets.selections import FULL
 
 USE = {
-    "neurons": "logits = features[:, subset['indices']] @ subset['weight'].T + subset['bias']",
-    "basis": "logits = (features - subset['mean']) @ subset['basis'] @ subset['weight'].T + subset['bias']",
-    "search in neurons": "kept = features[:, subset['indices']], of documents and queries",
-    "search in basis": "kept = (features - subset['mean']) @ subset['basis'], of documents and queries",
+    "neurons": "kept = features[:, subset['indices']]",
+    "basis": "kept = (features - subset['mean']) @ subset['basis']",
+    "program": "kept = torch.export.load('backbone.pt2').module()(images)",
+    "logits": "logits = kept @ subset['weight'].T + subset['bias']",
     "cosine": "kept = torch.nn.functional.normalize(kept)",
-    "program": "kept = torch.export.load('backbone.pt2').module()(images); "
-    "logits = kept @ subset['weight'].T + subset['bias']",
 }
 """What the card says of `subset = safetensors.torch.load_file('subset.safetensors')`."""
 
@@ -87,15 +85,15 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
         its = " and ".join(f"{name} == @probe.{name}" for name in ("layer", "selection", "fraction", "seed"))
         metric = results.headline.name
         measured |= results.rows.query(its).set_index("split")[metric].to_dict()
-    use = [USE[f"{'' if provenance['classes'] else 'search in '}{'neurons' if 'indices' in tensors else 'basis'}"]]
-    use += [USE["program"]] * bool(program) + [USE["cosine"]] * (provenance.get("similarity") == "cosine")
+    starts = ["neurons" if "indices" in tensors else "basis", *["program"] * bool(program)]
+    ends = ["logits"] if provenance["classes"] else ["cosine"] * (provenance.get("similarity") == "cosine")
     card = {
         **{name: provenance[name] for name in ("task", "classes", "backbone")},
         **probe._asdict(),
         "width": widths[probe.layer],
         metric: measured,
         "preprocessing": backbone.preprocessing | VIEWS[provenance["data.view"]] if backbone else None,
-        "use": use,
+        "use": ["; ".join(USE[part] for part in (start, *ends)) for start in starts],
         "versions": {"python": platform.python_version()}
         | {library.__name__: library.__version__ for library in (torch, timm, safetensors)},
     }

@@ -127,7 +127,9 @@ class FeatureStream(nn.Module):
         inputs = batch.inputs
         if inputs.ndim == 4:
             inputs = self.extractor.represent(inputs, batch.indices, split)
-        return batch._replace(inputs=self._standardised(inputs), labels=batch.labels.to(self.mean.device))
+        labels = batch.labels.to(self.mean.device)
+        labels = labels if self.task.target.outputs else torch.zeros_like(labels)  # where all are of one class
+        return batch._replace(inputs=self._standardised(inputs), labels=labels)
 
     def batches(self, split: str, view: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process' share of a split, of `train` in the epoch `view`: (B, sum of widths), and labels."""

@@ -56,41 +56,38 @@ class Ranking(Measure):
 
     def compute(self) -> Mapping[str, Tensor]:
         """Return the columns, and the nDCG@10 of each query by every probe, shape (P, n); `images` are queries."""
-        judged = self.context.target.judged[self.split]
         inputs, places = (torch.cat(parts) for parts in zip(*self.queries, strict=True))
-        keys = self._search(inputs)
-        documents, grades, barred = (each.to(keys.device)[places] for each in judged)
-        names = [*METRICS, *RESCORED]
-        values = torch.zeros(len(names), keys.shape[1], len(judged.grades), dtype=torch.float64, device=keys.device)
+        keys, names = self._search(inputs), [*METRICS, *RESCORED]
+        total = int(self.context.reduce(torch.tensor(len(places), device=keys.device)))
+        values = torch.zeros(len(names), keys.shape[1], total, dtype=torch.float64, device=keys.device)
         for probe, of_probe in enumerate(keys.unbind(1)):
-            parts = (each.split(QUERIES) for each in (of_probe.transpose(0, 1), documents, grades, barred))
-            of_queries = [self._measured(*part) for part in zip(*parts, strict=True)]
-            values[:, probe, places] = torch.cat(
-                [torch.stack([each[name] for name in names]) for each in of_queries], 1
-            )
+            for queries, rows in zip(places.split(QUERIES), of_probe.split(QUERIES, 1), strict=True):
+                measured = self._measured(rows, queries)
+                values[:, probe, queries] = torch.stack([measured[name] for name in names])
         values = self.context.reduce(values)  # each process has zeros where others have queries
         return {
-            "images": torch.full((keys.shape[1],), values.shape[2]),
+            "images": torch.full((keys.shape[1],), total),
             "loss": torch.full((keys.shape[1],), torch.nan),  # there is none
             **dict(zip(names, values.mean(2), strict=True)),
             PER_IMAGE: values[0].float(),
         }
 
-    def _measured(self, keys: Tensor, documents: Tensor, grades: Tensor, barred: Tensor) -> dict[str, Tensor]:
-        """Return the metrics of a probe for n queries, from their keys as `_search` has them, shape (n, 2, depth)."""
-        by_tie = self.context.target.ties.argsort().to(keys.device)
+    def _measured(self, keys: Tensor, queries: Tensor) -> dict[str, Tensor]:
+        """Return the metrics of a probe for n queries of the split, from their keys, (2, n, depth) as of `_search`."""
+        target = self.context.target
+        by_tie = target.ties.argsort().to(keys.device)
 
         def named(keys: Tensor) -> Tensor:
             return by_tie[keys & 0xFFFFFFFF].masked_fill(keys == NOTHING, -1)
 
-        first, full = keys.masked_fill(named(keys) == barred[:, None, None], NOTHING).unbind(1)
+        def measured(keys: Tensor) -> dict[str, Tensor]:
+            return ranking_metrics(*target.relevance(self.split, queries, named(keys)))
+
+        first, full = keys.masked_fill(named(keys) == target.barred(self.split, queries).unsqueeze(1), NOTHING)
         order = first.argsort(1, descending=True)[:, :DEPTH]  # without the one that was barred, if it was found
         first, full = first.gather(1, order), full.gather(1, order)
-        found = ranking_metrics(named(first), documents, grades)
-        for name, best in RESCORED.items():
-            again = full[:, :best].sort(descending=True).values
-            found[name] = ranking_metrics(named(again), documents, grades)["ndcg@10"]
-        return found
+        again = {name: measured(full[:, :best].sort(descending=True).values) for name, best in RESCORED.items()}
+        return measured(first) | {name: each["ndcg@10"] for name, each in again.items()}
 
     def _search(self, queries: Tensor) -> Tensor:
         """Return the best documents of every probe, shape (2, P, n, depth), for queries, shape (n, sum of widths).
@@ -178,24 +175,22 @@ def _better(best: Tensor, values: Tensor, full: Tensor, places: Tensor) -> Tenso
     return joined.gather(2, joined[0].topk(best.shape[2]).indices.expand(2, -1, -1))
 
 
-def ranking_metrics(found: Tensor, documents: Tensor, grades: Tensor) -> dict[str, Tensor]:
+def ranking_metrics(gains: Tensor, ideal: Tensor, relevant: Tensor) -> dict[str, Tensor]:
     """Return what trec_eval measures of rankings, for each of n queries, float64, shape (n,).
 
-    A gain is a grade over log2 of 1 + rank; a document is relevant from grade 1 on. Where none is, all are 0.
+    A gain counts over log2 of 1 + rank. Where nothing is relevant, all are 0.
 
     Args:
-        found: Documents, best first, shape (n, depth).
-        documents: Those that were judged, no two alike in a row but for -1, shape (n, J).
-        grades: What they were judged to be, 0 for -1, shape (n, J).
+        gains: Of what was found, best first, 0 or more, shape (n, depth).
+        ideal: The largest gains that there are, descending, shape (n, J).
+        relevant: How many gains are 1 or more, shape (n,).
     """
-    gains = torch.where(found.unsqueeze(2) == documents.unsqueeze(1), grades.unsqueeze(1), 0).sum(2).clamp(min=0)
-    ideal, _ = grades.clamp(min=0).sort(descending=True)
-    hits, relevant = (gains > 0).double(), (grades > 0).sum(1).clamp(min=1)
-    ranks = torch.arange(1, found.shape[1] + 1, device=found.device, dtype=torch.float64)
+    hits, relevant = (gains > 0).double(), relevant.clamp(min=1)
+    ranks = torch.arange(1, gains.shape[1] + 1, device=gains.device, dtype=torch.float64)
 
     def discounted(gains: Tensor) -> Tensor:
         first = gains[:, :10].double()
-        return (first / (torch.arange(first.shape[1], device=found.device, dtype=torch.float64) + 2).log2()).sum(1)
+        return (first / (torch.arange(first.shape[1], device=gains.device, dtype=torch.float64) + 2).log2()).sum(1)
 
     best = discounted(ideal)
     return {

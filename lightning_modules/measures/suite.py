@@ -16,12 +16,11 @@ class Suite(list[Measure]):
     """Measures that see the same batches: one or a list, None is CKA and Inequality, and nothing in a search.
 
     Raises:
-        MisconfigurationException: If two would write the same column or table, or one needs features of the clean view
-            and the probes train on others.
+        MisconfigurationException: If two would write the same column or table.
     """
 
     def __init__(self, wanted: Measure | Sequence[Measure] | None, clean: bool) -> None:
-        self.is_default = wanted is None
+        self.is_default, self.clean = wanted is None, clean
         given = [CKA(), Inequality()] if wanted is None else wanted
         super().__init__([given] if isinstance(given, Measure) else given)
         writers: dict[str, str] = {}
@@ -35,23 +34,22 @@ class Suite(list[Measure]):
                         f"model.measures: {writers[name]} and {kind} would both write {name}; leave one out."
                     )
                 writers[name] = kind
-            if measure.needs_clean_features and not clean:
-                raise MisconfigurationException(
-                    f"model.measures lists {kind}, which needs model.features clean; leave one out."
-                )
 
     def put_first(self, target: Any) -> None:
-        """Put the measure of the target's own metric before the others; refuse what needs classes that it has not."""
+        """Put the measure of the target's own metric before the others; refuse what the run does not have."""
         named = target.measure  # a class, or the name of one of this project's
         kind = getattr(measures, named) if isinstance(named, str) else named
         others = [] if self.is_default and not target.outputs else [each for each in self if type(each) is not kind]
-        for measure in others:
+        self[:] = [kind(), *others]
+        for measure in self:
+            name = type(measure).__name__
+            if measure.needs_clean_features and not self.clean:
+                raise MisconfigurationException(f"{name} needs model.features clean; set that, or leave {name} out.")
             if measure.needs_classes and not target.outputs:
                 raise MisconfigurationException(
-                    f"model.measures lists {type(measure).__name__}, which needs classes; the task has "
-                    f"{target.describe()}, so leave it out."
+                    f"model.measures lists {name}, which needs classes; the task has {target.describe()}, so leave it "
+                    f"out."
                 )
-        self[:] = [kind(), *others]
 
     def setup(self, context: Context) -> None:
         """Let all measures know their run."""

@@ -92,8 +92,7 @@ def test_a_run_tells_of_queries_and_what_it_leaves_can_be_used(cli, papers):
         its = (rows["selection"] == selection) & (rows["fraction"] == 0.5) & (rows["seed"] == int(which[-1]))
         assert card["ndcg@10"] == rows[its].set_index("split")["ndcg@10"].to_dict()
         subset, told = load_file(papers.parent / selection / "subset.safetensors"), {}
-        for line in card["use"]:
-            exec(line.partition(", of documents")[0], {"features": vectors, "subset": subset, "torch": torch}, told)
+        exec(card["use"][0], {"features": vectors, "subset": subset, "torch": torch}, told)
         assert told["kept"].shape == (200, 10)
         torch.testing.assert_close(told["kept"].norm(dim=1), torch.ones(200))
         if selection == "random":
