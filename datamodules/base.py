@@ -24,7 +24,7 @@ from datamodules.loading import (
     affordable,
 )
 from datamodules.splits import Part, stratified_split
-from datamodules.targets import Multiclass, Target
+from datamodules.targets import Multiclass, Predicted, SameClass, Target
 from datamodules.transforms import AUGMENTATIONS, VIEWS, Preprocessing
 
 SPLITS = ("train", "val", "test")
@@ -57,6 +57,8 @@ class Task(LightningDataModule, ABC):
         seed: Decides the splits that are cut here, the order of training images, and the augmentation.
         protocol: `full`, or `vtab1k`: a seeded stratified 800 images of train and 200 of val, and all of test.
         min_images: Classes that have fewer images in train, before splits are cut from it, are left out.
+        target: What is asked of each image: `classes`, which it is of, or `retrieval`, the images of train that are of
+            the same one.
 
     Raises:
         MisconfigurationException: If an argument cannot be; the message names it.
@@ -84,6 +86,7 @@ class Task(LightningDataModule, ABC):
         seed: int = 0,
         protocol: str = "full",
         min_images: int = 0,
+        target: str = "classes",
     ) -> None:
         super().__init__()
         if augmentation is None:
@@ -96,6 +99,7 @@ class Task(LightningDataModule, ABC):
             ("augmentation", augmentation, sorted(AUGMENTATIONS)),
             ("view", view, VIEWS),
             ("protocol", protocol, PROTOCOLS),
+            ("target", target, ("classes", "retrieval")),
         ):
             if value not in possible:
                 raise MisconfigurationException(f"data.{option} is {value!r}; it must be one of {', '.join(possible)}.")
@@ -117,6 +121,7 @@ class Task(LightningDataModule, ABC):
         self.seed = seed
         self.protocol = protocol
         self.min_images = min_images
+        self.retrieves = target == "retrieval"
         self.origins: dict[str, str] = {}
         """What put images into each split, as a run says it at its start; set in `load`, where there is more to say
         than that they were published so."""
@@ -133,8 +138,8 @@ class Task(LightningDataModule, ABC):
 
     @property
     def label(self) -> str:
-        """What results call the task: its name, with the protocol where it is not `full`."""
-        return self.name if self.protocol == "full" else f"{self.name}_{self.protocol}"
+        """What results call the task: its name, with the protocol and target where they are not the usual ones."""
+        return "_".join([self.name, *[self.protocol] * (self.protocol != "full"), *["retrieval"] * self.retrieves])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits, the first time, and check them.
@@ -157,13 +162,15 @@ class Task(LightningDataModule, ABC):
                 if not len(images[split]):
                     raise MisconfigurationException(f"The {split} split of {self.name} has no images.")
                 self.target.check(images[split], split, self.name)
+            if self.retrieves:
+                self.target = SameClass({split: images[split].labels for split in SPLITS})
             self.images = images
         processes = self.trainer.world_size if self.trainer else 1
         for split, loaded in self.images.items():
             if len(loaded) < processes:
                 raise MisconfigurationException(
-                    f"The {split} split of {self.name} has {len(loaded)} images, fewer than the {processes} "
-                    f"processes; use at most {len(loaded)} devices."
+                    f"The {split} split of {self.name} has {len(loaded)} {self.target.items}, fewer than the "
+                    f"{processes} processes; use at most {len(loaded)} devices."
                 )
 
     def describe(self) -> str:
@@ -207,7 +214,7 @@ class Task(LightningDataModule, ABC):
         train, least = images["train"], len(missing) + 1
         labels, counts = train.labels.unique(return_counts=True)
         if any(isinstance(part, float) for part in missing.values()) and counts.min() < least:
-            few = self.target.name(labels[counts < least]).tolist()
+            few = cast(Predicted, self.target).name(labels[counts < least]).tolist()
             raise MisconfigurationException(
                 f"Class {few[0]!r} of {self.name} has {int(counts[counts < least][0])} images in train; to cut "
                 f"{' and '.join(missing)} from it, it needs at least {least}. --data.min_images {least} leaves such "

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.subsets.plan import Probe, mean_by_fraction
+from lightning_modules.subsets.selections import OFFERED, SELECTIONS
 
 
 def trainer(trainer: Trainer) -> None:
@@ -55,6 +57,17 @@ def backbone(given: bool, vectors: bool) -> None:
         raise MisconfigurationException("model.backbone is null, but the task holds images; name a backbone.")
     if given and vectors:
         raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
+
+
+def selections(names: Sequence[str], target: Any) -> None:
+    """Refuse a selection that is fitted to classes where the task has none."""
+    for name in names:
+        if SELECTIONS[name].classes and not target.outputs:
+            others = ", ".join(each for each in OFFERED if not SELECTIONS[each].classes)
+            raise MisconfigurationException(
+                f"model.selection has {name!r}, which needs classes, but the task has {target.describe()}; take of "
+                f"{others}."
+            )
 
 
 def schedule(trainer: Trainer, steps: int, refit: bool) -> None:

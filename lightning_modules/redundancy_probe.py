@@ -9,13 +9,14 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from lightning_modules import checkpoints, checks, measures
+from lightning_modules import checkpoints, checks
 from lightning_modules.backbones.frozen import FrozenBackbone, GivenVectors
 from lightning_modules.features.extractor import Extractor, FeatureStream
 from lightning_modules.measures.measure import Batch, Context, Measure
 from lightning_modules.measures.suite import Suite
 from lightning_modules.probes import SGD, Solver
 from lightning_modules.probes.grid import Grid
+from lightning_modules.probes.search import suited
 from lightning_modules.reporting.metrics import log
 from lightning_modules.results.results import Results
 from lightning_modules.results.tables import Predictions, assemble
@@ -35,15 +36,14 @@ class RedundancyProbe(LightningModule):
         seeds: Subset seeds; a number n means 0 to n - 1.
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
-        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, or a class of your own.
-        features: What the probes train on: `clean`, one view without augmentation, extracted once; a number of
-            augmented views, each extracted once and cycled over epochs; or `off`, fresh augmentation in every epoch,
-            with a pass of the backbone each.
+        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, a class of your own, or `Search`.
+        features: What the probes train on: `clean`, one view without augmentation; a number of augmented views, each
+            extracted once and cycled over epochs; or `off`, augmented afresh in every epoch, a pass of the backbone.
         refit: Whether every probe is found again on train and validation together, with what validation chose, before
             it is tested; standardisation, bases and rankings stay those of train.
         standardise: Whether to subtract each neuron's mean and divide by its standard deviation over train.
         measures: What is measured beside the target's own metric, one or a list of classes with their arguments; null
-            is CKA (with the ranks of the layers) and Inequality.
+            is CKA (with the ranks of the layers) and Inequality, or none for `Search`.
         cache_dir: Where features are kept; null is `feature_cache` under `trainer.default_root_dir`.
 
     Raises:
@@ -97,7 +97,7 @@ class RedundancyProbe(LightningModule):
 
     @property
     def target(self) -> Any:
-        """What is predicted, see `datamodules.targets.Target`."""
+        """What is predicted or found, see `datamodules.targets.Target`."""
         return self.task.target
 
     @property
@@ -125,9 +125,9 @@ class RedundancyProbe(LightningModule):
         checks.backbone(not isinstance(self.backbone, GivenVectors), task.vectors)
         if task.vectors:
             self.backbone.widths = {"none": task.width}
-        first = task.target.measure  # a class, or the name of one of this project's
-        first = getattr(measures, first) if isinstance(first, str) else first
-        self.measures[:] = [first(), *(each for each in self.measures if type(each) is not first)]
+        self.solver = suited(self.solver, task.target)
+        checks.selections(self.plan.selections, task.target)
+        self.measures.put_first(task.target)
         self.probes = self.plan.probes(self.widths, any(measure.needs_comparison_probes for measure in self.measures))
 
     def setup(self, stage: str) -> None:
@@ -147,8 +147,8 @@ class RedundancyProbe(LightningModule):
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
         squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        squares = self.widths if squared else {}
-        checks.memory(self.probes, outputs, len(candidates), squares, self.refit, self.solver.copies)
+        widths = self.widths if squared else {}
+        checks.memory(self.probes, outputs, len(candidates), widths, self.refit, self.solver.copies)
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)

@@ -199,6 +199,22 @@ def image_folder(tmp_path):
     return tmp_path / "pets"
 
 
+@pytest.fixture
+def papers(tmp_path):
+    """A folder of 200 documents, which are noise around as many as there are queries: 60, of which each has three."""
+    random = np.random.default_rng(0)
+    queries = random.normal(size=(60, 20)).astype(np.float32)
+    documents = np.concatenate([np.repeat(queries, 3, 0), random.normal(size=(20, 20))]).astype(np.float32)
+    documents += 1.5 * random.normal(size=documents.shape).astype(np.float32)
+    folder = tmp_path / "papers"
+    (folder / "qrels").mkdir(parents=True)
+    for part, values in (("corpus", documents), ("queries", queries)):
+        np.savez(folder / f"{part}.npz", ids=np.arange(len(values)), vectors=values)
+    lines = [f"{query}\t{3 * query + place}\t{place + 1}" for query in range(60) for place in range(3)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]))
+    return folder
+
+
 class Features(NamedTuple):
     """Representations of real images, float32, and their labels."""
 

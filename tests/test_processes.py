@@ -143,3 +143,14 @@ def test_two_processes_find_the_optima_of_one(start, tmp_path):
     assert one["penalty"].equals(two["penalty"])
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=5e-3)
     np.testing.assert_allclose(one["accuracy"], two["accuracy"], atol=0.006)  # one image of 179
+
+
+def test_two_processes_search_as_one_does_without_a_solver_to_be_named(start, papers):
+    search = ("fit", *QUIET, "--trainer.logger=false", "--model.backbone=null", "--model.selection=[random,pca]")
+    search += ("--model.fractions=[0.2,0.5]", "--data=Retrieval", "--data.root=papers", "--data.batch_size=7")
+    runs = [start(*search, f"--name={number}", cwd=papers.parent, processes=number) for number in (1, 2)]
+    for done in [process.wait() for run in runs for process in run]:
+        assert done.returncode == 0, done.stderr
+    one, two = (pd.read_csv(papers.parent / "runs" / name / "results.csv") for name in ("1", "2"))
+    assert set(one["solver"]) == {"search"}
+    pd.testing.assert_frame_equal(one, two, rtol=0, atol=1e-12)

@@ -149,7 +149,9 @@ class FeatureStream(nn.Module):
         inputs = batch.inputs
         if inputs.ndim == 4:
             inputs = self.extractor.represent(inputs, batch.indices, split)
-        return batch._replace(inputs=self._standardised(inputs), labels=batch.labels.to(self.mean.device))
+        labels = batch.labels.to(self.mean.device)
+        labels = labels if self.task.target.outputs else torch.zeros_like(labels)  # where all are of one class
+        return batch._replace(inputs=self._standardised(inputs), labels=labels)
 
     def batches(self, split: str, view: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process' share of a split, of `train` in the epoch `view`: (B, sum of widths), and labels."""
@@ -162,10 +164,13 @@ class FeatureStream(nn.Module):
         views = self.features if isinstance(self.features, int) and split == "train" else 1
         return itertools.chain.from_iterable(self.batches(split, view) for view in range(views))
 
-    def everything(self, split: str) -> Tensor | None:
-        """Return all features of the clean view of a split, shape (n, sum of widths); None where they are not kept."""
+    def everything(self, split: str, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """Return the features of the clean view of a split, or some rows of them, shape (n, sum of widths).
+
+        None where they are not kept.
+        """
         views = self.task.features(split) if self.features == "clean" else None
-        return None if views is None else self._standardised(views[0][torch.arange(len(views[0]))])
+        return None if views is None else self._standardised(views[0][torch.arange(len(views[0]))[start:stop]])
 
     def moments(self, split: str) -> dict[str, Moments]:
         """Return the moments of each layer over a split (all views of train), summed over processes."""

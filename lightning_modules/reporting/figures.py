@@ -113,7 +113,7 @@ def redundancy(results: Results, split: str) -> dict[str, Picture]:
     groups = found.groupby(["layer", "selection"], sort=False)
     figure = redundancies({(title.format(layer), name): rows for (layer, name), rows in groups}, results.title)
     caption = f"Diffused redundancy against the share of the full layer's {results.headline.label} that is kept, with "
-    return {"redundancy": Picture(figure, f"{caption}95 % intervals over subsets and {split} images.")}
+    return {"redundancy": Picture(figure, f"{caption}95 % intervals over subsets and {split} {results.target.items}.")}
 
 
 def redundancies(found: dict[tuple[str, str], pd.DataFrame], title: str = "") -> Figure:

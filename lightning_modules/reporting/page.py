@@ -29,6 +29,7 @@ def page(results: Results, summary: Mapping[str, Any], pictures: Mapping[Path, s
         "backbone": escape(summary["backbone"]),
         "layers": escape(layer_names),
         "images": f"{summary['test_images']:,}",
+        "items": escape(results.target.items),
         "pictures": "\n".join(_figure(file, caption) for file, caption in pictures.items()),
         "heading": escape(label.capitalize()),
         "curve": _table(_curve(results)),
