@@ -34,11 +34,11 @@ class RedundancyProbe(LightningModule):
         neurons: Subset sizes as numbers of neurons, one or a list, in place of `fractions`; null takes `fractions`.
         seeds: Subset seeds; a number n means 0 to n - 1.
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
+        bits: In how many bits each number is stored, one or a list of 32 (as it is), 8, 4, 2 and 1.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
         solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, or a class of your own.
         features: What the probes train on: `clean`, one view without augmentation, extracted once; a number of
-            augmented views, each extracted once and cycled over epochs; or `off`, fresh augmentation in every epoch,
-            with a pass of the backbone each.
+            augmented views, extracted once and cycled over epochs; or `off`, augmented and extracted in every epoch.
         refit: Whether every probe is found again on train and validation together, with what validation chose, before
             it is tested; standardisation, bases and rankings stay those of train.
         standardise: Whether to subtract each neuron's mean and divide by its standard deviation over train.
@@ -57,6 +57,7 @@ class RedundancyProbe(LightningModule):
         neurons: int | list[int] | None = None,
         seeds: int | list[int] = 5,
         selection: str | list[str] = "random",
+        bits: int | list[int] = 32,
         full_seeds: int | list[int] = 1,
         solver: Solver | None = None,
         features: Literal["clean", "off", False] | int = "clean",
@@ -66,7 +67,7 @@ class RedundancyProbe(LightningModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.plan = Plan(selection, fractions, seeds, full_seeds, neurons)
+        self.plan = Plan(selection, fractions, seeds, full_seeds, neurons, bits)
         self.features = "off" if features is False else features  # how YAML reads a bare off
         checks.views(self.features, backbone is None, refit)
         self.backbone: Any = GivenVectors() if backbone is None else backbone
@@ -125,8 +126,7 @@ class RedundancyProbe(LightningModule):
         checks.backbone(not isinstance(self.backbone, GivenVectors), task.vectors)
         if task.vectors:
             self.backbone.widths = {"none": task.width}
-        first = task.target.measure  # a class, or the name of one of this project's
-        first = getattr(measures, first) if isinstance(first, str) else first
+        first = getattr(measures, str(task.target.measure), task.target.measure)  # a class, or the name of one of ours
         self.measures[:] = [first(), *(each for each in self.measures if type(each) is not first)]
         self.probes = self.plan.probes(self.widths, any(measure.needs_comparison_probes for measure in self.measures))
 
@@ -147,8 +147,8 @@ class RedundancyProbe(LightningModule):
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
         squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        squares = self.widths if squared else {}
-        checks.memory(self.probes, outputs, len(candidates), squares, self.refit, self.solver.copies)
+        squares = self.coordinates.source_widths if self.solver.second_moments else self.widths
+        checks.memory(self.probes, outputs, len(candidates), squares if squared else {}, self.refit, self.solver.copies)
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)

@@ -14,6 +14,7 @@ from lightning_modules.features.moments import Moments, rounding
 from lightning_modules.measures.measure import Column
 from lightning_modules.probes.solver import Solver
 from lightning_modules.subsets.bases import Ordering
+from lightning_modules.subsets.coordinates import Space
 
 if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
@@ -62,23 +63,23 @@ class Ridge(Solver):
 
     def prepare(self, model: RedundancyProbe) -> None:
         """Solve every probe from sums over train and validation."""
-        train, val = model.stream.moments("train"), model.stream.moments("val")
-        for layer in model.widths:
-            moments, everything = (train[layer], val[layer]), range(len(model.probes))
-            for index, probe in _solved(model, layer, moments, everything, self.penalty):
+        train, val = (model.stream.moments(split, model.coordinates.sources) for split in ("train", "val"))
+        for source in train:
+            moments, everything = (train[source], val[source]), range(len(model.probes))
+            for index, probe in _solved(model, source, moments, everything, self.penalty):
                 model.grid.set_probe(index, probe.weight, probe.bias)
                 model.grid.hyperparameters[0, index, 0] = probe.penalty
         model.grid.kept_epoch.zero_()
 
     def refit(self, model: RedundancyProbe) -> None:
         """Solve every probe from the sums of train and validation together, with the penalty that was chosen."""
-        train, val = model.stream.moments("train"), model.stream.moments("val")
+        train, val = (model.stream.moments(split, model.coordinates.sources) for split in ("train", "val"))
         chosen = model.grid.hyperparameters[0, :, 0].tolist()
-        for layer in model.widths:
-            both = train[layer] + val[layer]
+        for source in train:
+            both = train[source] + val[source]
             for penalty in set(chosen):
                 which = [index for index, its in enumerate(chosen) if its == penalty]
-                for index, probe in _solved(model, layer, (both, both), which, [penalty]):
+                for index, probe in _solved(model, source, (both, both), which, [penalty]):
                     model.grid.refitted.set_probe(index, probe.weight, probe.bias)
         model.grid.is_refitted.fill_(True)
 
@@ -164,13 +165,13 @@ def ridge_probes(
 
 def _solved(
     model: RedundancyProbe,
-    layer: str,
+    source: Space,
     moments: tuple[Moments, Moments],
     which: Sequence[int],
     penalties: Sequence[float],
 ) -> Iterator[tuple[int, RidgeProbe]]:
-    """Yield those probes of a layer that are in `which`, by `ridge_probes`, as they are over the bank's coordinates."""
-    members = {group: [i for i in group.probes if i in which] for group in model.coordinates.of_layer(layer)}
+    """Yield those probes of a source that are in `which`, by `ridge_probes`, as they are over the bank's inputs."""
+    members = {group: [i for i in group.probes if i in which] for group in model.coordinates.of_source(source)}
     members = {group: indices for group, indices in members.items() if indices}
     sizes = [[model.probes[index].neurons for index in indices] for indices in members.values()]
     orderings = [model.coordinates.ordering(group) for group in members]
