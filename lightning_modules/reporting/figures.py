@@ -152,7 +152,7 @@ def stores(results: Results, split: str) -> dict[str, Picture]:
         rows = pd.concat([rows, full[full["bits"].isin(looks)]]).sort_values("neurons")
         rows = rows.drop_duplicates(["bits", "bytes"], keep="last")
         references(axes, full, headline, ANSWERED, with_neurons=False)
-        best = pareto_frontier(rows.assign(saved=-rows["bytes"]), "saved", "mean")
+        best = pareto_frontier(rows.assign(saved=-rows["bytes"]), "saved", "mean")[::-1]
         options: Style = {"color": "gray", "linewidth": 5, "alpha": 0.3, "zorder": 1}
         axes.step(best["bytes"], headline.scale * best["mean"], where="post", label="Pareto frontier", **options)
         for bits, style in looks.items():

@@ -48,8 +48,8 @@ def curve(rows: pd.DataFrame, split: str, metric: str, columns: Sequence[Column]
         One row per layer, selection, bits and fraction; layers in their order, in each the full layer first, fractions
         ascending: `layer`, `selection`, `bits`, `fraction`, `neurons`, `bytes`, `mean` and `std` of the metric over
         seeds (population, as in the paper's tables; missing for a single seed), `seeds`, `ratio`, the mean over the
-        full layer's mean (missing if that is zero), `difference`, the mean less the full layer's, and for each column its
-        mean, and its spread as `<name>_std`.
+        full layer's mean (missing if that is zero), `difference`, the mean less the full layer's, and for each column
+        its mean, and its spread as `<name>_std`.
     """
     rows = rows[rows["split"] == split]
     groups = rows.groupby(CELL, sort=False)
