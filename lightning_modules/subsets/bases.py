@@ -38,6 +38,9 @@ class Ordering(NamedTuple):
 
     def square(self, matrix: Tensor) -> Tensor:
         """Return a quadratic form over neurons, shape (D, D) and symmetric, over the coordinates, shape (k, k)."""
+        if self.basis is None:
+            chosen = self.chosen.to(matrix.device)
+            return matrix[chosen.unsqueeze(1), chosen]
         return self.coordinates(self.coordinates(matrix).t())
 
     def masks(self) -> Tensor:
