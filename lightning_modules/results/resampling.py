@@ -47,9 +47,10 @@ def resample(correct: np.ndarray, probes: pd.DataFrame) -> pd.DataFrame:
 
     table, places = probes.assign(mean=correct.mean(1)), {cell: place for place, cell in enumerate(cells)}
     for (layer, selection, bits), of_order in table[table["selection"] != FULL].groupby(SERIES, sort=False):
-        by_seed = of_order.pivot_table(index="seed", columns="fraction", values="mean").dropna()  # measured everywhere
+        by_seed = of_order.pivot_table(index="seed", columns="fraction", values="mean")
+        by_seed = by_seed.loc[:, by_seed.count() > 1].dropna()  # of seeds that are measured everywhere
         seeds = len(by_seed)
-        if seeds < 2:
+        if seeds < 2 or by_seed.empty:
             continue
         deviations = (by_seed - by_seed.mean()).to_numpy() / np.sqrt(seeds * (seeds - 1))  # (S, fractions)
         random = np.random.default_rng(

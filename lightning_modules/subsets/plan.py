@@ -96,7 +96,8 @@ class Plan:
     def probes(self, widths: dict[str, int], together: bool = False) -> list[Probe]:
         """Return every probe of a run: by layer, the full layer first, then selections by bits, seed and fraction.
 
-        In fewer than 32 bits each selection also has all of its coordinates, as that is a store of its own.
+        In fewer than 32 bits each selection also has all of its coordinates, as that is a store of its own; of neurons
+        for the first seed alone, as they are the same for all.
 
         Args:
             widths: D of each layer.
@@ -110,15 +111,16 @@ class Plan:
         for layer, width in widths.items():
             probes += [Probe(FULL, 1.0, width, seed, layer) for seed in self.full_seeds]
             for selection in self.selections:
-                seeded = SELECTIONS[selection].seeded
+                seeded, basis = SELECTIONS[selection].seeded, SELECTIONS[selection].basis
                 asked = set(self.asked(layer, width))
                 if together and seeded:
                     sizes = [held_together(selection, neurons(each, width), self.seeds, width) for each in asked]
                     asked |= {size / width for size in sizes if size < width}
                 for bits in self.bits:
-                    each_seed = sorted(asked | ({1.0} if bits < 32 else set()))
-                    for seed in self.seeds if seeded else [0]:
-                        probes += [Probe(selection, f, neurons(f, width), seed, layer, bits) for f in each_seed]
+                    for place, seed in enumerate(self.seeds if seeded else [0]):
+                        whole = {1.0} if bits < 32 and (place == 0 or basis) else set()
+                        sizes = [(each, neurons(each, width)) for each in sorted(asked | whole)]
+                        probes += [Probe(selection, *size, seed, layer, bits) for size in sizes]
         return probes
 
     def asked(self, layer: str, width: int) -> list[float]:

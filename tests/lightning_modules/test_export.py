@@ -47,22 +47,13 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short fit of the quickstart's backbone with neurons, components and projections, also in 4 bits, standardised."""
+    """A short fit of the quickstart's backbone with neurons, components and projections, also in 4 bits."""
     folder = tmp_path_factory.mktemp("export")
     arguments = ["--config", "quickstart.yaml", "--name", "digits", "--trainer.max_epochs", "2"]
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--model.seeds", "2"]
-    arguments += [
-        "--model.fractions",
-        "[0.1, 0.5]",
-        "--model.bits",
-        "[32, 4]",
-        "--model.standardise",
-        "true",
-        "--model.measures",
-        "[]",
-    ]
+    arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.measures", "[]"]
     arguments += ["--model.selection", "[random, pca, random_projection]", "--data.view", "squash"]
-    arguments += ["--model.refit", "true"]
+    arguments += ["--model.refit", "true", "--model.bits", "[32, 4]"]
     with pytest.MonkeyPatch.context() as patch:
         for verb in ("fit", "predict"):
             patch.setattr(sys, "argv", ["train.py", verb, *arguments])
@@ -147,14 +138,8 @@ def test_exported_neurons_are_the_papers_for_that_seed(run, cli, tmp_path):
     ],
 )
 def test_what_a_run_has_not_is_refused_in_one_line(run, cli, change, named):
-    asked = {
-        "run": str(run.folder),
-        "selection": "random",
-        "fraction": "0.1",
-        "seed": "1",
-        "bits": "32",
-        "output": "out",
-    }
+    asked = {"run": str(run.folder), "selection": "random", "bits": "32", "fraction": "0.1", "seed": "1"}
+    asked["output"] = "out"
     flags = [part for key, value in (asked | change).items() for part in (f"--{key}", value)]
     status, _, err = cli("export", *flags)
     assert status == 2

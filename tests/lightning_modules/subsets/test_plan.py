@@ -120,20 +120,23 @@ def test_a_plan_has_the_full_layer_first_then_selections_by_seed_and_fraction():
 
 
 def test_in_few_bits_every_selection_also_has_all_coordinates_and_the_full_layer_stays_the_reference():
-    probes = Plan(["random", "pca"], [0.1, 0.5], seeds=2, bits=[32, 4, 1]).probes({"a": 20}, together=True)
-    assert [probe.series for probe in probes if probe.fraction == 1.0] == [
-        *("full", "random_4bit", "random_4bit", "random_1bit", "random_1bit", "pca_4bit", "pca_1bit")
+    plan = Plan(["random", "pca", "random_projection"], [0.1, 0.5], seeds=2, bits=[32, 4, 1])
+    probes = plan.probes({"a": 20}, together=True)
+    # All neurons are the same for every seed, all coordinates of a random basis are not.
+    assert [(probe.series, probe.seed) for probe in probes if probe.fraction == 1.0] == [
+        *(("full", 0), ("random_4bit", 0), ("random_1bit", 0), ("pca_4bit", 0), ("pca_1bit", 0)),
+        *((f"random_projection_{bits}bit", seed) for bits in (4, 1) for seed in (0, 1)),
     ]
     assert references(probes).unique().tolist() == [0]
     for bits in (32, 4, 1):
         asked = [probe[:5] for probe in probes if probe.bits == bits and probe.fraction < 1]
         assert asked == [probe[:5] for probe in probes if probe.bits == 32 and probe.fraction < 1]
     groups = [group for alike in probe_groups(probes) for group in alike]
-    assert len(groups) == 1 + 3 * (2 + 1)
+    assert len(groups) == 1 + 3 * (2 + 1 + 2)
     names = mean_by_fraction(probes, [0.0] * len(probes), "val/accuracy")
     assert {"val/accuracy/full/1", "val/accuracy/random/0.5", "val/accuracy/random_4bit/0.5"} <= set(names)
     assert describe(probes, [probe.bits == 1 and probe.fraction == 0.1 for probe in probes]) == (
-        "random_1bit 0.1 (x2), pca_1bit 0.1"
+        "random_1bit 0.1 (x2), pca_1bit 0.1, random_projection_1bit 0.1 (x2)"
     )
     assert [stored_bytes(9, bits) for bits in BITS] == [36, 9, 5, 3, 2]
 
