@@ -32,6 +32,7 @@ USE = {
 }
 """What the card says of `subset = safetensors.torch.load_file('subset.safetensors')`."""
 
+RECIPE = "recipe.py"  # to store vectors with NumPy alone
 VIEWS: dict[str, dict[str, Any]] = {"weights": {}, "squash": {"crop_pct": 1.0, "crop_mode": "squash"}}
 """What `data.view` changes of timm's data configuration."""
 
@@ -50,8 +51,9 @@ def export(
     `subset.safetensors` holds float32 `weight` (C, k) and `bias` (C,), for raw features: a standardisation is
     folded in. Beside them are the `indices` (k,) of the neurons, or, where the coordinates are of another basis, its
     `basis` (D, k) and `mean` (D,); and for fewer than 32 bits `low` and `step` (k,) of the levels, of which codes of so
-    many bits are to be stored. `card.json` says what it is and how to use it. For a timm backbone, `backbone.pt2`
-    is a torch.export program from preprocessed images (B, C, H, W), for any B, to the kept coordinates (B, k), float32.
+    many bits are to be stored. `card.json` says what it is and how to use it, `recipe.py` stores vectors so, and reads
+    them back, with NumPy alone. For a timm backbone, `backbone.pt2` is a torch.export program from preprocessed images
+    (B, C, H, W), for any B, to the kept coordinates (B, k), float32.
 
     Args:
         run: Folder of the run.
@@ -119,7 +121,15 @@ def export(
                 torch.export.save(program, file)
         with atomic(target / "card.json") as file:
             file.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    print(target / "subset.safetensors", target / "card.json", *[target / "backbone.pt2"] * bool(program), sep="\n")
+        with atomic(target / RECIPE) as file:
+            file.write_bytes(Path(__file__).with_name(RECIPE).read_bytes())
+    print(
+        target / "subset.safetensors",
+        target / "card.json",
+        target / RECIPE,
+        *[target / "backbone.pt2"] * bool(program),
+        sep="\n",
+    )
 
 
 class KeptCoordinates(nn.Module):

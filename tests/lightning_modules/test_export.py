@@ -16,7 +16,7 @@ from lightning_modules.backbones.build import PretrainedCfgOverlay
 from lightning_modules.backbones.frozen import FrozenBackbone
 
 USE = """
-import json, sys
+import importlib.util, json, sys
 import safetensors.torch, torch
 found = {}
 features = torch.load(sys.argv[1])["features"]
@@ -26,6 +26,13 @@ for folder in sys.argv[2:]:
     subset = safetensors.torch.load_file(f"{folder}/subset.safetensors")
     exec(card["use"][0])
     found[folder] = {"subset": logits.argmax(1).tolist()}
+    spec = importlib.util.spec_from_file_location("recipe", f"{folder}/recipe.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    stored = recipe.store(features.numpy())
+    assert stored.shape == (len(features), card["bytes"]) and stored.dtype == "uint8"
+    logits = torch.from_numpy(recipe.read(stored)) @ subset["weight"].T + subset["bias"]
+    found[folder]["recipe"] = logits.argmax(1).tolist()
     if len(card["use"]) > 1:
         program = torch.export.load(f"{folder}/backbone.pt2").module()
         kept = torch.cat([program(part) for part in (images[:1], images[1:8], images[8:])])
@@ -88,7 +95,9 @@ def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_
         arguments += ["--bits", "4" if few else "32"]
         status, out, err = cli("export", "--run", str(run.folder), *arguments)
         assert status == 0, err
-        assert out.split() == [f"{name}/{file}" for file in ("subset.safetensors", "card.json", "backbone.pt2")]
+        assert out.split() == [
+            f"{name}/{file}" for file in ("subset.safetensors", "card.json", "recipe.py", "backbone.pt2")
+        ]
     found = use(run.inputs, *(tmp_path / name for name in wanted.values()))
     assert found["ours"] == []
     results = pd.read_csv(run.folder / "results.csv")
@@ -96,7 +105,7 @@ def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_
         (selection, *few), fraction, seed = column.split("/")[0].split("_4"), *column.split("/")[1:]
         card = json.loads((tmp_path / name / "card.json").read_text())
         said = np.array(card["classes"])
-        for way in ("subset", "program"):
+        for way in ("subset", "program", "recipe"):
             alike = said[found[str(tmp_path / name)][way]] == run.predictions[column]
             assert alike.sum() >= len(alike) - bool(few)  # a value between two levels may be rounded the other way
         assert card["neurons"] == int(float(fraction) * 384)
