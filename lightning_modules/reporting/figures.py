@@ -141,23 +141,23 @@ def stores(results: Results, split: str) -> dict[str, Picture]:
 
     A panel per layer and selection, with its Pareto frontier.
     """
-    means, headline = results.curve(split), results.headline
+    headline, means = results.headline, results.curve(split)
     if not results.several_bits:
         return {}
+    means = means.assign(store=[f"{bits} bit{'s' * (bits > 1)} a number" for bits in means["bits"]])
     few = means[means["selection"] != FULL].groupby(["layer", "selection"], sort=False)
     figure, flat = panels(len(few), results.title)
-    looks = styles(means["bits"])
+    looks = styles(means["store"])
     for axes, ((layer, selection), rows) in zip(flat, few, strict=True):
         full = means[(means["layer"] == layer) & (means["selection"] == FULL)]
-        rows = pd.concat([rows, full[full["bits"].isin(looks)]]).sort_values("neurons")
+        rows = pd.concat([rows, full]).sort_values("neurons")
         rows = rows.drop_duplicates(["bits", "bytes"], keep="last")
         references(axes, full, headline, ANSWERED, with_neurons=False)
         best = pareto_frontier(rows.assign(saved=-rows["bytes"]), "saved", "mean")[::-1]
         options: Style = {"color": "gray", "linewidth": 5, "alpha": 0.3, "zorder": 1}
         axes.step(best["bytes"], headline.scale * best["mean"], where="post", label="Pareto frontier", **options)
-        for bits, style in looks.items():
-            name = f"{bits} bit{'s' * (bits > 1)} a number"
-            line(axes, rows[rows["bits"] == bits], style, name, "mean", "std", "bytes", headline.scale)
+        for store, style in looks.items():
+            line(axes, rows[rows["store"] == store], style, store, "mean", "std", "bytes", headline.scale)
         logarithmic_axis(axes, rows["bytes"], "bytes of a vector")
         of_layer = f"layer {layer}, " if len(results.layers) > 1 else ""
         value_axis(axes, f"{split} {headline.heading}", f"{of_layer}{seeds_label(selection, rows)}")

@@ -119,8 +119,10 @@ class Plan:
                 for bits in self.bits:
                     for place, seed in enumerate(self.seeds if seeded else [0]):
                         whole = {1.0} if bits < 32 and (place == 0 or basis) else set()
-                        sizes = [(each, neurons(each, width)) for each in sorted(asked | whole)]
-                        probes += [Probe(selection, *size, seed, layer, bits) for size in sizes]
+                        fractions = sorted(asked | whole)
+                        probes += [
+                            Probe(selection, each, neurons(each, width), seed, layer, bits) for each in fractions
+                        ]
         return probes
 
     def asked(self, layer: str, width: int) -> list[float]:
