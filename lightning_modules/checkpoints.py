@@ -129,6 +129,7 @@ def provenance_of_probes(model: RedundancyProbe) -> dict[str, Any]:
         "preprocessing": str(backbone["preprocessing"]),
         "data.view": model.task.view,
         "selection": model.plan.selections,
+        "bits": model.plan.bits,
         "fractions": sorted({probe.fraction for probe in asked}),
         "seeds": sorted({probe.seed for probe in asked}),
         "probes": [list(probe) for probe in model.probes],

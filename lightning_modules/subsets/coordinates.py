@@ -67,14 +67,16 @@ class Coordinates(nn.Module):
     def fit(self, moments: Mapping[str, Moments]) -> None:
         """Compute what is fitted to the training split, orders, bases and levels, from the moments of each layer."""
         self._fill({layer: Layer(width, moments[layer]) for layer, width in self.widths.items()}, fitted=True)
-        for place, space in enumerate(self._quantised):
+        spreads = {}
+        for space in dict.fromkeys(space._replace(bits=32) for space in self._quantised):
             of_layer, basis = moments[space.layer], self._basis(space)
-            mean, variance = of_layer.mean, of_layer.variance
+            spreads[space] = of_layer.mean, of_layer.variance
             if basis is not None:
                 matrix, centre = (part.double() for part in basis)
-                mean = (mean - centre) @ matrix
                 variance = (matrix * (of_layer.scatter @ matrix)).sum(0) / of_layer.count
-            low, step = levels(mean, variance, space.bits)
+                spreads[space] = (of_layer.mean - centre) @ matrix, variance
+        for place, space in enumerate(self._quantised):
+            low, step = levels(*spreads[space._replace(bits=32)], space.bits)
             getattr(self, f"low_{place}").copy_(low)
             getattr(self, f"step_{place}").copy_(step)
 
