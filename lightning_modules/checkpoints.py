@@ -22,7 +22,7 @@ from lightning_modules.subsets.selections import FULL
 if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
 
-FORMAT = 2  # Number of the layout of checkpoints; to be raised where an older one can no longer be read
+FORMAT = 3  # Number of the layout of checkpoints; to be raised where an older one can no longer be read
 PAUSE = 5.0  # Seconds between two writes, at least
 SHARE = 0.05  # Share of the time that may go into writing
 
@@ -129,6 +129,7 @@ def provenance_of_probes(model: RedundancyProbe) -> dict[str, Any]:
         "preprocessing": str(backbone["preprocessing"]),
         "data.view": model.task.view,
         "selection": model.plan.selections,
+        "bits": model.plan.bits,
         "fractions": sorted({probe.fraction for probe in asked}),
         "seeds": sorted({probe.seed for probe in asked}),
         "probes": [list(probe) for probe in model.probes],

@@ -1,7 +1,7 @@
 """What a Trainer must be for counts to be exact and probes to be independent, and what must fit into memory."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -129,7 +129,7 @@ def free_memory() -> int:
 
 
 def memory(
-    probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int], refit: bool, copies: int
+    probes: Sequence[Probe], outputs: int, candidates: int, squares: Mapping[Any, int], refit: bool, copies: int
 ) -> None:
     """Refuse a bank in so many copies, or second moments of layers with these widths, that do not fit into memory."""
     parameters = sum((probe.neurons + 1) * outputs for probe in probes) * candidates

@@ -19,30 +19,42 @@ from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.probes.grid import Grid
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.coordinates import Coordinates
-from lightning_modules.subsets.plan import Probe
+from lightning_modules.subsets.plan import Probe, stored_bytes
 from lightning_modules.subsets.selections import FULL
 
 USE = {
     "neurons": "kept = features[:, subset['indices']]",
     "basis": "kept = (features - subset['mean']) @ subset['basis']",
     "program": "kept = torch.export.load('backbone.pt2').module()(images)",
+    "levels": "codes = ((kept - subset['low']) / subset['step']).round().clamp(0, {most}); "
+    "kept = subset['low'] + subset['step'] * codes",
     "logits": "logits = kept @ subset['weight'].T + subset['bias']",
     "cosine": "kept = torch.nn.functional.normalize(kept)",
 }
 """What the card says of `subset = safetensors.torch.load_file('subset.safetensors')`."""
 
+RECIPE = "recipe.py"  # to store vectors with NumPy alone
 VIEWS: dict[str, dict[str, Any]] = {"weights": {}, "squash": {"crop_pct": 1.0, "crop_mode": "squash"}}
 """What `data.view` changes of timm's data configuration."""
 
 
-def export(run: str, selection: str, fraction: float, output: str, seed: int = 0, layer: str | None = None) -> None:
+def export(
+    run: str,
+    selection: str,
+    fraction: float,
+    output: str,
+    seed: int = 0,
+    layer: str | None = None,
+    bits: int | None = None,
+) -> None:
     """Write one subset of a finished run, with its probe, as files that need nothing of this project.
 
     `subset.safetensors` holds float32 `weight` (C, k) and `bias` (C,), for raw features: a standardisation is
     folded in. Beside them are the `indices` (k,) of the neurons, or, where the coordinates are of another basis, its
-    `basis` (D, k) and `mean` (D,); for a search there is nothing else. `card.json` says what it is and how to use it.
-    For a timm backbone, `backbone.pt2` is a torch.export program from preprocessed images (B, C, H, W), for any B, to
-    the kept coordinates (B, k).
+    `basis` (D, k) and `mean` (D,); for fewer than 32 bits `low` and `step` (k,) of the levels, of which codes of so
+    many bits are to be stored. A search has no `weight` and `bias`. `card.json` says what it is and how to use it,
+    `recipe.py` stores vectors so, and reads them back, with NumPy alone. For a timm backbone, `backbone.pt2` is a
+    torch.export program from preprocessed images (B, C, H, W), for any B, to the kept coordinates (B, k), float32.
 
     Args:
         run: Folder of the run.
@@ -51,6 +63,7 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
         output: Folder that the files are written to.
         seed: Subset seed.
         layer: Layer of the subset; null is the only one of the run.
+        bits: Bits of each stored number; null is the only number of the run.
 
     Raises:
         MisconfigurationException: If the run has no such probe, or its backbone is not to be had any more.
@@ -66,7 +79,7 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
     provenance = checkpoint["probes"]["provenance"]
     probes = [Probe(*each) for each in provenance["probes"]]
     widths = {each.layer: each.neurons for each in probes if each.selection == FULL}
-    index = _find(probes, folder, layer=layer, selection=selection, fraction=fraction, seed=seed)
+    index = _find(probes, folder, layer=layer, selection=selection, bits=bits, fraction=fraction, seed=seed)
     probe, backbone = probes[index], None
     settings = yaml.safe_load(files[0].read_text(encoding="utf-8"))["model"]["init_args"]["backbone"]
     if settings:
@@ -82,18 +95,20 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
     metric, measured = "accuracy", {"val": None, "test": None}  # null where a run did not come so far
     if (folder / "results.csv").is_file():
         results = Results.read(folder)
-        its = " and ".join(f"{name} == @probe.{name}" for name in ("layer", "selection", "fraction", "seed"))
+        its = " and ".join(f"{name} == @probe.{name}" for name in ("layer", "selection", "bits", "fraction", "seed"))
         metric = results.headline.name
         measured |= results.rows.query(its).set_index("split")[metric].to_dict()
     starts = ["neurons" if "indices" in tensors else "basis", *["program"] * bool(program)]
     ends = ["logits"] if provenance["classes"] else ["cosine"] * (provenance.get("similarity") == "cosine")
+    ends = [*["levels"] * (probe.bits < 32), *ends]
     card = {
         **{name: provenance[name] for name in ("task", "classes", "backbone")},
         **probe._asdict(),
         "width": widths[probe.layer],
+        "bytes": stored_bytes(probe.neurons, probe.bits),
         metric: measured,
         "preprocessing": backbone.preprocessing | VIEWS[provenance["data.view"]] if backbone else None,
-        "use": ["; ".join(USE[part] for part in (start, *ends)) for start in starts],
+        "use": ["; ".join(USE[part] for part in (start, *ends)).format(most=2**probe.bits - 1) for start in starts],
         "versions": {"python": platform.python_version()}
         | {library.__name__: library.__version__ for library in (torch, timm, safetensors)},
     }
@@ -107,7 +122,15 @@ def export(run: str, selection: str, fraction: float, output: str, seed: int = 0
                 torch.export.save(program, file)
         with atomic(target / "card.json") as file:
             file.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    print(target / "subset.safetensors", target / "card.json", *[target / "backbone.pt2"] * bool(program), sep="\n")
+        with atomic(target / RECIPE) as file:
+            file.write_bytes(Path(__file__).with_name(RECIPE).read_bytes())
+    print(
+        target / "subset.safetensors",
+        target / "card.json",
+        target / RECIPE,
+        *[target / "backbone.pt2"] * bool(program),
+        sep="\n",
+    )
 
 
 class KeptCoordinates(nn.Module):
@@ -167,6 +190,11 @@ def _tensors(
         matrix, centre = (each.double() for each in basis)
         found = {"weight": weight, "bias": bias, "mean": mean + std * centre}
         found["basis"] = matrix[:, chosen] / std.unsqueeze(1)
+    quantiser = coordinates.quantiser(index)
+    if quantiser is not None:
+        low, step = quantiser.low.double(), quantiser.step.double()
+        raw = (std[chosen], mean[chosen]) if basis is None else (1.0, 0.0)
+        found |= {"low": low * raw[0] + raw[1], "step": step * raw[0]}
     found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
     return {name: value.contiguous() for name, value in found.items() if value.numel()}  # a search has no weights
 

@@ -35,6 +35,7 @@ class RedundancyProbe(LightningModule):
         neurons: Subset sizes as numbers of neurons, one or a list, in place of `fractions`; null takes `fractions`.
         seeds: Subset seeds; a number n means 0 to n - 1.
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
+        bits: In how many bits each number is stored, one or a list of 32 (as it is), 8, 4, 2 and 1.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
         solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, a class of your own, or `Search`.
         features: What the probes train on: `clean`, one view without augmentation; a number of augmented views, each
@@ -57,6 +58,7 @@ class RedundancyProbe(LightningModule):
         neurons: int | list[int] | None = None,
         seeds: int | list[int] = 5,
         selection: str | list[str] = "random",
+        bits: int | list[int] = 32,
         full_seeds: int | list[int] = 1,
         solver: Solver | None = None,
         features: Literal["clean", "off", False] | int = "clean",
@@ -66,7 +68,7 @@ class RedundancyProbe(LightningModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.plan = Plan(selection, fractions, seeds, full_seeds, neurons)
+        self.plan = Plan(selection, fractions, seeds, full_seeds, neurons, bits)
         self.features = "off" if features is False else features  # how YAML reads a bare off
         checks.views(self.features, backbone is None, refit)
         self.backbone: Any = GivenVectors() if backbone is None else backbone
@@ -147,8 +149,8 @@ class RedundancyProbe(LightningModule):
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
         squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        widths = self.widths if squared else {}
-        checks.memory(self.probes, outputs, len(candidates), widths, self.refit, self.solver.copies)
+        squares = self.coordinates.source_widths if self.solver.second_moments else self.widths
+        checks.memory(self.probes, outputs, len(candidates), squares if squared else {}, self.refit, self.solver.copies)
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)

@@ -1,5 +1,6 @@
 """Made-up tables of runs, as measures would leave them."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,14 +14,18 @@ FULL = {"full": {1.0: [0.9]}}
 
 
 def tables(val, test):
-    """Results and class counts of a made-up run of 100 neurons, from accuracies by selection, fraction and seed."""
+    """Results and class counts of a made-up run of 100 neurons, from accuracies by curve, fraction and seed.
+
+    A curve is called as in pictures: by its selection, and for few bits by these, too.
+    """
     results, classes = [], []
     for split, measured in (("val", val), ("test", test)):
-        for selection, by_fraction in (FULL | measured).items():
+        for name, by_fraction in (FULL | measured).items():
+            selection, bits = re.fullmatch(r"(.+?)(?:_(\d)bit)?", name).groups("32")
             for fraction, accuracies in by_fraction.items():
                 for seed, accuracy in enumerate(accuracies):
-                    row = {"layer": "penultimate", "selection": selection, "fraction": fraction, "seed": seed}
-                    row["split"] = split
+                    row = {"layer": "penultimate", "selection": selection, "bits": int(bits), "fraction": fraction}
+                    row |= {"seed": seed, "split": split}
                     results.append(
                         {"task": "made-up", "backbone": "net"}
                         | row
@@ -55,7 +60,8 @@ def full_run():
         "classes": pd.concat([classes.assign(layer="layer<3>"), classes]),
     }
     found["results"].loc[found["results"]["layer"] == "layer<3>", "accuracy"] -= 0.1
-    subset = {"layer": "penultimate", "selection": "random", "fraction": 0.1, "neurons": 10, "split": "test"}
+    subset = {"layer": "penultimate", "selection": "random", "bits": 32, "fraction": 0.1, "neurons": 10}
+    subset["split"] = "test"
     found["layers"] = pd.DataFrame(
         [{"layer": "penultimate", "width": 100, "split": "test", "images": 1000, "participation_ratio": 12.5}]
     )

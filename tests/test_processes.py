@@ -113,7 +113,7 @@ def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
 
 
 def test_two_processes_leave_the_files_of_one(start, tmp_path):
-    measures = ("--model.solver=Ridge", "--model.selection=[random,pca,pca_least,fisher,greedy]")
+    measures = ("--model.solver=Ridge", "--model.selection=[random,pca,pca_least,fisher,greedy]", "--model.bits=[32,2]")
     given = (
         "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles, Neurons]"
     )

@@ -28,8 +28,8 @@ OVERLAYS |= {name: "pretrain_cifar10.yaml" for name in CONFIGS if name.startswit
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
 COLUMNS = (
-    *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split", "images", "accuracy"),
-    *("loss", "solver", "augmentation", "view", "features", "epoch"),
+    *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "bits", "bytes", "seed", "split"),
+    *("images", "accuracy", "loss", "solver", "augmentation", "view", "features", "epoch"),
 )
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lightning_modules.features.moments import Moments
 from lightning_modules.progress import Progress
 
 PAUSE = 0.5  # Seconds before it is asked again what others have made
+Parts = Callable[[Tensor], Mapping[Any, Tensor]]
+"""From features, shape (B, sum of widths), to parts of them by name, shape (B, D) each."""
 
 
 class Extractor:
@@ -172,11 +174,13 @@ class FeatureStream(nn.Module):
         views = self.task.features(split) if self.features == "clean" else None
         return None if views is None else self._standardised(views[0][torch.arange(len(views[0]))[start:stop]])
 
-    def moments(self, split: str) -> dict[str, Moments]:
-        """Return the moments of each layer over a split (all views of train), summed over processes."""
-        return self._sum(self.all_views(split))
+    def moments(self, split: str, parts: Parts | None = None) -> dict[Any, Moments]:
+        """Return moments over a split (all views of train), summed over processes: of each layer, or of what `parts`
+        makes of features, by the same names.
+        """
+        return self._sum(self.all_views(split), parts=parts)
 
-    def clean_moments(self, products: bool = True) -> dict[str, Moments]:
+    def clean_moments(self, products: bool = True) -> dict[Any, Moments]:
         """Return the moments of each layer over the clean view of train, with or without the products X'X."""
         if self.features == "clean":
             return self._sum(self.batches("train"), products)
@@ -202,15 +206,18 @@ class FeatureStream(nn.Module):
             seen = self(batch, split)
             yield seen.inputs, seen.labels
 
-    def _sum(self, batches: Iterable[tuple[Tensor, Tensor]], products: bool = True) -> dict[str, Moments]:
-        outputs, device = self.task.target.outputs, self.mean.device
-        moments = {
-            layer: Moments(width, outputs, outer=products, device=device) for layer, width in self.widths.items()
-        }
+    def _by_layer(self, features: Tensor) -> dict[Any, Tensor]:
+        return dict(zip(self.widths, features.split(list(self.widths.values()), dim=1), strict=True))
+
+    def _sum(
+        self, batches: Iterable[tuple[Tensor, Tensor]], products: bool = True, parts: Parts | None = None
+    ) -> dict[Any, Moments]:
+        outputs, device, parts = self.task.target.outputs, self.mean.device, parts or self._by_layer
+        widths = {name: part.shape[1] for name, part in parts(self.mean.unsqueeze(0)).items()}
+        moments = {name: Moments(width, outputs, outer=products, device=device) for name, width in widths.items()}
         for inputs, labels in batches:
-            parts = inputs.split(list(self.widths.values()), dim=1)
-            for each, part in zip(moments.values(), parts, strict=True):
-                each.update(part, labels)
+            for name, part in parts(inputs).items():
+                moments[name].update(part, labels)
         for each in moments.values():
             each.reduce(self.reduce)
         return moments

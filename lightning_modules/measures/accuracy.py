@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_modules.measures.measure import Batch, Context, Measure, Picture
+from lightning_modules.results.curves import SERIES
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import PER_IMAGE, Column
+from lightning_modules.results.tables import PER_IMAGE, Column, by_series
 from lightning_modules.subsets.plan import references
 
 TABLE_CLASSES = 40  # that the report's table has room for
@@ -84,7 +85,7 @@ class Accuracy(ClassCounts):
         `gained` are images that the probe gets right and the full layer's probe does not, `lost` the reverse.
         """
         images, names = self.images.sum(), self.context.target.classes
-        probes = pd.DataFrame(list(self.context.probes))[["layer", "selection", "fraction", "seed"]]
+        probes = pd.DataFrame(list(self.context.probes))[["layer", "selection", "bits", "fraction", "seed"]]
         classes = probes.loc[probes.index.repeat(len(names))].reset_index(drop=True)
         classes["split"] = self.split
         classes["class"] = list(names) * len(probes)
@@ -135,7 +136,7 @@ class Accuracy(ClassCounts):
             axes.text(column, row, f"{value:z.0f}", ha="center", va="center", fontsize=7, color=ink)
         axes.set_xticks(range(shown.shape[1]), list(map(figures.short, shown)), fontsize=8, rotation=45)
         axes.set_yticks(range(len(shown)), list(map(str, shown.index)), fontsize=8)
-        axes.set_xlabel(f"fraction of neurons ({first['selection'].iloc[0]})")
+        axes.set_xlabel(f"fraction of neurons ({by_series(first)['selection'].iloc[0]})")
         figure.colorbar(image, label="points lost to the full layer")
         layer = f", {first['layer'].iloc[0]}" if len(results.layers) > 1 else ""
         some = f", the {len(shown)} of {len(points)} classes that lose most" if len(shown) < len(points) else ""
@@ -145,9 +146,9 @@ class Accuracy(ClassCounts):
 
 
 def _points_lost(losses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the first layer's and selection's rows, and their points lost: a row per class, a column per fraction."""
+    """Return the first layer's and curve's rows, and their points lost: a row per class, a column per fraction."""
     if losses.empty:
         return losses, losses
-    first = losses[(losses[["layer", "selection"]] == losses.iloc[0][["layer", "selection"]]).all(axis=1)]
+    first = losses[(losses[SERIES] == losses.iloc[0][SERIES]).all(axis=1)]
     wide = first.pivot_table(index="class", columns="fraction", values="lost", sort=False)
     return first, 100 * wide.sort_index(axis=1)

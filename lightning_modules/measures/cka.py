@@ -10,6 +10,7 @@ from lightning_modules.features.moments import Moments
 from lightning_modules.measures.layer_ranks import LayerRanks
 from lightning_modules.results.tables import Column
 from lightning_modules.subsets.bases import Ordering
+from lightning_modules.subsets.coordinates import Space
 
 NOTHING = 1e-24  # a subset with less than this share of the full layer's HSIC with itself holds rounding alone
 
@@ -19,6 +20,7 @@ class CKA(LayerRanks):
 
     Beside the plain one stands what independent representations of as many images reach, where the debiased one expects
     0, and for random neurons what X'X of the full layer alone makes one expect.
+    Missing for subsets in fewer than 32 bits, of which X'X says nothing.
     The ranks follow from the sums that CKA needs: X'X, and a few of every subset. Costs 2 n D^2 operations for n
     images of D neurons in float64, and D^2 numbers of memory.
     """
@@ -37,7 +39,7 @@ class CKA(LayerRanks):
         table, coordinates = super().compute(), self.context.coordinates
         columns = torch.full((len(self.columns), len(self.context.probes)), torch.nan, dtype=torch.float64)
         for layer, sums in self.sums.items():
-            found = coordinates.of_layer(layer), linear_cka(sums, sums.orderings[:-1]), sums.compute()
+            found = coordinates.of_source(Space(layer)), linear_cka(sums, sums.orderings[:-1]), sums.compute()
             for group, (plain, chance), debiased in zip(*found, strict=True):
                 columns[:3, list(group.probes)] = torch.stack([plain, debiased, chance]).cpu()
                 if group.selection == "random":
@@ -47,7 +49,7 @@ class CKA(LayerRanks):
     def begin(self, layer: str, width: int) -> Moments:
         """Return empty sums of a layer."""
         coordinates = self.context.coordinates
-        orderings = [coordinates.ordering(group) for group in coordinates.of_layer(layer)]
+        orderings = [coordinates.ordering(group) for group in coordinates.of_source(Space(layer))]
         return DebiasedCKA(width, len(self.context.target.classes), orderings, device=self.context.device)
 
 

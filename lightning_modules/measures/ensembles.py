@@ -9,11 +9,12 @@ from torch.nn.functional import one_hot
 
 from lightning_modules.measures.measure import Batch, Context, Measure, Picture
 from lightning_modules.results.results import Results
+from lightning_modules.results.tables import by_series
 from lightning_modules.subsets import plan
 from lightning_modules.subsets.selections import FULL
 
 RULES = ("mean_probability", "mean_logit", "majority_vote")
-COLUMNS = ["layer", "selection", "fraction", "members", "neurons", "rule", "split", "images", "accuracy"]
+COLUMNS = ["layer", "selection", "bits", "fraction", "members", "neurons", "rule", "split", "images", "accuracy"]
 COLUMNS += ["single_fraction", "single_neurons", "single_accuracy"]
 
 
@@ -63,11 +64,12 @@ class Ensembles(Measure):
             width = self.context.coordinates.widths[probe.layer]
             neurons = plan.held_together(probe.selection, probe.neurons, seeds, width)
             of_layer = single[single["layer"] == probe.layer]
-            alike = of_layer[(of_layer["selection"] == probe.selection) & (of_layer["neurons"] == neurons)]
+            alike = of_layer[(of_layer["neurons"] == neurons) & (of_layer["bits"] == probe.bits)]
+            alike = alike[alike["selection"] == probe.selection]
             beside = of_layer[of_layer["selection"] == FULL] if alike.empty else alike
             of_single = (beside["fraction"].iloc[0], beside["neurons"].iloc[0], beside["accuracy"].mean())
             for rule, count in zip(RULES, correct, strict=True):
-                subsets = (probe.layer, probe.selection, probe.fraction, len(members), neurons)
+                subsets = (probe.layer, probe.selection, probe.bits, probe.fraction, len(members), neurons)
                 rows.append([*subsets, rule, self.split, images, count / images, *of_single])
         return {"ensembles": pd.DataFrame(rows, columns=COLUMNS)} if rows else {}
 
@@ -76,7 +78,7 @@ class Ensembles(Measure):
         keys = ["layer", "selection", "fraction", "split"]
         return {
             f"ensemble of {members}, {rule}": group.set_index(keys)["accuracy"]
-            for (members, rule), group in rows.groupby(["members", "rule"], sort=False)
+            for (members, rule), group in by_series(rows).groupby(["members", "rule"], sort=False)
         }
 
     def pictures(self, results: Results, split: str) -> dict[str, Picture]:
@@ -87,7 +89,7 @@ class Ensembles(Measure):
         if rows.empty:
             return {}
         series = rows["members"].astype(str) + " probes, " + rows["rule"].str.replace("_", " ")
-        groups = rows.assign(series=series).groupby(["layer", "selection"], sort=False)
+        groups = by_series(rows).assign(series=series).groupby(["layer", "selection"], sort=False)
         figure, panels = figures.panels(len(groups), results.title)
         styles = figures.styles(["single", *series])
         for axes, ((layer, selection), group) in zip(panels, groups, strict=True):

@@ -10,10 +10,10 @@ from torch import Tensor
 from lightning_modules.measures.accuracy import ClassCounts
 from lightning_modules.measures.measure import Picture
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import Column
+from lightning_modules.results.tables import Column, by_series
 from lightning_modules.subsets.selections import FULL
 
-KEYS = ["layer", "selection", "fraction", "neurons"]
+KEYS = ["layer", "selection", "bits", "fraction", "neurons"]
 
 
 class Inequality(ClassCounts):
@@ -46,11 +46,11 @@ class Inequality(ClassCounts):
         """Draw Gini coefficient and coefficient of variation against the headline metric: a point per probe."""
         from lightning_modules.reporting import figures
 
-        rows, headline = results.rows[results.rows["split"] == split], results.headline
+        rows, headline = by_series(results.rows[results.rows["split"] == split]), results.headline
         several = len(results.layers) > 1
         figure, grid = figures.grid(len(results.layers), 2, results.title)
         styles = figures.styles(rows.loc[rows["selection"] != FULL, "selection"])
-        means = results.table(self.table, split).merge(results.curve(split)[[*KEYS, "mean"]])
+        means = by_series(results.table(self.table, split).merge(results.curve(split)[[*KEYS, "mean"]]))
         styles[FULL] = {"color": "black", "marker": "*", "markersize": 9}
         named = {"gini": "Gini coefficient over classes", "coefficient_of_variation": "coefficient of variation"}
         for panels, layer in zip(grid, results.layers, strict=True):

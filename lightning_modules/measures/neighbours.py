@@ -11,12 +11,15 @@ from lightning_modules.measures.measure import Batch, Measure, Picture
 from lightning_modules.measures.similarities import similarities
 from lightning_modules.results.curves import curve
 from lightning_modules.results.results import Results
+from lightning_modules.results.tables import by_series
 from lightning_modules.subsets.bases import Ordering
+from lightning_modules.subsets.coordinates import Space
 from lightning_modules.subsets.selections import FULL
 
 QUERIES = 512  # vectors whose neighbours are searched at once
 DECIMALS = 10  # of a cosine that count; what differs less is a tie
-COLUMNS = ["layer", "selection", "fraction", "neurons", "seed", "split", "queries", "gallery", "neighbours", "kept"]
+COLUMNS = ["layer", "selection", "bits", "fraction", "neurons", "seed", "split"]
+COLUMNS += ["queries", "gallery", "neighbours", "kept"]
 
 
 class Neighbours(Measure):
@@ -54,14 +57,16 @@ class Neighbours(Measure):
         if gallery is None:
             return {}
         coordinates, gallery = self.context.coordinates, gallery.to(self.context.device)
-        queries = coordinates.by_layer(torch.cat([gallery[:0], *self.queries]))
+        queries = coordinates.sources(torch.cat([gallery[:0], *self.queries]))
         neighbours = min(self.neighbours, len(gallery))
         total = int(self.context.reduce(torch.tensor(sum(map(len, self.queries)), device=self.context.device)))
         rows = []
-        for layer, stored in coordinates.by_layer(gallery).items():
-            groups = coordinates.of_layer(layer)
+        stored = coordinates.sources(gallery)
+        for source in stored:
+            groups, layer = coordinates.of_source(source), Space(source.layer)
             orderings = [coordinates.ordering(group) for group in groups]
-            counts = neighbours_kept(queries[layer], stored, orderings, neighbours)
+            subsets = queries[source], stored[source]
+            counts = neighbours_kept(queries[layer], stored[layer], orderings, neighbours, subsets)
             for group, of_group in zip(groups, counts, strict=True):
                 for index, kept in zip(group.probes, self.context.reduce(of_group).tolist(), strict=True):
                     rows.append(self.context.probes[index]._asdict() | {"kept": kept / (neighbours * total)})
@@ -74,7 +79,7 @@ class Neighbours(Measure):
 
     def lines(self, rows: pd.DataFrame) -> dict[str, pd.Series]:
         """Return the share of neighbours kept, mean over seeds."""
-        groups = rows[rows["selection"] != FULL].groupby(["layer", "selection", "fraction", "split"])
+        groups = by_series(rows[rows["selection"] != FULL]).groupby(["layer", "selection", "fraction", "split"])
         return {"neighbours kept": groups["kept"].mean()}
 
     def pictures(self, results: Results, split: str) -> dict[str, Picture]:
@@ -84,7 +89,7 @@ class Neighbours(Measure):
         rows = results.table(self.table, split)
         if rows.empty:
             return {}
-        kept = curve(rows[rows["selection"] != FULL], split, "kept")
+        kept = by_series(curve(rows[rows["selection"] != FULL], split, "kept"))
         several = kept["layer"].nunique() > 1
         series = kept["layer"] + " " + kept["selection"] if several else kept["selection"]
         styles = figures.styles(series)
@@ -99,12 +104,19 @@ class Neighbours(Measure):
         return {"neighbours": Picture(figure, caption)}
 
 
-def neighbours_kept(queries: Tensor, gallery: Tensor, orderings: Sequence[Ordering], neighbours: int) -> list[Tensor]:
+def neighbours_kept(
+    queries: Tensor,
+    gallery: Tensor,
+    orderings: Sequence[Ordering],
+    neighbours: int,
+    subsets: tuple[Tensor, Tensor] | None = None,
+) -> list[Tensor]:
     """Count how many of the queries' nearest gallery vectors, by cosine on the full layer, subsets find too.
 
     The inner products of nested subsets add up, so that an ordering costs one product of the queries, shape (n, D),
     with the gallery, shape (m, D), 2 n m D operations in float64, and a search through n m cosines for each size. Ties
-    go to the smaller index; a vector of zeros has cosine 0 with all.
+    go to the smaller index; a vector of zeros has cosine 0 with all. `subsets` are queries and gallery that orderings
+    are over, where they are not those of the full layer, as in few bits.
 
     Returns:
         One int64 tensor per ordering, shape (sizes,): neighbours kept over all queries, of `neighbours` * n.
@@ -112,8 +124,9 @@ def neighbours_kept(queries: Tensor, gallery: Tensor, orderings: Sequence[Orderi
     width = queries.shape[1]
     wanted = [next(_nearest(part, gallery, [width], neighbours)).unsqueeze(2) for part in queries.split(QUERIES)]
     results = []
+    sought, found_in = subsets or (queries, gallery)
     for ordering in orderings:
-        stored, parts = ordering.coordinates(gallery), ordering.coordinates(queries).split(QUERIES)
+        stored, parts = ordering.coordinates(found_in), ordering.coordinates(sought).split(QUERIES)
         kept = torch.zeros(len(ordering.sizes), dtype=torch.int64, device=queries.device)
         for part, of_full in zip(parts, wanted, strict=True):
             for index, found in enumerate(_nearest(part, stored, ordering.sizes, neighbours)):

@@ -10,7 +10,7 @@ from lightning_modules.measures.measure import Batch, Measure, Picture
 from lightning_modules.measures.similarities import similarities
 from lightning_modules.progress import Progress
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import PER_IMAGE, Column
+from lightning_modules.results.tables import PER_IMAGE, Column, by_series
 from lightning_modules.subsets.selections import FULL
 
 METRICS = {
@@ -127,7 +127,7 @@ class Ranking(Measure):
         """Draw nDCG@10 of one stage and of two against fraction, a panel per layer and selection."""
         from lightning_modules.reporting import figures
 
-        means, headline = results.curve(split), results.headline
+        means, headline = by_series(results.curve(split)), results.headline
         groups = list(means[means["selection"] != FULL].groupby(["layer", "selection"], sort=False))
         lines = {"mean": "one stage"} | {name: f"best {best} ranked again" for name, best in RESCORED.items()}
         figure, flat = figures.panels(len(groups), results.title)

@@ -18,6 +18,7 @@ from lightning_modules.probes import lbfgs
 from lightning_modules.probes.bank import ProbeBank
 from lightning_modules.probes.lbfgs import Algebra
 from lightning_modules.probes.solver import Solver
+from lightning_modules.subsets.coordinates import Space
 from lightning_modules.subsets.plan import describe
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Logistic(Solver):
 
     def prepare(self, model: RedundancyProbe) -> None:
         """Solve every probe on train for one penalty after the other, and keep the one that validation chooses."""
-        objective = _Objective(model, model.stream.moments("train"), lambda: model.stream.all_views("train"))
+        moments = model.stream.moments("train", model.coordinates.sources)
+        objective = _Objective(model, moments, lambda: model.stream.all_views("train"))
         val = _in_memory(model, lambda: model.stream.batches("val"), len(model.task.images["val"]))
         grid, bank = model.grid, model.grid.banks[0]
         best = torch.full_like(grid.kept_score[0], math.inf)
@@ -105,8 +107,8 @@ class Logistic(Solver):
 
     def refit(self, model: RedundancyProbe) -> None:
         """Solve every probe on train and validation together, with the penalty that was chosen."""
-        train, val = model.stream.moments("train"), model.stream.moments("val")
-        both = {layer: train[layer] + val[layer] for layer in train}
+        train, val = (model.stream.moments(split, model.coordinates.sources) for split in ("train", "val"))
+        both = {source: train[source] + val[source] for source in train}
         objective = _Objective(model, both, lambda: itertools.chain(*map(model.stream.batches, ("train", "val"))))
         bank, found = model.grid.banks[0], model.grid.hyperparameters[0]
         bank.copy_probes(model.grid.kept[0], found[:, 0] > 0)  # to start from
@@ -136,15 +138,16 @@ class Logistic(Solver):
 class _Objective:
     """The objective of every probe, over the images of all processes, on centred coordinates."""
 
-    def __init__(self, model: RedundancyProbe, moments: Mapping[str, Moments], read: Batches) -> None:
+    def __init__(self, model: RedundancyProbe, moments: Mapping[Space, Moments], read: Batches) -> None:
         self.model = model
         self.images = float(next(iter(moments.values())).count)
         self.batches = _in_memory(model, read, self.images)
-        self.scatters = {layer: each.scatter for layer, each in moments.items()}
+        self.scatters = {source: each.scatter for source, each in moments.items()}
+        coordinates, sources = model.coordinates, map(model.coordinates.source, model.coordinates.groups)
         centres = [
-            model.coordinates.ordering(group).coordinates(moments[group.layer].mean.unsqueeze(0)).squeeze(0)
-            - model.coordinates.centre(group)
-            for group in model.coordinates.groups
+            coordinates.ordering(group).coordinates(moments[source].mean.unsqueeze(0)).squeeze(0)
+            - coordinates.centre(group)
+            for group, source in zip(coordinates.groups, sources, strict=True)
         ]
         self.centre = torch.cat(centres).float().unsqueeze(1)  # (R, 1)
 
@@ -202,8 +205,9 @@ class _Whitening:
         share = 0.5 / bank.classes
         self.bias = (share * objective.images) ** -0.5
         inverses = []
-        for group in objective.model.coordinates.groups:
-            system = share * objective.model.coordinates.ordering(group).square(objective.scatters[group.layer])
+        coordinates = objective.model.coordinates
+        for group in coordinates.groups:
+            system = share * coordinates.ordering(group).square(objective.scatters[coordinates.source(group)])
             system.diagonal().add_(penalty + rounding(len(system)) * system.diagonal().max())
             factor = torch.linalg.cholesky(system).float()
             identity = torch.eye(len(factor), device=factor.device)

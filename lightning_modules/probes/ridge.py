@@ -14,6 +14,7 @@ from lightning_modules.features.moments import Moments, rounding
 from lightning_modules.measures.measure import Column
 from lightning_modules.probes.solver import Solver
 from lightning_modules.subsets.bases import Ordering
+from lightning_modules.subsets.coordinates import Space
 
 if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
@@ -62,23 +63,23 @@ class Ridge(Solver):
 
     def prepare(self, model: RedundancyProbe) -> None:
         """Solve every probe from sums over train and validation."""
-        train, val = model.stream.moments("train"), model.stream.moments("val")
-        for layer in model.widths:
-            moments, everything = (train[layer], val[layer]), range(len(model.probes))
-            for index, probe in _solved(model, layer, moments, everything, self.penalty):
+        train, val = (model.stream.moments(split, model.coordinates.sources) for split in ("train", "val"))
+        for source in train:
+            moments, everything = (train[source], val[source]), range(len(model.probes))
+            for index, probe in _solved(model, source, moments, everything, self.penalty):
                 model.grid.set_probe(index, probe.weight, probe.bias)
                 model.grid.hyperparameters[0, index, 0] = probe.penalty
         model.grid.kept_epoch.zero_()
 
     def refit(self, model: RedundancyProbe) -> None:
         """Solve every probe from the sums of train and validation together, with the penalty that was chosen."""
-        train, val = model.stream.moments("train"), model.stream.moments("val")
+        train, val = (model.stream.moments(split, model.coordinates.sources) for split in ("train", "val"))
         chosen = model.grid.hyperparameters[0, :, 0].tolist()
-        for layer in model.widths:
-            both = train[layer] + val[layer]
+        for source in train:
+            both = train[source] + val[source]
             for penalty in set(chosen):
                 which = [index for index, its in enumerate(chosen) if its == penalty]
-                for index, probe in _solved(model, layer, (both, both), which, [penalty]):
+                for index, probe in _solved(model, source, (both, both), which, [penalty]):
                     model.grid.refitted.set_probe(index, probe.weight, probe.bias)
         model.grid.is_refitted.fill_(True)
 
@@ -105,13 +106,16 @@ class _Split(NamedTuple):
     shares: Tensor  # mean of the one-hot labels, (C,)
     images: Tensor
 
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Return the squared error of a probe of shape (C, k) on the first k coordinates, mean over images."""
-        size = weight.shape[1]
+    def errors(self, weights: Tensor, biases: Tensor) -> list[float]:
+        """Return the squared errors of m probes, shapes (m, C, n) and (m, C), on the first n coordinates.
+
+        Each is the mean over images.
+        """
+        size = weights.shape[2]
         labels = self.images * (1 - self.shares.square().sum())  # one-hot labels have length 1
-        fitted = ((weight @ self.scatter[:size, :size] - 2 * self.cross[:size].t()) * weight).sum()
-        missed = self.shares - bias - weight @ self.mean[:size]
-        return float((labels + fitted) / self.images + missed.square().sum())
+        fitted = ((weights @ self.scatter[:size, :size] - 2 * self.cross[:size].t()) * weights).sum((1, 2))
+        missed = self.shares - biases - weights @ self.mean[:size]
+        return ((labels + fitted) / self.images + missed.square().sum(1)).tolist()
 
 
 def ridge_probes(
@@ -121,7 +125,7 @@ def ridge_probes(
 
     A probe minimises |Y - Z W' - 1 b'|_F^2 + penalty * s * |W|_F^2 over the training images, with s the mean diagonal
     of the *full layer's* centred X'X, so that a penalty means the same for every subset and basis. Subsets nest: the
-    Cholesky factor of the largest one's system holds those of all others as leading blocks, and so does the forward
+    Cholesky factor of the largest one's system holds those of all others as leading blocks, and so do forward and back
     substitution. The validation error follows from that split's moments. Of equal errors the larger penalty is taken.
 
     Returns:
@@ -142,16 +146,18 @@ def ridge_probes(
             system = fitted.scatter.clone()
             system.diagonal().add_(penalty * scale)
             factor = _factor(system)
+            sizes = [size for size in ordering.sizes if size <= len(factor)]
             half = torch.linalg.solve_triangular(factor, fitted.cross[: len(factor)], upper=False)
-            for place, size in enumerate(ordering.sizes):
-                if size > len(factor):
-                    continue
-                upper = factor[:size, :size].t()
-                weight = torch.linalg.solve_triangular(upper, half[:size], upper=True).t()
-                bias = fitted.shares - weight @ fitted.mean[:size]
-                error, known = judged.error(weight, bias), best[place]
+            # What is zero beyond a subset stays so when the upper triangle is solved: one solution serves all sizes.
+            masks = ordering._replace(sizes=[*sizes, len(factor)]).masks()[:, :-1].to(half)  # (n, m)
+            masked = (masks.unsqueeze(2) * half.unsqueeze(1)).flatten(1)
+            solved = torch.linalg.solve_triangular(factor.t(), masked, upper=True)
+            weights = solved.view(len(factor), len(sizes), half.shape[1]).permute(1, 2, 0).contiguous()  # (m, C, n)
+            biases = fitted.shares - weights @ fitted.mean[: len(factor)]
+            for place, error in enumerate(judged.errors(weights, biases)):
+                known, size = best[place], sizes[place]
                 if known is None or error < known.error:
-                    best[place] = RidgeProbe(weight, bias, penalty, error)
+                    best[place] = RidgeProbe(weights[place, :, :size].clone(), biases[place], penalty, error)
         for size, probe in zip(ordering.sizes, best, strict=True):
             if probe is None:
                 raise MisconfigurationException(
@@ -164,13 +170,13 @@ def ridge_probes(
 
 def _solved(
     model: RedundancyProbe,
-    layer: str,
+    source: Space,
     moments: tuple[Moments, Moments],
     which: Sequence[int],
     penalties: Sequence[float],
 ) -> Iterator[tuple[int, RidgeProbe]]:
-    """Yield those probes of a layer that are in `which`, by `ridge_probes`, as they are over the bank's coordinates."""
-    members = {group: [i for i in group.probes if i in which] for group in model.coordinates.of_layer(layer)}
+    """Yield those probes of a source that are in `which`, by `ridge_probes`, as they are over the bank's inputs."""
+    members = {group: [i for i in group.probes if i in which] for group in model.coordinates.of_source(source)}
     members = {group: indices for group, indices in members.items() if indices}
     sizes = [[model.probes[index].neurons for index in indices] for indices in members.values()]
     orderings = [model.coordinates.ordering(group) for group in members]

@@ -9,6 +9,7 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.results.results import Results
+from lightning_modules.results.tables import by_series
 from lightning_modules.subsets.selections import FULL
 
 MUST_AGREE = {
@@ -84,7 +85,7 @@ def _facts(folder: Path, run: Results) -> Facts:
     for column in test.columns.intersection(list(MUST_AGREE)):
         for row in test[["task", "backbone", "layer", column]].dropna().drop_duplicates().to_dict("records"):
             stated[MUST_AGREE[column].format_map(row)] = row[column]
-    subsets = test.loc[test["selection"] != FULL, ["selection", "backbone", "layer", "task"]].drop_duplicates()
+    subsets = by_series(test[test["selection"] != FULL])[["selection", "backbone", "layer", "task"]].drop_duplicates()
     measured = map("{selection} subsets of {backbone}, layer {layer}, on {task}".format_map, subsets.to_dict("records"))
     return {what: (str(value), folder) for what, value in stated.items()} | dict.fromkeys(measured, (None, folder))
 

@@ -16,6 +16,7 @@ from lightning_modules.reporting.comparable import comparable
 from lightning_modules.reporting.report import write_table
 from lightning_modules.results.redundancy import MANY_DELTAS
 from lightning_modules.results.results import Results
+from lightning_modules.results.tables import by_series
 from lightning_modules.subsets.selections import FULL
 
 REFERENCES = Path(__file__).with_name("reference")
@@ -65,10 +66,10 @@ def compare(
             table, curves_behind = _beside(table, curves_behind), None
     curves, by_delta = {}, {}
     for cell in cells.to_dict("records"):
-        means = read[cell["run"]].curve("test")
+        means = by_series(read[cell["run"]].curve("test"))
         of_cell = (means["layer"] == cell["layer"]) & means["selection"].isin([cell["selection"], FULL])
         curves[cell["task"], cell["series"]] = means[of_cell]
-        rows = read[cell["run"]].redundancy("test", MANY_DELTAS)
+        rows = by_series(read[cell["run"]].redundancy("test", MANY_DELTAS))
         of_cell = (rows["layer"] == cell["layer"]) & (rows["selection"] == cell["selection"]) & (rows["rule"] == rule)
         by_delta[cell["task"], cell["series"]] = rows[of_cell]
     differences = redundancy_differences(cells)
@@ -116,11 +117,11 @@ def group_means(runs: Iterable[tuple[str, Results]], delta: float, rule: str) ->
     """
     keys, tables = ["layer", "selection"], []
     for group, results in runs:
-        metric, means = results.headline.name, results.curve("test")
+        metric, means = results.headline.name, by_series(results.curve("test"))
         full = means[means["selection"] == FULL].set_index("layer")["mean"].rename(f"full_{metric}")
         by_fraction = means[means["selection"] != FULL].pivot(index=keys, columns="fraction", values="mean")
         by_fraction = by_fraction.rename(columns=f"{metric}_{{:g}}".format)
-        found = results.redundancy("test", (delta,)).query("rule == @rule").assign(tasks=1)
+        found = by_series(results.redundancy("test", (delta,)).query("rule == @rule")).assign(tasks=1)
         found = found[[*keys, "tasks", "redundancy"]].join(full, on="layer").join(by_fraction, on=keys)
         backbone = results.rows["backbone"].iloc[0]
         tables += [found.assign(backbone=backbone, group=name) for name in (group, "all")]
@@ -160,7 +161,7 @@ def _cells(read: Mapping[Path, Results], delta: float, rule: str) -> pd.DataFram
         means = run.curve("test")
         full = means[means["selection"] == FULL].set_index("layer")["mean"]
         width = run.rows.groupby("layer")["width"].first() if "width" in run.rows else pd.Series(dtype=float)
-        found = run.redundancy("test", (delta,)).query("rule == @rule")
+        found = by_series(run.redundancy("test", (delta,)).query("rule == @rule"))
         found = found.assign(run=folder, full=found["layer"].map(full), width=found["layer"].map(width))
         tables.append(found.assign(**run.rows[["backbone", "task"]].iloc[0]))
     cells = pd.concat(tables, ignore_index=True)

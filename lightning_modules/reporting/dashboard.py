@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_modules.files import one_line
 from lightning_modules.results.results import Results
+from lightning_modules.results.tables import by_series
 from lightning_modules.subsets.selections import FULL
 
 FRACTION = "curve/fraction"  # the x axis of the curves
@@ -103,7 +104,7 @@ def _points(results: Results) -> dict[float, dict[str, float]]:
     metric, keys = results.headline.name, ["layer", "selection", "fraction", "split"]
     lines = []
     for split in ("val", "test"):
-        curve = results.curve(split).assign(split=split).drop(columns=["neurons", "seeds"])
+        curve = by_series(results.curve(split)).assign(split=split).drop(columns=["bits", "neurons", "bytes", "seeds"])
         curve = curve.rename(columns={"mean": metric, "std": f"{metric}_std"})
         subsets, full = curve[curve["selection"] != FULL], curve[curve["selection"] == FULL]
         full = full.drop(columns=["selection", *(name for name in full if name.endswith("_std"))])

@@ -20,7 +20,7 @@ from lightning_modules.files import atomic
 from lightning_modules.measures.measure import Measure, Picture
 from lightning_modules.results.redundancy import MANY_DELTAS
 from lightning_modules.results.results import ANSWERED, Results
-from lightning_modules.results.tables import Column
+from lightning_modules.results.tables import Column, by_series
 from lightning_modules.subsets.selections import FULL
 
 mpl.rcParams["text.parse_math"] = False  # names of classes, layers and tasks are no formulas
@@ -54,7 +54,7 @@ def curve(results: Results, split: str) -> dict[str, Picture]:
 
     A row per layer, a line per selection; the share of the plain answer is marked.
     """
-    means, headline = results.curve(split), results.headline
+    means, headline = by_series(results.curve(split)), results.headline
     beside = [(measure, [c for c in measure.columns if c.drawn and c.name in means]) for measure in results.measures]
     beside = [(measure, columns) for measure, columns in beside if columns]
     figure, rows = grid(len(results.layers), 1 + len(beside), results.title)
@@ -108,7 +108,7 @@ def _panel(axes: Axes, measure: Measure, columns: list[Column], rows: pd.DataFra
 
 def redundancy(results: Results, split: str) -> dict[str, Picture]:
     """Draw diffused redundancy, by the threshold rule, against the share delta that is kept; a panel per layer."""
-    found = results.redundancy(split, MANY_DELTAS).query("rule == 'threshold'")
+    found = by_series(results.redundancy(split, MANY_DELTAS).query("rule == 'threshold'"))
     title = "layer {}" if len(results.layers) > 1 else ""
     groups = found.groupby(["layer", "selection"], sort=False)
     figure = redundancies({(title.format(layer), name): rows for (layer, name), rows in groups}, results.title)
@@ -140,11 +140,43 @@ def redundancies(found: dict[tuple[str, str], pd.DataFrame], title: str = "") ->
     return figure
 
 
+def stores(results: Results, split: str) -> dict[str, Picture]:
+    """Draw the headline metric against the bytes of a vector, if some have few bits: a line per number of bits.
+
+    A panel per layer and selection, with its Pareto frontier.
+    """
+    headline, means = results.headline, results.curve(split)
+    if not results.several_bits:
+        return {}
+    means = means.assign(store=[f"{bits} bit{'s' * (bits > 1)} a number" for bits in means["bits"]])
+    few = means[means["selection"] != FULL].groupby(["layer", "selection"], sort=False)
+    figure, flat = panels(len(few), results.title)
+    looks = styles(means["store"])
+    for axes, ((layer, selection), rows) in zip(flat, few, strict=True):
+        full = means[(means["layer"] == layer) & (means["selection"] == FULL)]
+        rows = pd.concat([rows, full]).sort_values("neurons")
+        rows = rows.drop_duplicates(["bits", "bytes"], keep="last")
+        references(axes, full, headline, ANSWERED, with_neurons=False)
+        best = pareto_frontier(rows.assign(saved=-rows["bytes"]), "saved", "mean")[::-1]
+        options: Style = {"color": "gray", "linewidth": 5, "alpha": 0.3, "zorder": 1}
+        axes.step(best["bytes"], headline.scale * best["mean"], where="post", label="Pareto frontier", **options)
+        for store, style in looks.items():
+            line(axes, rows[rows["store"] == store], style, store, "mean", "std", "bytes", headline.scale)
+        logarithmic_axis(axes, rows["bytes"], "bytes of a vector")
+        of_layer = f"layer {layer}, " if len(results.layers) > 1 else ""
+        value_axis(axes, f"{split} {headline.heading}", f"{of_layer}{seeds_label(selection, rows)}")
+    legend(figure, flat)
+    caption = (
+        f"{headline.label.capitalize()} on the {split} split against the bytes that a vector takes, by the bits of "
+    )
+    return {"bytes": Picture(figure, f"{caption}its numbers. No store off the Pareto frontier is worth its bytes.")}
+
+
 def layers(results: Results, split: str) -> dict[str, Picture]:
     """Draw the headline metric against fraction for all layers, if there are several, in one panel per selection."""
     if len(results.layers) == 1:
         return {}
-    means, headline = results.curve(split), results.headline
+    means, headline = by_series(results.curve(split)), results.headline
     selections = list(dict.fromkeys(means.loc[means["selection"] != FULL, "selection"]))
     figure, flat = panels(len(selections), results.title)
     for axes, selection in zip(flat, selections, strict=True):
@@ -300,7 +332,7 @@ def frontier(table: pd.DataFrame, headline: Column, delta: float) -> Figure:
     key = "series" if by_task else "task"
     looks = styles(table[key])
     for axes, (task, rows) in zip(grid, groups, strict=True):
-        best = pareto_frontier(rows)
+        best = pareto_frontier(rows, "redundancy", "full")
         if len(best) > 1:
             options: Style = {"color": "gray", "linestyle": "--", "linewidth": 1, "zorder": 1}
             axes.step(best["redundancy"], best["full"], where="pre", label="Pareto frontier", **options)
@@ -318,11 +350,11 @@ def frontier(table: pd.DataFrame, headline: Column, delta: float) -> Figure:
     return figure
 
 
-def pareto_frontier(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that no other beats in both `redundancy` and `full`, redundancy ascending.
+def pareto_frontier(rows: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
+    """Return the rows that no other beats in both of two columns of which more is better, by the first, ascending.
 
-    The redundancy-performance Pareto frontier (Nanda et al., 2023).
+    Of redundancy and performance it is that of Nanda et al. (2023).
     """
-    rows = rows.sort_values(["redundancy", "full"], ascending=False)
-    before = rows["full"].cummax().shift(fill_value=-np.inf)
-    return rows[rows["full"] > before][::-1]
+    rows = rows.sort_values([one, other], ascending=False)
+    before = rows[other].cummax().shift(fill_value=-np.inf)
+    return rows[rows[other] > before][::-1]

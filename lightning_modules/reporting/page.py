@@ -11,7 +11,7 @@ import pandas as pd
 
 from lightning_modules.results.redundancy import RULES
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import Column
+from lightning_modules.results.tables import Column, by_series
 from lightning_modules.subsets.selections import FULL
 
 
@@ -60,10 +60,11 @@ def _table(rows: pd.DataFrame) -> str:
 
 def _curve(results: Results) -> pd.DataFrame:
     """Return the curve on test with its numbers in words."""
-    curve, headline = results.curve("test"), results.headline
+    curve, headline = by_series(results.curve("test")), results.headline
     rows = curve[["layer", "selection"] if len(results.layers) > 1 else ["selection"]].copy()
     rows["fraction"] = curve["fraction"].map("{:.3g}".format)
-    rows["neurons"] = curve["neurons"].map("{:,}".format)
+    for name in ("neurons", "bytes") if results.several_bits else ("neurons",):
+        rows[name] = curve[name].map("{:,}".format)
     rows[headline.heading] = list(map(headline.words, curve["mean"], curve["std"]))
     for column in (Column("ratio", "of full", "%", 1), headline._replace(name="difference", label="difference")):
         words = curve[column.name].map(column.words)
@@ -80,12 +81,14 @@ def _curve(results: Results) -> pd.DataFrame:
 def _redundancy(redundancy: pd.DataFrame) -> pd.DataFrame:
     """Return redundancies with a row per selection and share, and a column per rule."""
     values = [
-        f"{row.redundancy:.3g}"
+        "never enough"
+        if pd.isna(row.redundancy)
+        else f"{row.redundancy:.3g}"
         + ("" if pd.isna(row.low) else f" [{row.low:.3g}, {row.high:.3g}]")
         + f", {row.neurons:,.0f} neurons"
         for row in redundancy.itertuples()
     ]
-    rows = redundancy.assign(value=values, share=(100 * redundancy["delta"]).map("{:g} %".format))
+    rows = by_series(redundancy).assign(value=values, share=(100 * redundancy["delta"]).map("{:g} %".format))
     keys = [*(["layer"] if rows["layer"].nunique() > 1 else []), "selection", "share"]
     wide = rows.pivot_table(index=keys, columns="rule", values="value", aggfunc="first", sort=False)
     return wide[list(RULES)].reset_index().rename_axis(columns=None)

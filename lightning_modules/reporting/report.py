@@ -15,7 +15,7 @@ from lightning_modules.reporting import figures
 from lightning_modules.reporting.page import page
 from lightning_modules.results.redundancy import MANY_DELTAS
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import PER_IMAGE_FILE, write_per_image
+from lightning_modules.results.tables import PER_IMAGE_FILE, by_series, write_per_image
 
 PACKAGES = ("torch", "lightning", "timm", "torchmetrics", "torchvision", "numpy")
 
@@ -36,7 +36,7 @@ def report(folder: Path, results: Results, remarks: Sequence[str], seconds: dict
             write_per_image(results.per_image, file)
     pictures: dict[str, Picture] = {}
     own = (measure.pictures for measure in results.measures)
-    for draw in (figures.curve, figures.redundancy, figures.layers, *own):
+    for draw in (figures.curve, figures.redundancy, figures.layers, figures.stores, *own):
         pictures |= draw(results, "test")
     drawn = {name: figures.save(picture.figure, folder / name) for name, picture in pictures.items()}
     summary, page_file = folder / "summary.json", folder / "report.html"
@@ -71,7 +71,7 @@ def write_table(rows: pd.DataFrame, path: Path) -> None:
 
 def _text(results: Results, images: int) -> list[str]:
     """Return the curve and the plain answers, layer by layer."""
-    test, headline = results.curve("test"), results.headline
+    test, headline = by_series(results.curve("test")), results.headline
     several = len(results.layers) > 1
     lines = [
         "",
@@ -91,14 +91,15 @@ def _table(results: Results, curve: pd.DataFrame) -> list[str]:
     """Return a layer's curve as lines, one per selection and fraction, with a bar for the share of the full layer."""
     headline, wide = results.headline, max(12, *(len(name) for name in curve["selection"]))
     digits, unit = headline.digits, f" {headline.unit}".rstrip()
-    lines = [f"{'selection':<{wide}} {'fraction':>8} {'neurons':>8}  {headline.label:>14}  {'of full':>8}"]
+    store = f" {'bytes':>8}" if results.several_bits else ""
+    lines = [f"{'selection':<{wide}} {'fraction':>8} {'neurons':>8}{store}  {headline.label:>14}  {'of full':>8}"]
     for row in curve.itertuples():
         spread = "" if math.isnan(row.std) else f" ± {headline.scale * row.std:4.{digits}f}"
         bar = "█" * round(30 * row.ratio) if math.isfinite(row.ratio) else ""  # a full layer may be never right
         low, high = getattr(row, "ratio_low", math.nan), getattr(row, "ratio_high", math.nan)
         between = "" if math.isnan(low) else f"({100 * max(0, low):.1f} to {100 * high:.1f})"
         lines.append(
-            f"{row.selection:<{wide}} {row.fraction:>8g} {row.neurons:>8}  "
+            f"{row.selection:<{wide}} {row.fraction:>8g} {row.neurons:>8}{f' {row.bytes:>8}' if store else ''}  "
             f"{headline.scale * row.mean:6.{digits}f}{unit}{spread:<7}  {100 * row.ratio:6.1f} % {between:<16} {bar}"
         )
     return lines

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lightning_modules.results.curves import CELL, SERIES
 from lightning_modules.results.redundancy import certain
 from lightning_modules.subsets.selections import FULL, SELECTIONS
 
@@ -15,41 +16,47 @@ LEVEL = 0.05  # the chance, at most, that a subset is called certain to keep a s
 
 
 def answer(results: "Results", layer: str, delta: float) -> dict[str, Any]:
-    """Say how many neurons of a layer to keep for a share `delta` of the full layer's metric, and what that costs.
+    """Say how much of a layer to keep for a share `delta` of the full layer's metric, and what that costs.
 
-    Validation chooses: the smallest subset that is certain to keep the share, over subsets and images, see
-    `redundancy.certain`; `LEVEL` is shared out among the selections that were tried. Where none is certain, the
-    smallest whose mean keeps it. What it keeps is told on test.
+    Validation chooses: the subset of the fewest bytes that is certain to keep the share, over subsets and images, see
+    `redundancy.certain`; `LEVEL` is shared out among the curves that were tried. Where none is certain, that of the
+    fewest whose mean keeps it. What it keeps is told on test.
 
     Returns:
-        `text`, and as data `neurons` (how many coordinates) and `certain`; unless all neurons are to be kept also
-        `selection`, `fraction`, `ratio` with its 95 % limits, `points_lost_mean`, `points_lost_std` (over seeds),
-        `bytes_kept_percent` and `basis_bytes`, of the basis that must be stored, too, in float32.
+        `text`, and as data `neurons` (how many coordinates) and `certain`; unless the layer is to be kept as it is also
+        `selection`, `bits`, `fraction`, `ratio` with its 95 % limits, `points_lost_mean`, `points_lost_std` (over
+        seeds), `bytes` of a vector, `bytes_kept_percent`, and what must be stored once, in float32: `basis_bytes` of
+        the basis, and `levels_bytes` of what few bits stand for, the lowest level and the step of each coordinate.
     """
     headline, (val, test) = results.headline, (results.curve(split) for split in ("val", "test"))
     val, test = val[val["layer"] == layer], test[test["layer"] == layer]
     full, subsets = test[test["selection"] == FULL].iloc[0], val[val["selection"] != FULL]
-    width, draws = int(full["neurons"]), results.draws("val")
+    width, whole, draws = int(full["neurons"]), int(full["bytes"]), results.draws("val")
     items, (tried, tested) = results.target.items, (f"{_images(results, split):,}" for split in ("val", "test"))
     tried, tested = f"{tried} validation {items}", f"{tested} test {items}"
     wish = f"To keep {100 * delta:g} % of the {headline.label}"
     sure = pd.Series(False, subsets.index) if draws is None else _certain(subsets, draws, delta)
-    promised = bool((sure & (subsets["neurons"] < width)).any())
-    enough = subsets[(sure if promised else subsets["ratio"] >= delta) & (subsets["neurons"] < width)]
+    smaller = subsets["bytes"] < whole
+    promised = bool((sure & smaller).any())
+    enough = subsets[(sure if promised else subsets["ratio"] >= delta) & smaller]
     if enough.empty:
         text = f"{wish}: keep all {width:,} neurons; no smaller subset that was measured reaches it on {tried}."
         return {"text": text, "neurons": width, "certain": False}
-    chosen = enough.loc[enough["neurons"].idxmin()]  # the first of equals
-    told = test[(test["selection"] == chosen["selection"]) & (test["fraction"] == chosen["fraction"])].iloc[0]
-    kept, basis = int(chosen["neurons"]), SELECTIONS[chosen["selection"]].basis is not None
-    share, basis_bytes = 100 * kept / width, 4 * width * kept if basis else 0
+    chosen = enough.loc[enough["bytes"].idxmin()]  # the first of equals
+    told = test[(test[CELL] == chosen[CELL]).all(axis=1)].iloc[0]
+    kept, bits, size = (int(chosen[name]) for name in ("neurons", "bits", "bytes"))
+    basis, share = SELECTIONS[chosen["selection"]].basis is not None, 100 * size / whole
+    basis_bytes, levels_bytes = 4 * width * kept if basis else 0, 8 * kept if bits < 32 else 0
+    each = "" if bits == 32 else f" in {bits} bit{'s' * (bits > 1)} each"
+    smaller_by = f"{size:,} bytes instead of {whole:,}"
     if basis:
-        how = (
-            f"store {kept:,} numbers per vector ({chosen['selection']}), made from all {width:,} neurons with a "
-            f"{width:,} x {kept:,} basis ({basis_bytes / 1e6:.1g} MB)"
-        )
+        how = f"store {kept:,} numbers{each} per vector ({chosen['selection']}){f': {smaller_by}' if each else ''}"
+        how += f", made from all {width:,} neurons with a {width:,} x {kept:,} basis ({basis_bytes / 1e6:.1g} MB)"
+    elif each:
+        how = f"keep {kept:,} of {width:,} neurons ({chosen['selection']}){each}: {smaller_by}, {share:.3g} %"
     else:
         how = f"keep {kept:,} of {width:,} neurons ({chosen['selection']}), {share:.3g} % of the bytes"
+    how += f", and their levels once ({levels_bytes / 1e3:.2g} kB)" if each else ""
     if promised:
         text = f"{wish}, {100 * (1 - LEVEL):g} % certain on {tried}: {how}."
     elif draws is not None:
@@ -67,6 +74,7 @@ def answer(results: "Results", layer: str, delta: float) -> dict[str, Any]:
     return {
         "text": text,
         "selection": chosen["selection"],
+        "bits": bits,
         "fraction": float(chosen["fraction"]),
         "neurons": kept,
         "certain": promised,
@@ -74,8 +82,10 @@ def answer(results: "Results", layer: str, delta: float) -> dict[str, Any]:
         "ratio_interval": interval,
         "points_lost_mean": float(-told["difference"] * headline.scale),
         "points_lost_std": None if np.isnan(told["std"]) else float(told["std"] * headline.scale),
+        "bytes": size,
         "bytes_kept_percent": share,
         "basis_bytes": basis_bytes,
+        "levels_bytes": levels_bytes,
     }
 
 
@@ -87,10 +97,10 @@ def _images(results: "Results", split: str) -> int:
 def _certain(subsets: pd.DataFrame, draws: pd.DataFrame, delta: float) -> pd.Series:
     """Return which rows of a layer's curve are certain to keep delta of the full layer's metric."""
     sure = pd.Series(False, subsets.index)
-    selections = subsets.groupby("selection", sort=False)
-    for _, rows in selections:
+    curves = subsets.groupby(SERIES, sort=False)
+    for _, rows in curves:
         rows = rows.sort_values("fraction")
-        cells = list(rows[["layer", "selection", "fraction"]].itertuples(index=False, name=None))
-        full = draws[cells[0][0], FULL, 1.0].to_numpy()
-        sure[rows.index] = certain(draws[cells].to_numpy() - delta * full[:, None], LEVEL / len(selections))
+        cells = list(rows[CELL].itertuples(index=False, name=None))
+        full = draws[cells[0][0], FULL, 32, 1.0].to_numpy()
+        sure[rows.index] = certain(draws[cells].to_numpy() - delta * full[:, None], LEVEL / len(curves))
     return sure

@@ -7,21 +7,27 @@ import pandas as pd
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.results.tables import Column
+from lightning_modules.subsets.plan import stored_bytes
 from lightning_modules.subsets.selections import FULL
+
+SERIES = ["layer", "selection", "bits"]  # what a curve is of
+CELL = [*SERIES, "fraction"]  # a point of it, of as many probes as there are seeds
 
 
 def complete(results: pd.DataFrame) -> pd.DataFrame:
     """Return rows as in `results.csv` in which every layer has a `full` one and nothing needed later is absent.
 
-    Tables of older runs may lack `layer` and `seed`; where a layer has no `full` row its fraction 1.0 counts as it.
+    Tables of older runs may lack `layer`, `bits` (then 32) and `seed`; where a layer has no `full` row its fraction 1.0
+    counts as it.
 
     A MisconfigurationException is raised if a layer has neither.
     """
     rows = results if "layer" in results else results.assign(layer="penultimate")
+    rows = rows if "bits" in rows else rows.assign(bits=32)
     if "seed" not in rows:
-        rows = rows.assign(seed=rows.groupby(["layer", "selection", "fraction", "split"]).cumcount())
+        rows = rows.assign(seed=rows.groupby([*CELL, "split"]).cumcount())
     for layer, of_layer in rows.groupby("layer", sort=False):
-        entire = of_layer[of_layer["fraction"] == 1.0]
+        entire = of_layer[(of_layer["fraction"] == 1.0) & (of_layer["bits"] == 32)]
         if (of_layer["selection"] == FULL).any():
             continue
         if entire.empty:
@@ -39,18 +45,18 @@ def curve(rows: pd.DataFrame, split: str, metric: str, columns: Sequence[Column]
     Rows are as `complete` returns them.
 
     Returns:
-        One row per layer, selection and fraction; layers in their order, in each the full layer first, fractions
-        ascending: `layer`, `selection`, `fraction`, `neurons`, `mean` and `std` of the metric over seeds
-        (population, as in the paper's tables; missing for a single seed), `seeds`, `ratio`, the mean over the full
-        layer's mean (missing if that is zero), `difference`, the mean less the full layer's, and for each column its
-        mean, and its spread as `<name>_std`.
+        One row per layer, selection, bits and fraction; layers in their order, in each the full layer first, fractions
+        ascending: `layer`, `selection`, `bits`, `fraction`, `neurons`, `bytes`, `mean` and `std` of the metric over
+        seeds (population, as in the paper's tables; missing for a single seed), `seeds`, `ratio`, the mean over the
+        full layer's mean (missing if that is zero), `difference`, the mean less the full layer's, and for each column
+        its mean, and its spread as `<name>_std`.
     """
     rows = rows[rows["split"] == split]
-    groups = rows.groupby(["layer", "selection", "fraction"], sort=False)
-    table = groups[metric].agg(mean="mean", std=_spread, seeds="size")
+    groups = rows.groupby(CELL, sort=False)
+    table = groups[metric].agg(mean="mean", std=_spread, seeds="size").reset_index()
     if "neurons" in rows:
-        table.insert(0, "neurons", groups["neurons"].first())
-    table = table.reset_index()
+        table.insert(len(CELL), "neurons", groups["neurons"].first().to_numpy())
+        table.insert(len(CELL) + 1, "bytes", stored_bytes(table["neurons"], table["bits"]))
     full = table[table["selection"] == FULL].set_index("layer")["mean"]
     table["ratio"] = table["mean"] / table["layer"].map(full).replace(0, np.nan)
     table["difference"] = table["mean"] - table["layer"].map(full)
@@ -58,10 +64,8 @@ def curve(rows: pd.DataFrame, split: str, metric: str, columns: Sequence[Column]
         if name in rows and rows[name].notna().any():
             table[name] = groups[name].mean().to_numpy()
             table[f"{name}_std"] = groups[name].agg(_spread).to_numpy()
-    orders = {"layer": list(table["layer"]), "selection": [FULL, *table["selection"]]}
-    return table.sort_values(
-        ["layer", "selection", "fraction"], key=lambda c: c.map(orders[c.name].index) if c.name in orders else c
-    )
+    orders = {"layer": list(table["layer"]), "selection": [FULL, *table["selection"]], "bits": list(table["bits"])}
+    return table.sort_values(CELL, key=lambda c: c.map(orders[c.name].index) if c.name in orders else c)
 
 
 def _spread(values: pd.Series) -> float:
@@ -73,19 +77,19 @@ def class_losses(classes: pd.DataFrame, split: str) -> pd.DataFrame:
     """Return what each class loses at each fraction of a split, from rows as in `classes.csv`; most lost first.
 
     Returns:
-        One row per layer, selection, fraction and class with images: `layer`, `selection`, `fraction`, `class`,
-        `images`, `accuracy` (mean over seeds), `full_accuracy`, and `lost`, the difference. Within a selection,
+        One row per layer, selection, bits, fraction and class with images: `layer`, `selection`, `bits`, `fraction`,
+        `class`, `images`, `accuracy` (mean over seeds), `full_accuracy`, and `lost`, the difference. Within a curve,
         classes are ordered by `lost` averaged over its fractions, descending, and fractions ascend.
     """
     rows = classes[(classes["split"] == split) & (classes["images"] > 0)]
-    keys = ["layer", "selection", "fraction", "class"]
+    keys = [*CELL, "class"]
     means = rows.assign(accuracy=rows["correct"] / rows["images"]).groupby(keys, sort=False)
     table = means.agg(images=("images", "first"), accuracy=("accuracy", "mean")).reset_index()
     full = table[table["selection"] == FULL].set_index(["layer", "class"])["accuracy"].rename("full_accuracy")
     table = table[table["selection"] != FULL].join(full, on=["layer", "class"])
     table["lost"] = table["full_accuracy"] - table["accuracy"]
-    groups = table.groupby(["layer", "selection"], sort=False).ngroup()
-    average = table.groupby(["layer", "selection", "class"], sort=False)["lost"].transform("mean")
+    groups = table.groupby(SERIES, sort=False).ngroup()
+    average = table.groupby([*SERIES, "class"], sort=False)["lost"].transform("mean")
     order = {"group": groups, "lost": -average.round(12), "class": table["class"].astype(str)}
     positions = table[["fraction"]].assign(**order).sort_values([*order, "fraction"]).index
     return table.loc[positions].reset_index(drop=True)

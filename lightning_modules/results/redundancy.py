@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 
+from lightning_modules.results.curves import SERIES
 from lightning_modules.subsets import plan
 from lightning_modules.subsets.selections import FULL
 
@@ -88,14 +89,16 @@ def sufficient_range(
     nearest = sufficient_fraction(grid, drawn / full[:, None], delta, "nearest")
     if 1.0 not in grid:
         grid, margins = np.append(grid, 1.0), np.column_stack([margins, (1 - delta) * full])
-    may_be = np.quantile(margins, 0.975, axis=0) >= 0
-    places = {0.975: int(may_be.argmax()), 0.025: int(certain(margins, 0.025).argmax())}
+    # In few bits even fraction 1 may not be enough; it is then the limit.
+    may_be, surely = np.quantile(margins, 0.975, axis=0) >= 0, certain(margins, 0.025)
+    may_be[-1] = surely[-1] = True
+    places = {0.975: int(may_be.argmax()), 0.025: int(surely.argmax())}
 
     def crossing(level: float) -> float:
         place = places[level]
-        if place == 0:
-            return grid[0]
-        before, after = margins[:, place - 1], margins[:, place]
+        before, after = margins[:, max(place - 1, 0)], margins[:, place]
+        if place == 0 or np.quantile(after, level) < 0:
+            return grid[place]
         share = brentq(lambda at: np.quantile(before + at * (after - before), level), 0, 1, xtol=1e-4)
         return grid[place - 1] + share * (grid[place] - grid[place - 1])
 
@@ -116,30 +119,34 @@ def redundancy(
         split: The split to look at.
         deltas: Shares of the full layer's metric.
         metric: Column of the metric.
-        draws: Of the mean of each selection and fraction, as `resampling.resample` returns them; None for no intervals.
+        draws: Of the mean of each curve's fractions, as `resampling.resample` returns them; None for no intervals.
 
     Returns:
-        One row per layer, selection, rule and delta: `layer`, `selection`, `rule`, `delta`, `fraction` (that is
-        enough), `neurons` (the critical mass: as many as that fraction is; missing without `width`), `redundancy`,
-        and the limits `low` and `high`, missing without draws.
+        One row per layer, selection, bits, rule and delta: `layer`, `selection`, `bits`, `rule`, `delta`, `fraction`
+        (that is enough), `neurons` (the critical mass: as many as that fraction is; missing without `width`),
+        `redundancy`, and the limits `low` and `high`, missing without draws. All are missing where in so few bits even
+        all coordinates are not enough.
     """
     rows = rows[rows["split"] == split]
     table = []
-    for (layer, selection), group in rows[rows["selection"] != FULL].groupby(["layer", "selection"], sort=False):
+    for (layer, selection, bits), group in rows[rows["selection"] != FULL].groupby(SERIES, sort=False):
         full = rows.loc[(rows["layer"] == layer) & (rows["selection"] == FULL), metric].mean() or np.nan
         means = group.groupby("fraction")[metric].mean()
         grid, ratios = means.index.to_numpy(float), means.to_numpy() / full
         if draws is not None:
-            drawn, drawn_full = draws[[(layer, selection, each) for each in grid]].to_numpy(), draws[layer, FULL, 1.0]
+            drawn = draws[[(layer, selection, bits, each) for each in grid]].to_numpy()
+            drawn_full = draws[layer, FULL, 32, 1.0].to_numpy()
         for delta in deltas:
             ranges: dict[str, tuple[float, float]] = {}
             if draws is not None:
-                ranges = sufficient_range(grid, drawn, drawn_full.to_numpy(), delta)
+                ranges = sufficient_range(grid, drawn, drawn_full, delta)
             for rule in RULES:
                 enough = float(sufficient_fraction(grid, ratios, delta, rule))
                 least, most = ranges.get(rule, (np.nan, np.nan))
                 mass = plan.neurons(enough, int(group["width"].iloc[0])) if "width" in group else np.nan
                 low, high = 1 - max(most, enough), 1 - min(least, enough)  # NaN comes first, and so stays
-                table.append([layer, selection, rule, delta, enough, mass, 1 - enough, low, high])
-    columns = ["layer", "selection", "rule", "delta", "fraction", "neurons", "redundancy", "low", "high"]
+                found = [enough, mass, 1 - enough, low, high]
+                never = bits < 32 and rule != "nearest" and not (ratios.round(12) >= delta).any()
+                table.append([layer, selection, bits, rule, delta, *([np.nan] * len(found) if never else found)])
+    columns = [*SERIES, "rule", "delta", "fraction", "neurons", "redundancy", "low", "high"]
     return pd.DataFrame(table, columns=columns)

@@ -16,7 +16,7 @@ from lightning_modules.results import curves
 from lightning_modules.results.answer import answer
 from lightning_modules.results.redundancy import DELTAS, redundancy
 from lightning_modules.results.resampling import resample, with_limits
-from lightning_modules.results.tables import PER_IMAGE_FILE, Column, read_per_image
+from lightning_modules.results.tables import PER_IMAGE_FILE, Column, by_series, read_per_image
 from lightning_modules.subsets.selections import FULL
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ class Results:
         return list(self.rows["layer"].unique())
 
     @property
+    def several_bits(self) -> bool:
+        """Whether numbers are stored in fewer than 32 bits, too."""
+        return bool((self.rows["bits"] < 32).any())
+
+    @property
     def columns(self) -> list[Column]:
         """The measures' columns that have a label, without the headline metric's."""
         columns = [column for measure in self.measures for column in measure.columns]
@@ -152,9 +157,11 @@ class Results:
         test, found = test[test["layer"] == layer], found[found["layer"] == layer]
         names = ("diffused_redundancy", "diffused_redundancy_interval", "critical_mass")
         redundancies: dict[str, Any] = {name: {} for name in names}
-        for row in found.round(9).to_dict("records"):
+        for row in by_series(found.round(9)).to_dict("records"):
             interval = None if math.isnan(row["low"]) else [row["low"], row["high"]]
-            for name, value in zip(names, (row["redundancy"], interval, int(row["neurons"])), strict=True):
+            never = math.isnan(row["redundancy"])
+            values = (None, None, None) if never else (row["redundancy"], interval, int(row["neurons"]))
+            for name, value in zip(names, values, strict=True):
                 rules = redundancies[name].setdefault(str(row["selection"]), {})
                 rules.setdefault(row["rule"], {})[f"{row['delta']:g}"] = value
         points = test[test["selection"] != FULL].astype(object)

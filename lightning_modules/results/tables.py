@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from lightning_modules.subsets.plan import Probe
+from lightning_modules.subsets.plan import Probe, series, stored_bytes
 
 PER_IMAGE_FILE = "per_image.safetensors"
 PER_IMAGE = "per_image"  # the name under which a measure gives the headline metric of every image, shape (P, n)
@@ -49,6 +49,11 @@ class Column(NamedTuple):
         return shown if math.isnan(spread) else f"{shown} ± {self.scale * spread:.{self.digits}f}"
 
 
+def by_series(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows for people to read: `selection` is what its curve is called, with the bits where they are few."""
+    return rows.assign(selection=list(map(series, rows["selection"], rows["bits"])))
+
+
 def assemble(
     probes: Sequence[Probe],
     widths: Mapping[str, int],
@@ -62,6 +67,7 @@ def assemble(
     Beside them stands by split what was found of each image, shape (P, n), where a measure gave that.
     """
     known = pd.DataFrame(list(probes)).assign(width=[widths[probe.layer] for probe in probes])
+    known["bytes"] = stored_bytes(known["neurons"], known["bits"])
     tables: dict[str, list[pd.DataFrame]] = {"results": []}
     per_image = {}
     for split, computed in measured.items():
@@ -74,7 +80,19 @@ def assemble(
             else:
                 tables.setdefault(name, []).append(value)
         rows = known.assign(**{"split": split, **facts, **values})
-        first = ["task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split"]
+        first = [
+            "task",
+            "backbone",
+            "layer",
+            "selection",
+            "fraction",
+            "neurons",
+            "width",
+            "bits",
+            "bytes",
+            "seed",
+            "split",
+        ]
         first += [name for name in ("images", metric, "loss") if name in values]
         tables["results"].append(rows[list(dict.fromkeys([*first, *facts, *values]))])
     return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}, per_image
@@ -126,12 +144,12 @@ class Predictions:
     def table(self) -> pd.DataFrame:
         """Return one row per image: its name, its label, and what each probe decides.
 
-        A probe's column is `<selection>/<fraction>/<seed>`, after its layer where there are several.
+        A probe's column is `<series>/<fraction>/<seed>`, after its layer where there are several.
         """
         several = len({probe.layer for probe in self.probes}) > 1
         columns = {"image": [self.images.name(index) for index in range(len(self.images))]}
         columns["label"] = self.target.name(self.images.labels)
         for probe, decisions in zip(self.probes, self.decisions, strict=True):
             layer = f"{probe.layer}/" if several else ""
-            columns[f"{layer}{probe.selection}/{probe.fraction:g}/{probe.seed}"] = self.target.name(decisions)
+            columns[f"{layer}{probe.series}/{probe.fraction:g}/{probe.seed}"] = self.target.name(decisions)
         return pd.DataFrame(columns)

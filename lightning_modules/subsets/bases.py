@@ -9,6 +9,10 @@ from torch.nn.functional import normalize
 
 from lightning_modules.features.moments import Moments, rounding
 
+STEPS = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.03076}
+"""By bits, the step between levels over the standard deviation: uniform levels with the least squared error on a normal
+distribution (Max, 1960)."""
+SMALLEST = 1e-30  # step, of a coordinate that never changes
 PENALTY = 0.3  # where labels rank neurons, over the mean diagonal of the layer's centred X'X
 
 
@@ -34,6 +38,9 @@ class Ordering(NamedTuple):
 
     def square(self, matrix: Tensor) -> Tensor:
         """Return a quadratic form over neurons, shape (D, D) and symmetric, over the coordinates, shape (k, k)."""
+        if self.basis is None:
+            chosen = self.chosen.to(matrix.device)
+            return matrix[chosen.unsqueeze(1), chosen]
         return self.coordinates(self.coordinates(matrix).t())
 
     def masks(self) -> Tensor:
@@ -90,6 +97,31 @@ def discriminants(moments: Moments) -> Tensor:
 def _signed(columns: Tensor) -> Tensor:
     """Return columns of which each has a positive entry of the largest magnitude."""
     return columns * columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
+
+
+class Quantiser(NamedTuple):
+    """Uniform levels of each coordinate, `low + step * code` with codes from 0 to 2^bits - 1; the mean is their middle.
+
+    With one bit that is the sign of the difference to the mean, seen as the mean less or plus half a step.
+    """
+
+    low: Tensor  # The lowest level of each, shape (D,)
+    step: Tensor  # Between two levels, shape (D,), above 0
+    bits: int
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return the nearest levels to coordinates, shape (..., D)."""
+        codes = ((values - self.low) / self.step).round_().clamp_(0, 2**self.bits - 1)
+        return codes.mul_(self.step).add_(self.low)
+
+
+def levels(mean: Tensor, variance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the lowest level and the step, shape (D,) each, for coordinates of that mean and variance over train.
+
+    One that never changes has a step so small that its only level is its mean.
+    """
+    step = (STEPS[bits] * variance.clamp(min=0).sqrt()).clamp(min=SMALLEST)
+    return mean - step * (2**bits - 1) / 2, step
 
 
 def gaussian_projection(width: int, seed: int) -> Tensor:

@@ -47,7 +47,7 @@ def trial(random: np.random.Generator, seeds: int, images: int) -> tuple[np.ndar
             noise = np.sqrt(1 - IMAGES - spread**2) * random.standard_normal(images)
             right.append(norm.ppf(truth) + offset + easy + noise > 0)
             rows.append(("net", "random", fraction, seed))
-    return np.stack(right), pd.DataFrame(rows, columns=["layer", "selection", "fraction", "seed"])
+    return np.stack(right), pd.DataFrame(rows, columns=["layer", "selection", "fraction", "seed"]).assign(bits=32)
 
 
 def coverage(seeds: int, images: int, trials: int) -> dict[tuple[str, float], float]:

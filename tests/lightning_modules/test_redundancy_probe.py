@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from evaluation import quantised
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -310,10 +311,12 @@ def test_layers_read_in_one_pass_are_those_read_alone(tmp_path):
                 torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("standardise", "refit"), [(False, False), (True, False), (True, True)])
-def test_ridge_probes_are_those_of_scikit_learn(tmp_path, standardise, refit):
+@pytest.mark.parametrize(
+    ("standardise", "refit", "bits"), [(False, False, 32), (True, False, 32), (True, True, 32), (False, True, [4, 1])]
+)
+def test_ridge_probes_are_those_of_scikit_learn(tmp_path, standardise, refit, bits):
     penalties = [1e-3, 1e-1, 10.0]
-    settings = {"selection": ["random", "pca", "fisher"], "standardise": standardise, "refit": refit}
+    settings = {"selection": ["random", "pca", "fisher"], "standardise": standardise, "refit": refit, "bits": bits}
     model, task, _ = fit(tmp_path, build(solver=Ridge(penalties), **settings))
     (train, labels), (val, val_labels), (test, test_labels) = (rows_of(task, s) for s in ("train", "val", "test"))
     if standardise:
@@ -321,25 +324,27 @@ def test_ridge_probes_are_those_of_scikit_learn(tmp_path, standardise, refit):
         std[std < 1e-9] = 1
         train, val, test = ((part - mean) / std for part in (train, val, test))
     final, final_labels = (np.r_[train, val], np.r_[labels, val_labels]) if refit else (train, labels)
-    scale, final_scale = (part.var(0).mean() * len(part) for part in (train, final))
     results = model.results().tables["results"]
     judged, results = (results[results["split"] == split].reset_index() for split in ("val", "test"))
     for index, row in enumerate(results.itertuples()):
-        group = next(group for group in model.coordinates.groups if index in group.probes)
-        ordering = model.coordinates.ordering(group)
-        place = group.probes.index(index)
-        seen = [
-            ordering.coordinates(torch.from_numpy(part)).numpy()[:, : group.sizes[place]]
-            for part in (train, val, test, final)
-        ]
+        probe, subset = model.probes[index], model.coordinates.subset(index).numpy()
+        basis, parts = model.coordinates.basis(index), (train, val, test, final)
+        scale, final_scale = (part.var(0).mean() * len(part) for part in (train, final))
+        if basis is not None:
+            parts = [(part - basis[1].double().numpy()) @ basis[0].double().numpy() for part in parts]
+        if probe.bits < 32:
+            parts = [quantised(part, parts[0], probe.bits).astype(float) for part in parts]
+            scale, final_scale = (parts[place].var(0).mean() * len(parts[place]) for place in (0, 3))
+        seen = [part[:, subset] for part in parts]
         fits = [linear_model.Ridge(alpha=penalty * scale).fit(seen[0], np.eye(5)[labels]) for penalty in penalties]
         errors = [np.square(each.predict(seen[1]) - np.eye(5)[val_labels]).sum(1).mean() for each in fits]
         best = int(np.argmin(errors))
         assert row.penalty == penalties[best]
         assert judged["loss"][index] == pytest.approx(errors[best], rel=1e-4)
         ends = linear_model.Ridge(alpha=penalties[best] * final_scale).fit(seen[3], np.eye(5)[final_labels])
-        assert row.accuracy == (ends.predict(seen[2]).argmax(1) == test_labels).mean()
-        np.testing.assert_allclose(model.grid.final_probe(index)[0], ends.coef_, rtol=1e-4, atol=1e-6)
+        if probe.bits == 32 or basis is None:  # where components lie between two levels, rounding decides
+            assert row.accuracy == (ends.predict(seen[2]).argmax(1) == test_labels).mean()
+            np.testing.assert_allclose(model.grid.final_probe(index)[0], ends.coef_, rtol=1e-4, atol=1e-6)
         assert row.loss == pytest.approx(
             np.square(ends.predict(seen[2]) - np.eye(5)[test_labels]).sum(1).mean(), rel=1e-4
         )

@@ -19,7 +19,7 @@ def test_counts_and_losses_are_those_of_numpy():
     losses = np.log(np.exp(values).sum(1)) - values[:, labels, np.arange(150)]
     np.testing.assert_allclose(found["loss"], losses.mean(1), rtol=1e-6)
     classes = found["classes"]
-    assert list(classes) == ["layer", "selection", "fraction", "seed", "split", "class", "images", "correct"]
+    assert list(classes) == ["layer", "selection", "bits", "fraction", "seed", "split", "class", "images", "correct"]
     assert classes["class"].tolist() == [f"class {label}" for label in range(5)] * len(PROBES)
     by_probe = classes.groupby(["layer", "selection", "fraction", "seed"], sort=False)
     for (key, rows), probe, hits in zip(by_probe, PROBES, right, strict=True):

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from evaluation import evaluate, random_logits
 
@@ -44,6 +45,19 @@ def test_estimates_that_are_probabilities_already_are_averaged_as_they_are():
     members = [i for i, p in enumerate(PROBES) if (p.selection, p.fraction) == ("random", 0.1)]
     expected = (logits[members].double().mean(0).argmax(0) == LABELS).double().mean()
     assert table.iloc[0]["accuracy"] == expected.item()
+
+
+def test_an_ensemble_and_the_probe_beside_it_have_the_same_bits():
+    probes = Plan("random", [0.4, 0.9], 3, bits=[32, 2]).probes({"penultimate": 40}, together=True)
+    logits = random_logits(probes, 5, LABELS)
+    (table,) = evaluate(Ensembles(), probes, LABELS, logits=logits, fractions=[0.4, 0.9]).values()
+    right = (logits.argmax(1) == LABELS).double().mean(1)
+    assert table["bits"].tolist() == [32] * 6 + [2] * 6
+    for row in table[table["rule"] == "mean_logit"].itertuples():
+        alike = [i for i, p in enumerate(probes) if (p.bits, p.neurons) == (row.bits, row.single_neurons)]
+        assert row.single_accuracy == pytest.approx(right[alike].mean().item())
+        members = [i for i, p in enumerate(probes) if (p.bits, p.fraction) == (row.bits, row.fraction)]
+        assert row.accuracy == (logits[members].mean(0).argmax(0) == LABELS).double().mean().item()
 
 
 def test_where_nothing_differs_by_the_seed_alone_there_are_none():

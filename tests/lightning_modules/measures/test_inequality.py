@@ -42,7 +42,7 @@ def test_of_means_it_is_that_of_accuracies_averaged_over_seeds_before():
     assert len(rows) == 2 * (1 + 2 + 2)
     right = (logits.argmax(1) == labels).double().numpy()
     for row in rows.itertuples():
-        alike = [i for i, p in enumerate(probes) if (p.layer, p.selection, p.fraction) == row[1:4]]
+        alike = [i for i, p in enumerate(probes) if (p.layer, p.selection, p.bits, p.fraction) == row[1:5]]
         means = [right[alike][:, labels.numpy() == label].mean() for label in range(4)]
         assert (row.seeds, row.split) == (len(alike), "test")
         assert row.coefficient_of_variation == pytest.approx(np.std(means) / np.mean(means))

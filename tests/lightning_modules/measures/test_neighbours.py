@@ -1,12 +1,15 @@
+import numpy as np
 import pytest
 import torch
-from evaluation import evaluate
+from evaluation import evaluate, quantised
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.neighbors import NearestNeighbors
 
+from lightning_modules.features.moments import Moments
 from lightning_modules.measures import Neighbours
 from lightning_modules.measures.neighbours import neighbours_kept
 from lightning_modules.subsets.bases import Ordering, orthogonal_projection
+from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Plan
 
 
@@ -69,6 +72,35 @@ def test_test_images_are_looked_for_among_training_images_that_are_kept(real_fea
         assert row.kept == kept.item() / 7 / len(queries)
     assert evaluate(Neighbours(), probes, labels, **known) == {}  # the training images are not kept
     assert evaluate(Neighbours(), probes, labels, features=features, split="val", **known) == {}
+
+
+def test_neighbours_in_few_bits_are_those_of_what_is_stored(real_features):
+    gallery, queries = real_features.train[:, 400:470], real_features.test[:, 400:470]
+    probes = Plan(["random", "pca"], 0.5, 1, bits=[32, 2]).probes({"one": 70})
+    coordinates, moments = Coordinates(probes, {"one": 70}), Moments(70, 12)
+    moments.update(gallery, real_features.train_labels)
+    coordinates.fit({"one": moments})
+    known = {"inputs": queries, "widths": {"one": 70}, "classes": 12, "coordinates": coordinates}
+    (table,) = evaluate(
+        Neighbours(7), probes, real_features.test_labels, features=lambda split: gallery, **known
+    ).values()
+    wanted = nearest(queries.double().numpy(), gallery.double().numpy(), 7)
+    kept = table.set_index(["selection", "bits", "fraction"])["kept"]
+    for index, probe in enumerate(probes):
+        subset, basis, parts = coordinates.subset(index), coordinates.basis(index), (gallery.double(), queries.double())
+        away = torch.zeros(len(subset), dtype=torch.float64)
+        if basis is not None:  # directions through the origin, as in 32 bits
+            matrix, centre = basis[0].double()[:, subset], basis[1].double()
+            parts, away = [(part - centre) @ matrix for part in parts], centre @ matrix
+        else:
+            parts = [part[:, subset] for part in parts]
+        stored = [part.numpy() for part in parts]
+        if probe.bits < 32:
+            stored = [quantised(part, stored[0], probe.bits) for part in stored]
+        found = nearest(stored[1] + away.numpy(), stored[0] + away.numpy(), 7)
+        share = np.mean([len(set(a) & set(b)) / 7 for a, b in zip(wanted, found, strict=True)])
+        assert kept[probe.selection, probe.bits, probe.fraction] == pytest.approx(share, abs=0.002)
+    assert kept["random", 2, 0.5] < kept["random", 32, 0.5] < 1
 
 
 def test_less_than_one_neighbour_is_refused():

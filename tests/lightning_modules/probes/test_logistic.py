@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from evaluation import quantised
 from lightning.pytorch import Trainer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -48,11 +49,14 @@ def fitted(fit):
 
 def seen(model, task, index, split):
     """What a probe sees of a split, and the labels."""
-    rows = task.features(split)[0]
-    layer = model.coordinates.by_layer(rows[torch.arange(len(rows))].double())[model.probes[index].layer]
-    basis = model.coordinates.basis(index)
-    values = layer if basis is None else (layer - basis[1]) @ basis[0].double()
-    return values[:, model.coordinates.subset(index)].numpy(), task.images[split].labels.numpy()
+    probe, basis, parts = model.probes[index], model.coordinates.basis(index), []
+    for name in (split, "train"):
+        rows = task.features(name)[0]
+        layer = model.coordinates.by_layer(rows[torch.arange(len(rows))].double())[probe.layer]
+        values = layer if basis is None else (layer - basis[1]) @ basis[0].double()
+        parts.append(values[:, model.coordinates.subset(index)].numpy())
+    values = parts[0] if probe.bits == 32 else quantised(*parts, probe.bits).astype(float)
+    return values, task.images[split].labels.numpy()
 
 
 def optimum(inputs, labels, penalty):
@@ -95,6 +99,15 @@ def test_every_probe_its_penalty_and_its_refit_are_scikit_learns(fitted):
     assert ours == pytest.approx(theirs, abs=0.002)
     assert (results["excess"] <= 1e-6).all()
     assert model.solver.remarks(model) == []
+
+
+def test_probes_in_few_bits_reach_scikit_learns_optimum(fit):
+    model, task = fit(Logistic(10.0), fractions=0.2, selection="pca", bits=2)
+    for index in (index for index, probe in enumerate(model.probes) if probe.bits == 2):
+        data = seen(model, task, index, "train")
+        reference = optimum(*data, 10.0)
+        lowest = objective(reference.coef_, reference.intercept_, *data, 10.0)
+        assert objective(*model.grid.final_probe(index), *data, 10.0) == pytest.approx(lowest, rel=1e-3)
 
 
 def test_a_probe_in_the_bank_takes_the_steps_that_it_takes_alone(fit):

@@ -89,6 +89,18 @@ def test_rule_and_delta_change_the_table_and_patterns_find_the_runs(paper, cli, 
     assert pd.read_csv(tmp_path / "third" / "dr_table.csv")["cifar10"].item() < 0.8
 
 
+def test_runs_of_a_selection_in_other_bits_stand_beside_each_other(cli, tmp_path):
+    write(tmp_path / "runs" / "a")
+    write(tmp_path / "runs" / "b", bits=lambda rows: np.where(rows["selection"] == "full", 32, 4))
+    status, out, err = cli("compare", "runs/*")
+    assert status == 0, err
+    assert "Left out" not in out
+    table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
+    assert table[["selection", "pets"]].to_numpy().tolist() == [["random", 0.5], ["random_4bit", 0.5]]
+    write(tmp_path / "runs" / "c", bits=lambda rows: np.where(rows["selection"] == "full", 32, 4))
+    assert "both measure random_4bit subsets of net" in cli("compare", "runs/*")[1]
+
+
 def test_rows_tell_layers_and_selections_apart_where_they_differ(cli, tmp_path):
     write(tmp_path / "runs" / "a")
     write(tmp_path / "runs" / "b", layer="layer3", width=50)
@@ -239,7 +251,7 @@ def test_the_frontier_is_what_nothing_else_beats():
     beaten = [
         any((x[j] >= x[i] and y[j] > y[i]) or (x[j] > x[i] and y[j] >= y[i]) for j in range(30)) for i in range(30)
     ]
-    given = pareto_frontier(pd.DataFrame({"redundancy": x, "full": y}))
+    given = pareto_frontier(pd.DataFrame({"redundancy": x, "full": y}), "redundancy", "full")
     assert set(map(tuple, given.to_numpy())) == {(x[i], y[i]) for i in range(30) if not beaten[i]}
     assert given["redundancy"].is_monotonic_increasing
 

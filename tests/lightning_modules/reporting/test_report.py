@@ -10,6 +10,7 @@ import pytest
 from made_up import ACCURACY, CURVE, full_run, per_image, tables
 
 from lightning_modules.measures import CKA, Accuracy, Ensembles, Inequality, Neighbours, Neurons
+from lightning_modules.reporting import figures
 from lightning_modules.reporting.report import report
 from lightning_modules.results.results import Results
 
@@ -121,6 +122,29 @@ def test_every_picture_is_there_in_both_formats_and_the_same_each_time(written, 
     assert {file.name for file in tmp_path.iterdir()} == pictures | {
         *("results.csv", "classes.csv", "redundancy.csv", "summary.json", "report.html", "notes.csv"),
     }
+
+
+def test_where_bits_differ_bytes_are_drawn_and_shown(written, tmp_path):
+    assert not (written[0] / "bytes.png").exists()
+    assert "bytes" not in Page((written[0] / "report.html").read_text()).rows[0]
+    measured = CURVE | {"random_4bit": {0.5: [0.84, 0.86, 0.85], 1.0: [0.87, 0.87, 0.87]}, "first_1bit": {1.0: [0.8]}}
+    found = tables(measured, measured)
+    results = Results(found, [Accuracy()], ACCURACY, per_image(found))
+    text = report(tmp_path, results, [], {})
+    line = next(line for line in text.splitlines() if line.startswith("random_4bit") and line.split()[1] == "0.5")
+    assert line.split()[2:5] == ["50", "25", "85.0"]
+    assert (tmp_path / "bytes.png").exists()
+    rows = {tuple(row[:4]): row for row in Page((tmp_path / "report.html").read_text()).rows}
+    assert ("random_4bit", "0.5", "50", "25") in rows
+    (picture,) = figures.stores(results, "test").values()
+    random, first = picture.figure.axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in random.get_lines()}
+    assert drawn["4 bits a number"] == [[25, pytest.approx(85)], [50, pytest.approx(87)]]
+    assert drawn["32 bits a number"][-1] == [400, pytest.approx(90)]
+    # 40 bytes of 10 neurons, and 80 of 20, reach less than 25 of 50 in 4 bits.
+    assert [at for at, _ in drawn["Pareto frontier"]] == [25, 50, 200, 400]
+    frontier = next(line for line in first.get_lines() if line.get_label() == "Pareto frontier")
+    assert frontier.get_xdata().tolist() == [13, 400]
 
 
 def test_text_and_pictures_call_the_metric_what_the_target_calls_it(tmp_path):

@@ -82,7 +82,7 @@ def test_a_curve_has_every_measure_that_is_there_with_its_spread():
 def test_every_layer_is_divided_by_its_own_full_layer():
     one, two = results().assign(layer="one"), results().assign(layer="two")
     two["accuracy"] = two["accuracy"] / 2
-    given = curve(pd.concat([one, two]), "test", "accuracy")
+    given = curve(complete(pd.concat([one, two])), "test", "accuracy")
     assert given["layer"].tolist() == ["one"] * 6 + ["two"] * 6
     np.testing.assert_allclose(given["mean"][:6].to_numpy(), 2 * given["mean"][6:].to_numpy())
     np.testing.assert_allclose(given["ratio"][:6].to_numpy(), given["ratio"][6:].to_numpy())
@@ -111,7 +111,7 @@ def test_classes_that_lose_most_come_first_by_name():
         for seed, correct in enumerate(values)
     ]
     table = pd.DataFrame(rows).assign(
-        split="test", layer="penultimate", images=lambda t: np.where(t["class"] == "owl", 0, 10)
+        split="test", layer="penultimate", bits=32, images=lambda t: np.where(t["class"] == "owl", 0, 10)
     )
     given = class_losses(table, "test")
     assert given[["class", "fraction"]].to_numpy().tolist() == [["dog", 0.1], ["dog", 0.5], ["cat", 0.1], ["cat", 0.5]]

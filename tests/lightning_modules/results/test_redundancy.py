@@ -82,7 +82,7 @@ def few_seeds(seeds):
             {"selection": "random", "fraction": f, "seed": seed, "accuracy": 0.6 + 0.1 * place + offset}
             for place, f in enumerate(grid)
         ]
-    return pd.DataFrame(rows).assign(split="test", layer="one", width=1000)
+    return pd.DataFrame(rows).assign(split="test", layer="one", bits=32, width=1000)
 
 
 def test_limits_of_what_is_enough_are_where_margins_are_surely_on_one_side():

@@ -105,6 +105,46 @@ def test_the_cheapest_of_several_selections_is_the_answer():
     assert (answer["selection"], answer["neurons"], answer["points_lost_std"]) == ("first", 10, None)
 
 
+BITS = {
+    "random": {0.2: [0.84, 0.84], 0.5: [0.88, 0.88]},
+    "random_4bit": {0.2: [0.62, 0.66], 0.5: [0.84, 0.84], 1.0: [0.89, 0.89]},
+    "pca_1bit": {0.5: [0.3], 1.0: [0.7]},
+}
+
+
+def test_the_answer_is_the_store_of_the_fewest_bytes_whatever_their_bits():
+    answer = answers(BITS, BITS)[0.9]
+    assert answer["text"].startswith(
+        "To keep 90 % of the accuracy, 95 % certain on 1,000 validation images: keep 50 of 100 neurons (random) in 4 "
+        "bits each: 25 bytes instead of 400, 6.25 %, and their levels once (0.4 kB). On 1,000 test images that keeps "
+        "93.3 % ("
+    )
+    told = {"bits": 4, "bytes": 25, "bytes_kept_percent": 6.25, "basis_bytes": 0, "levels_bytes": 400}
+    assert told.items() <= answer.items()
+    stored = answers(*[{"pca_1bit": {1.0: [0.88]}}] * 2)[0.9]
+    assert (
+        "store 100 numbers in 1 bit each per vector (pca): 13 bytes instead of 400, made from all 100 neurons with a "
+        "100 x 100 basis (0.04 MB), and their levels once (0.8 kB)."
+    ) in stored["text"]
+    assert "keep all 100 neurons" in answers(*[{"pca_1bit": BITS["pca_1bit"]}] * 2)[0.9]["text"]
+
+
+def test_every_number_of_bits_has_its_own_redundancy_and_none_where_all_of_it_is_not_enough():
+    found = tables(BITS, BITS)
+    results = Results(found, [], ACCURACY, per_image(found))
+    (layer,) = json.loads(json.dumps(results.summary()))["layers"]
+    redundancies = {name: rules["threshold"]["0.9"] for name, rules in layer["diffused_redundancy"].items()}
+    assert redundancies == {"random": 0.8, "random_4bit": 0.5, "pca_1bit": None}
+    assert layer["critical_mass"]["random_4bit"]["threshold"]["0.9"] == 50
+    assert layer["critical_mass"]["pca_1bit"]["interpolated"]["0.9"] is None
+    intervals = layer["diffused_redundancy_interval"]["random_4bit"]["threshold"]
+    assert (intervals["0.95"][0], intervals["0.99"]) == (0, None)  # 0.855 and 0.891 are asked for, of 0.89
+    curve = results.curve("test").set_index(["selection", "bits", "fraction"])
+    assert curve.loc[("random", 4, 0.5), ["neurons", "bytes", "mean"]].tolist() == [50, 25, 0.84]
+    assert curve.loc[("random", 4, 1.0), "ratio"] == pytest.approx(0.89 / 0.9)  # over the full layer in 32 bits
+    assert curve.loc[("full", 32, 1.0), "bytes"] == 400
+
+
 def test_the_summary_has_every_layer_alike_with_intervals_and_critical_mass():
     found = full_run()
     results = Results(found, [Accuracy(), CKA(), Inequality()], ACCURACY, per_image(found))
@@ -180,11 +220,11 @@ def test_tables_are_assembled_in_the_order_of_the_contract():
     facts = {"task": "task", "backbone": "net", "solver": "sgd", "epoch": [5, 4, 3, 2, 1, 0]}
     found, of_images = assemble(probes, {"one": 10, "two": 20}, measured, "accuracy", facts)
     assert list(found["results"]) == [
-        *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "seed", "split", "images"),
-        *("accuracy", "loss", "solver", "epoch", "gained", "own"),
+        *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "bits", "bytes", "seed", "split"),
+        *("images", "accuracy", "loss", "solver", "epoch", "gained", "own"),
     ]
     row = found["results"].iloc[6 + 4]
-    assert row.tolist() == ["task", "net", "two", "random", 0.5, 10, 20, 0, "test", 13, 0.4, 4, "sgd", 1, 4, -4]
+    assert row.tolist() == ["task", "net", "two", "random", 0.5, 10, 20, 32, 40, 0, "test", 13, 0.4, 4, "sgd", 1, 4, -4]
     assert found["table"]["split"].tolist() == ["val", "test"]
     np.testing.assert_array_equal(of_images["test"], values[:, None])
 

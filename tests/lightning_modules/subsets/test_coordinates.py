@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from evaluation import STEPS
 from sklearn.decomposition import PCA
 
 from lightning_modules.features.moments import Moments
+from lightning_modules.subsets.bases import Quantiser
+from lightning_modules.subsets.bases import levels as levels_of
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Plan
 from lightning_modules.subsets.selections import OFFERED, SELECTIONS
@@ -20,24 +23,27 @@ def features(count=80):
     return values + 5, torch.randint(3, (count,), generator=generator)
 
 
-def fitted(selections, inputs, labels, widths=WIDTHS):
-    coordinates = Coordinates(Plan(selections, FRACTIONS, 2).probes(widths), widths)
+def fitted(selections, inputs, labels, widths=WIDTHS, bits=32):
+    coordinates = Coordinates(Plan(selections, FRACTIONS, 2, bits=bits).probes(widths), widths)
     sums = {}
     for layer, part in coordinates.by_layer(inputs).items():
         moments = Moments(widths[layer], 3)
-        moments.update(part, labels)
-        sums[layer] = moments
+        other = Moments(widths[layer], 3)  # as on another process
+        moments.update(part[:30], labels[:30])
+        other.update(part[30:], labels[30:])
+        sums[layer] = moments + other
     coordinates.fit(sums)
     return coordinates
 
 
 def test_every_probe_sees_what_its_subset_and_basis_say():
     inputs, labels = features()
-    coordinates = fitted(OFFERED, inputs, labels)
+    coordinates = fitted(OFFERED, inputs, labels, bits=[32, 2])
+    sources = coordinates.sources(inputs)
     gathered, spaces, masks = coordinates(inputs), coordinates.spaces(inputs), coordinates.masks()
     start = 0
     for group in coordinates.groups:
-        ordering, part = coordinates.ordering(group), coordinates.by_layer(inputs)[group.layer].double()
+        ordering, part = coordinates.ordering(group), sources[coordinates.source(group)].double()
         expected = ordering.coordinates(part) - coordinates.centre(group)
         rows = gathered[start : start + group.sizes[-1]]
         np.testing.assert_allclose(rows.t(), expected, atol=2e-4)
@@ -47,6 +53,37 @@ def test_every_probe_sees_what_its_subset_and_basis_say():
             assert seen == {tuple(row.tolist()) for row in rows[:size]}
         start += group.sizes[-1]
     assert start == len(gathered)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+def test_few_bits_are_the_nearest_of_levels_around_the_mean_over_train(bits):
+    inputs, labels = features()
+    inputs[:, 3] = 7  # never changes
+    coordinates = fitted(["random", "pca", "random_projection"], inputs, labels, bits=[32, bits])
+    unseen = torch.cat([inputs[:5] + 0.5, 100 * inputs[5:10]])  # some beyond all levels
+    known, found, ends = coordinates(inputs), coordinates(unseen), 0
+    parts = {}
+    for group in coordinates.groups:
+        rows, ends = slice(ends, ends + group.sizes[-1]), ends + group.sizes[-1]
+        parts[group.layer, group.selection, group.seed, group.bits] = known[rows].t(), found[rows].t()
+    of_few = {key: value for key, value in parts.items() if key[3] == bits}
+    assert len(of_few) == 2 * (2 + 1 + 2)
+    for (*group, _), (train, other) in of_few.items():
+        exact, exact_other = (part.double().numpy()[:, : train.shape[1]] for part in parts[*group, 32])
+        mean, deviation = exact.mean(0), exact.std(0)
+        levels = mean + deviation * STEPS[bits] * (np.arange(2**bits)[:, None, None] - (2**bits - 1) / 2)
+        for stored, values in ((train, exact), (other, exact_other)):
+            nearest = np.abs(levels - values).min(0)
+            np.testing.assert_allclose(np.abs(stored.numpy() - values), nearest, atol=1e-4 * np.abs(values).max())
+        assert max(len(column.unique()) for column in train.t()) <= 2**bits
+    # The step errs least on normal numbers.
+    values = torch.linspace(-8, 8, 160_001, dtype=torch.float64)
+    low, step = levels_of(torch.zeros(1), torch.ones(1), bits)
+    errors = [
+        ((Quantiser(low * scale, step * scale, bits)(values) - values).square() * (-values.square() / 2).exp()).sum()
+        for scale in (0.98, 1, 1.02)
+    ]
+    assert errors[1] == min(errors)
 
 
 def test_principal_components_are_those_of_scikit_learn():
@@ -86,8 +123,9 @@ def test_projections_nest_and_differ_by_seed(selection):
 
 def test_what_is_fitted_is_in_the_state_and_what_a_seed_gives_is_not():
     inputs, labels = features()
-    coordinates = fitted(["pca", "random_projection", "fisher"], inputs, labels)
-    fresh = Coordinates(Plan(["pca", "random_projection", "fisher"], FRACTIONS, 2).probes(WIDTHS), WIDTHS)
+    coordinates = fitted(["pca", "random_projection", "fisher"], inputs, labels, bits=[32, 2])
+    plan = Plan(["pca", "random_projection", "fisher"], FRACTIONS, 2, bits=[32, 2])
+    fresh = Coordinates(plan.probes(WIDTHS), WIDTHS)
     assert not torch.equal(fresh(inputs), coordinates(inputs))
     fresh.load_state_dict(coordinates.state_dict())
     assert torch.equal(fresh(inputs), coordinates(inputs))

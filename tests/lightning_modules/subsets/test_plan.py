@@ -3,7 +3,18 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.features.moments import Moments
-from lightning_modules.subsets.plan import Plan, describe, ensembles, held_together, neurons, references
+from lightning_modules.subsets.plan import (
+    BITS,
+    Plan,
+    describe,
+    ensembles,
+    held_together,
+    mean_by_fraction,
+    neurons,
+    probe_groups,
+    references,
+    stored_bytes,
+)
 from lightning_modules.subsets.selections import FULL, SELECTIONS, Layer, order
 
 FRACTIONS = [0.0005, 0.01, 0.1, 0.29, 0.5, 1.0]
@@ -93,7 +104,7 @@ def test_k_is_exact_where_the_fraction_is(width):
 
 def test_a_plan_has_the_full_layer_first_then_selections_by_seed_and_fraction():
     probes = Plan(["random", "first"], [0.5, 0.1], seeds=[3, 0], full_seeds=2).probes({"a": 20, "b": 10})
-    assert [tuple(probe) for probe in probes if probe.layer == "a"] == [
+    assert [probe[:5] for probe in probes if probe.layer == "a"] == [
         (FULL, 1.0, 20, 0, "a"),
         (FULL, 1.0, 20, 1, "a"),
         ("random", 0.1, 2, 3, "a"),
@@ -105,6 +116,29 @@ def test_a_plan_has_the_full_layer_first_then_selections_by_seed_and_fraction():
     ]
     assert [probe.neurons for probe in probes if probe.layer == "b"] == [10, 10, 1, 5, 1, 5, 1, 5]
     assert references(probes).tolist() == [0] * 8 + [8] * 8
+    assert {probe.bits for probe in probes} == {32}
+
+
+def test_in_few_bits_every_selection_also_has_all_coordinates_and_the_full_layer_stays_the_reference():
+    plan = Plan(["random", "pca", "random_projection"], [0.1, 0.5], seeds=2, bits=[32, 4, 1])
+    probes = plan.probes({"a": 20}, together=True)
+    # All neurons are the same for every seed, all coordinates of a random basis are not.
+    assert [(probe.series, probe.seed) for probe in probes if probe.fraction == 1.0] == [
+        *(("full", 0), ("random_4bit", 0), ("random_1bit", 0), ("pca_4bit", 0), ("pca_1bit", 0)),
+        *((f"random_projection_{bits}bit", seed) for bits in (4, 1) for seed in (0, 1)),
+    ]
+    assert references(probes).unique().tolist() == [0]
+    for bits in (32, 4, 1):
+        asked = [probe[:5] for probe in probes if probe.bits == bits and probe.fraction < 1]
+        assert asked == [probe[:5] for probe in probes if probe.bits == 32 and probe.fraction < 1]
+    groups = [group for alike in probe_groups(probes) for group in alike]
+    assert len(groups) == 1 + 3 * (2 + 1 + 2)
+    names = mean_by_fraction(probes, [0.0] * len(probes), "val/accuracy")
+    assert {"val/accuracy/full/1", "val/accuracy/random/0.5", "val/accuracy/random_4bit/0.5"} <= set(names)
+    assert describe(probes, [probe.bits == 1 and probe.fraction == 0.1 for probe in probes]) == (
+        "random_1bit 0.1 (x2), pca_1bit 0.1, random_projection_1bit 0.1 (x2)"
+    )
+    assert [stored_bytes(9, bits) for bits in BITS] == [36, 9, 5, 3, 2]
 
 
 def test_fractions_of_the_same_k_keep_their_own_rows():
