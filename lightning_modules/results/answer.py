@@ -53,7 +53,8 @@ def answer(results: "Results", layer: str, delta: float) -> dict[str, Any]:
         how = f"store {kept:,} numbers{each} per vector ({chosen['selection']}){f': {smaller_by}' if each else ''}"
         how += f", made from all {width:,} neurons with a {width:,} x {kept:,} basis ({basis_bytes / 1e6:.1g} MB)"
     elif each:
-        how = f"keep {kept:,} of {width:,} neurons ({chosen['selection']}){each}: {smaller_by}, {share:.3g} %"
+        which = f"all {width:,} neurons" if kept == width else f"{kept:,} of {width:,} neurons ({chosen['selection']})"
+        how = f"keep {which}{each}: {smaller_by}, {share:.3g} %"
     else:
         how = f"keep {kept:,} of {width:,} neurons ({chosen['selection']}), {share:.3g} % of the bytes"
     how += f", and their levels once ({levels_bytes / 1e3:.2g} kB)" if each else ""

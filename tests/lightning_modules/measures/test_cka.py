@@ -153,3 +153,15 @@ def test_every_probe_has_the_cka_of_its_subset_with_its_own_layer(real_features)
         for column, hsic in (("cka", biased), ("cka_debiased", unbiased)):
             expected = cka(hsic, seen.numpy(), values.numpy())
             np.testing.assert_allclose(found[column][place], expected, rtol=1e-5, err_msg=str(probe))
+
+
+def test_in_few_bits_it_is_missing_and_in_32_as_without_them():
+    inputs, labels = torch.randn(60, 30, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 5
+    probes = Plan("random", [0.2, 0.5], 2, bits=[32, 2]).probes({"one": 30})
+    known = {"inputs": inputs, "widths": {"one": 30}}
+    found = evaluate(CKA(), probes, labels, **known)
+    alone = evaluate(CKA(), [probe for probe in probes if probe.bits == 32], labels, **known)
+    few = torch.tensor([probe.bits < 32 for probe in probes])
+    for column in CKA.columns:
+        assert found[column.name][few].isnan().all()
+        torch.testing.assert_close(found[column.name][~few], alone[column.name], equal_nan=True)

@@ -121,6 +121,8 @@ def test_the_answer_is_the_store_of_the_fewest_bytes_whatever_their_bits():
     )
     told = {"bits": 4, "bytes": 25, "bytes_kept_percent": 6.25, "basis_bytes": 0, "levels_bytes": 400}
     assert told.items() <= answer.items()
+    whole = answers(*[{"random_4bit": {0.5: [0.62, 0.66], 1.0: [0.89]}}] * 2)[0.9]
+    assert "keep all 100 neurons in 4 bits each: 50 bytes instead of 400, 12.5 %, and" in whole["text"]
     stored = answers(*[{"pca_1bit": {1.0: [0.88]}}] * 2)[0.9]
     assert (
         "store 100 numbers in 1 bit each per vector (pca): 13 bytes instead of 400, made from all 100 neurons with a "
