@@ -1,7 +1,6 @@
 """The LightningModule of the project: a frozen backbone, and a linear probe on every subset of its neurons."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -147,8 +146,9 @@ class RedundancyProbe(LightningModule):
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
         squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        squares = self.widths if squared else {}
-        checks.memory(self.probes, outputs, len(candidates), squares, self.refit, self.solver.copies)
+        checks.memory(
+            self.probes, outputs, len(candidates), self.widths if squared else {}, self.refit, self.solver.copies
+        )
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)
@@ -163,6 +163,8 @@ class RedundancyProbe(LightningModule):
             reduce=self.stream.reduce,
             features=self.stream.everything,
             moments=self.stream.moments,
+            stream=self.stream,
+            logits=self.grid.final_logits,
         )
         self.measures.setup(context)
         # Processes build the same: without this DDP would send all of it at the start, and buffers before each step.
@@ -234,9 +236,9 @@ class RedundancyProbe(LightningModule):
         """Measure the weights that the run ends with."""
         self._measure(batch, "test", self.grid.final_logits)
 
-    def _measure(self, batch: Any, split: str, logits: Callable[[Tensor], Tensor]) -> None:
-        found = logits(self.coordinates(batch.inputs))
-        self.measures.update(split, Batch(batch.inputs, found, batch.labels, batch.indices))
+    def _measure(self, batch: Any, split: str, logits: Any) -> None:
+        found = Batch(batch.inputs, logits(self.coordinates(batch.inputs)), batch.labels, batch.indices)
+        self.measures.update(split, found)
 
     def on_validation_epoch_end(self) -> None:
         """Let the solver keep weights by their validation scores; outside a fit, take what was measured."""

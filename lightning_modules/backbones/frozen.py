@@ -44,7 +44,8 @@ class GivenVectors(nn.Module):
 class FrozenBackbone(nn.Module):
     """A pre-trained network that turns images into representations and never changes.
 
-    Always in evaluation mode and without gradients: no parameter and no batch-norm statistic moves, dropout is off.
+    Always in evaluation mode: no parameter and no batch-norm statistic moves, dropout is off. Gradients flow to images
+    that require them, and nowhere else.
 
     Args:
         name: A timm model with its pretrained tag (`resnet50.a1_in1k`, `hf-hub:...`), or the import path of a callable
@@ -153,6 +154,28 @@ class FrozenBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the representations of `images`, shape (B, C, H, W), as float32 of shape (B, sum of widths)."""
         return torch.cat(list(self._read(images).values()), dim=1)
+
+    def check_differentiable(self) -> None:
+        """Refuse a layer that has no gradient with respect to the image.
+
+        A MisconfigurationException is raised; the message names the layer.
+        """
+        size = 1, *self.preprocessing["input_size"]
+        image = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode(False), torch.enable_grad():
+            image = image.to(next(self.parameters(), image).device).requires_grad_()
+            for layer in self.layers:
+                gradient, reason = None, "it does not depend on it smoothly"
+                try:
+                    output = self._read(image * 1)[layer]  # not the image itself, which a network may change in place
+                    (gradient,) = torch.autograd.grad(output.square().sum(), image, allow_unused=True)
+                except RuntimeError as error:  # what is cut off from the image, or cannot be run backwards
+                    reason = one_line(error)
+                if gradient is None or not gradient.any():
+                    raise MisconfigurationException(
+                        f"Layer {layer!r} of {self.name} has no gradient with respect to the image ({reason}); attacks "
+                        f"and inversions need one, so name another layer."
+                    )
 
     def _read(self, images: Tensor) -> dict[str, Tensor]:
         """Return the output of each layer for `images`, as float32 of shape (B, D), in the order of `layers`."""

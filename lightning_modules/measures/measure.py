@@ -46,6 +46,8 @@ class Context:
     reduce: Callable[[Tensor], Tensor]  # sums a tensor over processes, where it is no state of torchmetrics
     features: Callable[[str], Tensor | None]  # all of a split, shape (n, sum of widths); None where they are not kept
     moments: Callable[[str], Mapping[str, Moments]]  # sums over a split and all processes, by layer
+    stream: Any = None  # from images to what the probes see, see `lightning_modules.features.extractor.FeatureStream`
+    logits: Callable[[Tensor], Tensor] | None = None  # from `coordinates` to those of the probes that a run ends with
 
 
 class Picture(NamedTuple):

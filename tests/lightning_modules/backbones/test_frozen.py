@@ -10,6 +10,7 @@ from networks import (
     BatchStatistics,
     Fixed,
     Sequences,
+    Stepped,
     Volumes,
     images,
     path_of,
@@ -320,7 +321,7 @@ def test_images_too_small_for_the_network_are_refused(layer):
         ("test_vit", {"proj_drop_rate": 0.5}, "blocks.1"),
     ],
 )
-def test_a_frozen_backbone_stays_bit_identical_and_without_gradients(name, kwargs, layer):
+def test_a_frozen_backbone_stays_bit_identical_and_gives_gradients_to_images_alone(name, kwargs, layer):
     backbone = random_backbone(name, kwargs=kwargs, layer=layer)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     once = backbone(images())
@@ -328,15 +329,28 @@ def test_a_frozen_backbone_stays_bit_identical_and_without_gradients(name, kwarg
     parent = nn.Sequential(backbone, nn.Linear(once.shape[1], 2)).train()
     assert not any(module.training for module in backbone.modules())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert not once.requires_grad
     with torch.enable_grad():
-        output = backbone(images().requires_grad_())
-        parent(images()).sum().backward()
-    assert not output.requires_grad
+        wanted = images().requires_grad_()
+        output = backbone(wanted)
+        parent(wanted).sum().backward()
+    assert wanted.grad.abs().sum() > 0
     assert torch.equal(output, once)
     after = backbone.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(("layer", "reason"), [("conv", None), ("sign", "smoothly"), ("cut", "not require grad")])
+def test_a_layer_without_a_gradient_is_named(layer, reason):
+    layers = ["conv", layer] if reason else layer
+    backbone = FrozenBackbone(path_of(Stepped), "random", pretrained_cfg_overlay=PLAIN, layer=layers)
+    if reason is None:
+        backbone.check_differentiable()
+        return
+    with pytest.raises(MisconfigurationException, match=f"Layer '{layer}' of .* has no gradient .*{reason}"):
+        backbone.check_differentiable()
 
 
 # What it says of itself
