@@ -326,7 +326,11 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_what_would_be_right(cli, t
 
 VERBS = {
     "no verb": ([], "Give one of these verbs"),
-    "unknown verb": (["fitt", "--config", "quickstart.yaml"], "'fitt'; did you mean fit?", "sweep, compare, export"),
+    "unknown verb": (
+        ["fitt", "--config", "quickstart.yaml"],
+        "'fitt'; did you mean fit?",
+        "compare, invert, export",
+    ),
     "configuration before the verb": (["--config", "quickstart.yaml", "fit"], "--config comes after the verb"),
     "nothing but a verb": (["fit"], "Nothing sets data", "--config"),
     "an argument of a task without the task": (

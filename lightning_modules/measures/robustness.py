@@ -79,7 +79,7 @@ class Robustness(Measure):
         self.restarts = restarts
         self.sample_size = images
         self.fractions = [fractions] if isinstance(fractions, float | int) else fractions
-        self.seeds = None if seeds is None else plan.seed_list(seeds, "measures.seeds")
+        self.seeds = None if seeds is None else plan.seed_list(seeds, "model.measures.seeds")
 
     def setup(self, context: Context) -> None:
         """Choose probes and images, and add the counts; refuse what cannot be attacked."""
