@@ -309,6 +309,24 @@ def test_images_too_small_for_the_network_are_refused(layer):
     assert "pretrained_cfg_overlay.input_size" in message
 
 
+def test_joined_layers_are_one_layer_of_all_their_neurons():
+    together = random_backbone("test_resnet", layer=["layer2", "layer2+penultimate+layer1"])
+    features = together(images())
+    alone = {}
+    for layer in ("layer1", "layer2", "penultimate"):
+        single = random_backbone("test_resnet", layer=layer)
+        single.load_state_dict(together.state_dict())
+        alone[layer] = single(images())
+    parts = [alone[layer] for layer in ("layer2", "layer2", "penultimate", "layer1")]
+    assert together.widths == {
+        "layer2": parts[0].shape[1],
+        "layer2+penultimate+layer1": sum(part.shape[1] for part in parts[1:]),
+    }
+    assert torch.equal(features, torch.cat(parts, 1))
+    assert "each once" in refusal("test_resnet", weights="random", layer="layer1+layer1")
+    assert "no layer 'layer9'" in refusal("test_resnet", weights="random", layer="layer1+layer9")
+
+
 # Nothing moves
 
 
