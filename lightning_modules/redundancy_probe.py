@@ -145,10 +145,8 @@ class RedundancyProbe(LightningModule):
     def _build(self) -> None:
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
-        squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        checks.memory(
-            self.probes, outputs, len(candidates), self.widths if squared else {}, self.refit, self.solver.copies
-        )
+        xtx = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
+        checks.memory(self.probes, outputs, len(candidates), self.widths if xtx else {}, self.refit, self.solver.copies)
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)
@@ -237,8 +235,8 @@ class RedundancyProbe(LightningModule):
         self._measure(batch, "test", self.grid.final_logits)
 
     def _measure(self, batch: Any, split: str, logits: Any) -> None:
-        found = Batch(batch.inputs, logits(self.coordinates(batch.inputs)), batch.labels, batch.indices)
-        self.measures.update(split, found)
+        found = logits(self.coordinates(batch.inputs))
+        self.measures.update(split, Batch(batch.inputs, found, batch.labels, batch.indices))
 
     def on_validation_epoch_end(self) -> None:
         """Let the solver keep weights by their validation scores; outside a fit, take what was measured."""

@@ -112,8 +112,9 @@ class Inversion:
         task.trainer = trainer
         device, folder = trainer.strategy.root_device, (self.output or folder / "inversion").expanduser()
         backbone.to(device)
-        normalisation = [torch.tensor(backbone.preprocessing[each]).view(-1, 1, 1) for each in ("mean", "std")]
-        mean, std = (each.to(device) for each in normalisation)
+        mean, std = (
+            torch.tensor(backbone.preprocessing[each], device=device).view(-1, 1, 1) for each in ("mean", "std")
+        )
 
         def pixels(images: Tensor) -> Tensor:
             return (images.to(device) * std + mean).clamp(0, 1)
@@ -125,8 +126,8 @@ class Inversion:
         originals = dict(zip(names, pixels(images), strict=True))
         if self.start == "noise":
             size = backbone.preprocessing["input_size"]
-            noise = {each: torch.rand(size, generator=torch.Generator().manual_seed(each)) for each in self.seeds}
-            starts = {seed: each.to(device) for seed, each in noise.items()}
+            generators = {seed: torch.Generator().manual_seed(seed) for seed in self.seeds}
+            starts = {seed: torch.rand(size, generator=each).to(device) for seed, each in generators.items()}
         else:
             starts = dict.fromkeys(self.seeds, pixels(task.preprocessed([self.start]))[0])
         wanted = {name: represent(image[None])[0] for name, image in originals.items()}
@@ -166,25 +167,22 @@ class Inversion:
                             _save(picture, files / each.file)
             for name, original in originals.items():
                 _save(original, files / f"{name}.png")
-            rows = []
+            tables = []
             for batch in batches:
                 aims, chosen, begun = tensors(batch)
                 stored = torch.stack([_load(files / each.file).to(device) for each in batch])
-                measured = inversion.agreement(represent(stored), aims, chosen)
-                before = inversion.agreement(represent(begun), aims, chosen)
-                measured |= {f"start_{name}": values for name, values in before.items()}
-                table = pd.DataFrame([each._asdict() for each in batch]).assign(layer=backbone.layers[0])
-                table["neurons"], table["width"] = chosen.sum(1).cpu().numpy(), width
-                table = table.assign(**{name: values.cpu().numpy() for name, values in measured.items()})
-                rows.append(table.assign(picture=[f"pictures/{each.file}" for each in batch]))
-            print(report(folder, pd.concat(rows, ignore_index=True), backbone.describe()))
+                table = pd.DataFrame(batch).assign(layer=backbone.layers[0], neurons=chosen.sum(1).cpu(), width=width)
+                for prefix, seen in (("", stored), ("start_", begun)):
+                    for name, values in inversion.agreement(represent(seen), aims, chosen).items():
+                        table[prefix + name] = values.cpu().numpy()
+                tables.append(table.assign(picture=[f"pictures/{each.file}" for each in batch]))
+            print(report(folder, pd.concat(tables, ignore_index=True), backbone.describe()))
 
     def _images(self, task: Any) -> tuple[list[str], Tensor]:
         """Return the names of the images to match, and the images, normalised."""
         if not isinstance(self.images, int):
-            return [f"{place}-{Path(file).stem}" for place, file in enumerate(self.images)], task.preprocessed(
-                self.images
-            )
+            names = [f"{place}-{Path(file).stem}" for place, file in enumerate(self.images)]
+            return names, task.preprocessed(self.images)
         task.prepare_data()
         task.setup("fit")
         there = len(task.images["test"])
@@ -229,7 +227,7 @@ def invert(args: Sequence[str], tasks: Classes) -> None:
     """Find the pictures that are asked for by words after the verb."""
     asked, further = parse_apart(Inversion, "invert", args)
     config = [] if asked.run is None else [f"--config={asked.run / 'config.yaml'}"]
-    InvertedRun(["--trainer.devices=1", *config, "--trainer.devices=1", *further], tasks, asked)
+    InvertedRun([*config, "--trainer.devices=1", *further], tasks, asked)
 
 
 def _check(backbone: Any, trainer: Trainer) -> None:

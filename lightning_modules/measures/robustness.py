@@ -89,6 +89,11 @@ class Robustness(Measure):
             raise MisconfigurationException(
                 "model.measures lists Robustness, which moves images, but the task holds vectors; leave it out."
             )
+        if context.target.metric != "accuracy":
+            raise MisconfigurationException(
+                f"model.measures lists Robustness, which counts right classes, but the task is measured by "
+                f"{context.target.metric}; leave it out."
+            )
         backbone.check_differentiable()
         probes, fractions = context.probes, self.fractions or context.fractions
         known: dict[str, set[Any]] = {"fractions": {*context.fractions}, "seeds": {probe.seed for probe in probes}}
