@@ -19,7 +19,7 @@ from lightning_modules.progress import Progress
 from lightning_modules.results.results import Results
 from lightning_modules.results.tables import Column
 from lightning_modules.subsets import plan
-from lightning_modules.subsets.selections import FULL
+from lightning_modules.subsets.selections import FULL, SELECTIONS
 
 KEYS = ["layer", "selection", "fraction", "seed"]
 SOURCE = [f"source_{key}" for key in KEYS]
@@ -106,7 +106,10 @@ class Robustness(Measure):
             index
             for index, probe in enumerate(probes)
             if probe.selection == FULL
-            or (probe.fraction in fractions and (self.seeds is None or probe.seed in self.seeds))
+            or (
+                probe.fraction in fractions
+                and (self.seeds is None or probe.seed in self.seeds or not SELECTIONS[probe.selection].seeded)
+            )
         ]
         together = plan.ensembles([probes[index] for index in self.single], fractions)
         self.heads = [[index] for index in self.single] + [[self.single[i] for i in members] for members in together]

@@ -156,7 +156,7 @@ def test_only_what_is_asked_for_is_attacked_and_restarts_find_more(fitted):
         attack = {"eps": 0.05, "norm": "Linf", "steps": 1, "step_size": 0.02, "restarts": restarts}
         tables = measured(Robustness(**attack, images=None, fractions=0.3, seeds=[1]))
         rows = tables["results"].query("split == 'test'").set_index(KEYS[1:])["robust_accuracy"]
-        assert set(rows.dropna().index) == {("full", 1.0, 0), ("random", 0.3, 1)}
+        assert set(rows.dropna().index) == {("full", 1.0, 0), ("random", 0.3, 1), ("pca", 0.3, 0)}
         assert set(tables["transfer"]["images"]) == {179}
         found.append(rows.dropna())
     assert (found[1] <= found[0]).all()
