@@ -114,9 +114,7 @@ def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
 
 def test_two_processes_leave_the_files_of_one(start, tmp_path):
     measures = ("--model.solver=Ridge", "--model.selection=[random,pca,pca_least,fisher,greedy]")
-    attack = (
-        "{class_path: Robustness, init_args: {eps: 0.1, steps: 1, restarts: 1, images: 9, fractions: 0.1, seeds: 1}}"
-    )
+    attacked = "eps: 0.1, steps: 1, restarts: 1, images: 9, fractions: 0.1, seeds: 1"
     neighbours = "{class_path: Neighbours, init_args: {neighbours: 5}}"
     given = f"--model.measures=[CKA, Inequality, {neighbours}, Ensembles, Neurons, "
     given += f"{{class_path: Robustness, init_args: {{{attacked}}}}}]"
