@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.images import ArrayImages, Images, Labelled
+from datamodules.images import ArrayImages, FileImages, Images, Labelled
 from datamodules.loading import (
     Batch,
     FeatureBatches,
@@ -250,6 +251,12 @@ class Task(LightningDataModule, ABC):
     def clean_loader(self, split: str) -> "DataLoader[Batch]":
         """Return the images of a split in order, in the clean view, also where its loader yields features."""
         return self._loader(self._image_batches(split, augmented=False), self._requests(len(self.images[split])))
+
+    def preprocessed(self, files: Sequence[str]) -> Tensor:
+        """Return image files as the backbone takes them, in the clean view, shape (n, C, H, W)."""
+        images = FileImages(Path(), files, torch.zeros(len(files), dtype=torch.int64))
+        batches = ImageBatches(images, VIEWS[self.view](self.preprocessing), self.preprocessing, self.seed, False)
+        return batches[Request(list(range(len(files))), len(files), 0)].inputs
 
     def view_provenance(self, view: int | None) -> str:
         """Return what a view of an image depends on, beside its preprocessing: what features are checked against."""

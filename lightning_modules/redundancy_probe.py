@@ -1,7 +1,6 @@
 """The LightningModule of the project: a frozen backbone, and a linear probe on every subset of its neurons."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -148,9 +147,7 @@ class RedundancyProbe(LightningModule):
     def _build(self) -> None:
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
-        squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        squares = self.coordinates.source_widths if self.solver.second_moments else self.widths
-        checks.memory(self.probes, outputs, len(candidates), squares if squared else {}, self.refit, self.solver.copies)
+        checks.memory(self, outputs, len(candidates))
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)
@@ -165,6 +162,8 @@ class RedundancyProbe(LightningModule):
             reduce=self.stream.reduce,
             features=self.stream.everything,
             moments=self.stream.moments,
+            stream=self.stream,
+            logits=self.grid.final_logits,
         )
         self.measures.setup(context)
         # Processes build the same: without this DDP would send all of it at the start, and buffers before each step.
@@ -236,7 +235,7 @@ class RedundancyProbe(LightningModule):
         """Measure the weights that the run ends with."""
         self._measure(batch, "test", self.grid.final_logits)
 
-    def _measure(self, batch: Any, split: str, logits: Callable[[Tensor], Tensor]) -> None:
+    def _measure(self, batch: Any, split: str, logits: Any) -> None:
         found = logits(self.coordinates(batch.inputs))
         self.measures.update(split, Batch(batch.inputs, found, batch.labels, batch.indices))
 

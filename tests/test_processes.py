@@ -114,9 +114,10 @@ def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
 
 def test_two_processes_leave_the_files_of_one(start, tmp_path):
     measures = ("--model.solver=Ridge", "--model.selection=[random,pca,pca_least,fisher,greedy]", "--model.bits=[32,2]")
-    given = (
-        "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles, Neurons]"
-    )
+    attacked = "eps: 0.1, steps: 1, restarts: 1, images: 9, fractions: 0.1, seeds: 1"
+    neighbours = "{class_path: Neighbours, init_args: {neighbours: 5}}"
+    given = f"--model.measures=[CKA, Inequality, {neighbours}, Ensembles, Neurons, "
+    given += f"{{class_path: Robustness, init_args: {{{attacked}}}}}]"
     command = (*SHORT, *measures, given, "--model.backbone.layer=[layer2,penultimate]", "--name=run")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
@@ -124,7 +125,7 @@ def test_two_processes_leave_the_files_of_one(start, tmp_path):
             done = process.wait()
             assert done.returncode == 0, done.stderr
     one, two = (tmp_path / str(processes) / "runs" / "run" for processes in (1, 2))
-    for name in ("results", "classes", "layers", "ensembles", "neighbours", "neurons"):
+    for name in ("results", "classes", "layers", "ensembles", "neighbours", "neurons", "transfer"):
         mine, theirs = (pd.read_csv(folder / f"{name}.csv") for folder in (one, two))
         # Sums of float64 differ by their order alone; counts do not.
         pd.testing.assert_frame_equal(mine, theirs, rtol=1e-6, atol=1e-9)

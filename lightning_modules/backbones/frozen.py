@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
@@ -21,6 +22,7 @@ from lightning_modules.backbones.layers import Place, check_rows, neuron_axes, r
 from lightning_modules.files import one_line
 
 PENULTIMATE = "penultimate"  # The layer before the classifier
+JOINED = "+"  # What joins the names of layers that are read as one
 
 
 class GivenVectors(nn.Module):
@@ -46,7 +48,8 @@ class GivenVectors(nn.Module):
 class FrozenBackbone(nn.Module):
     """A pre-trained network that turns images into representations and never changes.
 
-    Always in evaluation mode and without gradients: no parameter and no batch-norm statistic moves, dropout is off.
+    Always in evaluation mode: no parameter and no batch-norm statistic moves, dropout is off. Gradients flow to images
+    that require them, and nowhere else.
 
     Args:
         name: A timm model with its pretrained tag (`resnet50.a1_in1k`, `hf-hub:...`), or the import path of a callable
@@ -59,8 +62,8 @@ class FrozenBackbone(nn.Module):
         kwargs: Passed on to the model's constructor, for example `{pad_type: same}`; for grey images `{in_chans: 1}`.
         pretrained_cfg_overlay: Preprocessing, where it differs from the model's default, of which a callable has none.
         layer: `penultimate`, what enters the classifier (of a callable's network, the linear or convolutional layer
-            that runs last); the name of a module, whose output is read; or a list of them, read in one pass and
-            concatenated.
+            that runs last); the name of a module, whose output is read; several of these joined by `+`, which are one
+            layer of all their neurons; or a list of such layers, read in one pass.
         pooling: How maps (B, D, H, W), also with channels last, and tokens (B, N, D) become vectors: `mean` averages
             over space, `flatten` keeps the value at every position as a neuron of its own.
 
@@ -87,7 +90,8 @@ class FrozenBackbone(nn.Module):
         self._overlay = pretrained_cfg_overlay
         self._objective = f" of {made['objective']}" if made else ""
         self.layers = [layer] if isinstance(layer, str) else layer
-        if not self.layers or len(set(self.layers)) < len(self.layers):
+        parts = [each.split(JOINED) for each in self.layers]
+        if not parts or any(len(set(each)) < len(each) for each in (self.layers, *parts)):
             raise MisconfigurationException(f"model.backbone.layer is {layer}; give at least one layer, each once.")
         self.pooling = pooling
         self.network: Any
@@ -97,8 +101,8 @@ class FrozenBackbone(nn.Module):
         self.is_timm = classifier is not None  # then the network is built without a classifier, and ends penultimate
         end = [] if self.is_timm else self._modules_from_classifier_on()
         # The classifier is not loaded, unless a callable's network is read there or after it.
-        self._unread = classifier or ([] if set(self.layers) & set(end) else end[:1])
-        self._places = {layer: self._place(layer, end) for layer in self.layers}
+        self._places = {part: self._place(part, end) for part in itertools.chain.from_iterable(parts)}
+        self._unread = classifier or ([] if set(self._places) & set(end) else end[:1])
         if file is not None:
             weight_files.load(self.network, file, self._unread)
         # Convolutions over channels-last images are never slower on current CPUs and GPUs, up to three times faster.
@@ -111,9 +115,8 @@ class FrozenBackbone(nn.Module):
             neuron_axes(self.network, shapes, self._places, self._enlarged(), name) if pooling == "mean" else {}
         )
         # Measured, as what models say of their width is not always so.
-        self.widths = {
-            layer: shape[self._axes[layer]] if self._axes else prod(shape[1:]) for layer, shape in shapes.items()
-        }
+        widths = {part: shape[self._axes[part]] if self._axes else prod(shape[1:]) for part, shape in shapes.items()}
+        self.widths = {layer: sum(widths[part] for part in layer.split(JOINED)) for layer in self.layers}
 
     @property
     def label(self) -> str:
@@ -166,6 +169,28 @@ class FrozenBackbone(nn.Module):
         finally:
             self._folded = []
 
+    def check_differentiable(self) -> None:
+        """Refuse a layer that has no gradient with respect to the image.
+
+        A MisconfigurationException is raised; the message names the layer.
+        """
+        size = 1, *self.preprocessing["input_size"]
+        image = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode(False), torch.enable_grad():
+            image = image.to(next(self.parameters(), image).device).requires_grad_()
+            for layer in self.layers:
+                gradient, reason = None, "it does not depend on it smoothly"
+                try:
+                    output = self._read(image * 1)[layer]  # not the image itself, which a network may change in place
+                    (gradient,) = torch.autograd.grad(output.square().sum(), image, allow_unused=True)
+                except RuntimeError as error:  # what is cut off from the image, or cannot be run backwards
+                    reason = one_line(error)
+                if gradient is None or not gradient.any():
+                    raise MisconfigurationException(
+                        f"Layer {layer!r} of {self.name} has no gradient with respect to the image ({reason}); attacks "
+                        f"and inversions need one, so name another layer."
+                    )
+
     def _read(self, images: Tensor) -> dict[str, Tensor]:
         """Return the output of each layer for `images`, as float32 of shape (B, D), in the order of `layers`."""
         images = images.contiguous(memory_format=torch.channels_last)
@@ -177,7 +202,7 @@ class FrozenBackbone(nn.Module):
                     f"model.backbone.layer {layer!r} of {self.name} gives {output.shape[0]} rows for "
                     f"{images.shape[0]} images."
                 )
-        return {layer: found[layer].float() for layer in self.layers}
+        return {layer: torch.cat([found[part].float() for part in layer.split(JOINED)], dim=1) for layer in self.layers}
 
     def _place(self, layer: str, end: list[str]) -> Place:
         """Return where a layer is read; `end` are the names of a callable network's classifier and what follows it."""

@@ -149,11 +149,22 @@ class FeatureStream(nn.Module):
     def forward(self, batch: Any, split: str) -> Any:
         """Return a batch of images or features of a split with inputs as the probes see them, (B, sum of widths)."""
         inputs = batch.inputs
-        if inputs.ndim == 4:
-            inputs = self.extractor.represent(inputs, batch.indices, split)
+        seen = self.represent(inputs, batch.indices, split) if inputs.ndim == 4 else self._standardised(inputs)
         labels = batch.labels.to(self.mean.device)
         labels = labels if self.task.target.outputs else torch.zeros_like(labels)  # where all are of one class
-        return batch._replace(inputs=self._standardised(inputs), labels=labels)
+        return batch._replace(inputs=seen, labels=labels)
+
+    def represent(self, images: Tensor, indices: Tensor, split: str) -> Tensor:
+        """Return what the probes see, (B, sum of widths), of images (B, C, H, W), with gradients where they want them.
+
+        `indices` are their places in the split, by which an error names them.
+        """
+        return self._standardised(self.extractor.represent(images, indices, split))
+
+    def images(self, split: str, indices: Tensor) -> Tensor:
+        """Return images of a split in the clean view, normalised, shape (B, C, H, W)."""
+        (batch,) = self.task.extraction_loader(split, [indices.tolist()], None, len(indices))
+        return batch.inputs.to(self.mean.device)
 
     def batches(self, split: str, view: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process' share of a split, of `train` in the epoch `view`: (B, sum of widths), and labels."""

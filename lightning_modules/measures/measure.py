@@ -47,6 +47,8 @@ class Context:
     features: Callable[..., Tensor | None]
     """All of a split, or its rows from a start to a stop, shape (n, sum of widths); None where they are not kept."""
     moments: Callable[[str], Mapping[str, Moments]]  # sums over a split and all processes, by layer
+    stream: Any = None  # from images to what the probes see, see `lightning_modules.features.extractor.FeatureStream`
+    logits: Callable[[Tensor], Tensor] | None = None  # from `coordinates` to those of the probes that a run ends with
 
 
 class Picture(NamedTuple):

@@ -219,6 +219,7 @@ def line(
     axes: Axes, rows: pd.DataFrame, style: Style, label: str, y: str, std: str = "", x: str = "fraction", scale: int = 1
 ) -> None:
     """Draw a column of rows against another, with a band of one standard deviation to either side, if it is named."""
+    rows = rows[rows[y].notna()]  # of some fractions alone, as where others were not attacked
     values = scale * rows[y]
     options: Style = {"linewidth": 1.3, "markersize": 4.5, "label": label}
     axes.plot(rows[x], values, **options | style)
