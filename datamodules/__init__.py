@@ -7,6 +7,7 @@ from datamodules.hub import HuggingFaceImages
 from datamodules.image_folder import ImageFolder
 from datamodules.large import ImageNet1k, ImageNetV2, Places365
 from datamodules.natural import CIFAR10, CIFAR100, DTD, SUN397, SVHN, Caltech101, Flowers102, OxfordIIITPet
+from datamodules.retrieval import Retrieval
 from datamodules.specialized import RESISC45, DiabeticRetinopathy, EuroSAT, PatchCamelyon
 from datamodules.structured import (
     CLEVRCount,
@@ -22,4 +23,12 @@ from datamodules.structured import (
 __all__ = ["CIFAR10", "CIFAR100", "DTD", "RESISC45", "SUN397", "SVHN", "CLEVRCount", "CLEVRDistance", "Caltech101"]
 __all__ += ["DMLab", "DSpritesLocation", "DSpritesOrientation", "DiabeticRetinopathy", "Digits", "Embeddings"]
 __all__ += ["EuroSAT", "Flowers102", "HuggingFaceImages", "ImageFolder", "ImageNet1k", "ImageNetV2", "KITTIDistance"]
-__all__ += ["OxfordIIITPet", "PatchCamelyon", "Places365", "SmallNORBAzimuth", "SmallNORBElevation", "Task"]
+__all__ += [
+    "OxfordIIITPet",
+    "PatchCamelyon",
+    "Places365",
+    "Retrieval",
+    "SmallNORBAzimuth",
+    "SmallNORBElevation",
+    "Task",
+]

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.images import ArrayImages, Images, Labelled
+from datamodules.images import ArrayImages, FileImages, Images, Labelled
 from datamodules.loading import (
     Batch,
     FeatureBatches,
@@ -24,7 +25,7 @@ from datamodules.loading import (
     affordable,
 )
 from datamodules.splits import Part, stratified_split
-from datamodules.targets import Multiclass, Target
+from datamodules.targets import Multiclass, Predicted, SameClass, Target
 from datamodules.transforms import AUGMENTATIONS, VIEWS, Preprocessing
 
 SPLITS = ("train", "val", "test")
@@ -57,6 +58,8 @@ class Task(LightningDataModule, ABC):
         seed: Decides the splits that are cut here, the order of training images, and the augmentation.
         protocol: `full`, or `vtab1k`: a seeded stratified 800 images of train and 200 of val, and all of test.
         min_images: Classes that have fewer images in train, before splits are cut from it, are left out.
+        target: What is asked of each image: `classes`, which it is of, or `retrieval`, the images of train that are of
+            the same one.
 
     Raises:
         MisconfigurationException: If an argument cannot be; the message names it.
@@ -84,6 +87,7 @@ class Task(LightningDataModule, ABC):
         seed: int = 0,
         protocol: str = "full",
         min_images: int = 0,
+        target: str = "classes",
     ) -> None:
         super().__init__()
         if augmentation is None:
@@ -96,6 +100,7 @@ class Task(LightningDataModule, ABC):
             ("augmentation", augmentation, sorted(AUGMENTATIONS)),
             ("view", view, VIEWS),
             ("protocol", protocol, PROTOCOLS),
+            ("target", target, ("classes", "retrieval")),
         ):
             if value not in possible:
                 raise MisconfigurationException(f"data.{option} is {value!r}; it must be one of {', '.join(possible)}.")
@@ -117,6 +122,7 @@ class Task(LightningDataModule, ABC):
         self.seed = seed
         self.protocol = protocol
         self.min_images = min_images
+        self.retrieves = target == "retrieval"
         self.origins: dict[str, str] = {}
         """What put images into each split, as a run says it at its start; set in `load`, where there is more to say
         than that they were published so."""
@@ -133,8 +139,8 @@ class Task(LightningDataModule, ABC):
 
     @property
     def label(self) -> str:
-        """What results call the task: its name, with the protocol where it is not `full`."""
-        return self.name if self.protocol == "full" else f"{self.name}_{self.protocol}"
+        """What results call the task: its name, with the protocol and target where they are not the usual ones."""
+        return "_".join([self.name, *[self.protocol] * (self.protocol != "full"), *["retrieval"] * self.retrieves])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits, the first time, and check them.
@@ -157,13 +163,15 @@ class Task(LightningDataModule, ABC):
                 if not len(images[split]):
                     raise MisconfigurationException(f"The {split} split of {self.name} has no images.")
                 self.target.check(images[split], split, self.name)
+            if self.retrieves:
+                self.target = SameClass({split: images[split].labels for split in SPLITS})
             self.images = images
         processes = self.trainer.world_size if self.trainer else 1
         for split, loaded in self.images.items():
             if len(loaded) < processes:
                 raise MisconfigurationException(
-                    f"The {split} split of {self.name} has {len(loaded)} images, fewer than the {processes} "
-                    f"processes; use at most {len(loaded)} devices."
+                    f"The {split} split of {self.name} has {len(loaded)} {self.target.items}, fewer than the "
+                    f"{processes} processes; use at most {len(loaded)} devices."
                 )
 
     def describe(self) -> str:
@@ -207,7 +215,7 @@ class Task(LightningDataModule, ABC):
         train, least = images["train"], len(missing) + 1
         labels, counts = train.labels.unique(return_counts=True)
         if any(isinstance(part, float) for part in missing.values()) and counts.min() < least:
-            few = self.target.name(labels[counts < least]).tolist()
+            few = cast(Predicted, self.target).name(labels[counts < least]).tolist()
             raise MisconfigurationException(
                 f"Class {few[0]!r} of {self.name} has {int(counts[counts < least][0])} images in train; to cut "
                 f"{' and '.join(missing)} from it, it needs at least {least}. --data.min_images {least} leaves such "
@@ -229,17 +237,26 @@ class Task(LightningDataModule, ABC):
             self._features[split] = self.extract(split)
         return self._features.get(split)
 
-    def extraction_loader(self, split: str, batches: Sequence[Sequence[int]], view: int | None) -> "DataLoader[Batch]":
+    def extraction_loader(
+        self, split: str, batches: Iterable[Sequence[int]], view: int | None, largest: int
+    ) -> "DataLoader[Batch]":
         """Return a loader of exactly these batches of images, in this order, whatever the process.
 
-        `batches` are indices into the split; images are augmented as in epoch `view`, or in the clean view where None.
+        `batches` are indices into the split, at most `largest` each, and are asked for one by one; images are augmented
+        as in epoch `view`, or in the clean view where None.
         """
-        requests = [Request(list(batch), len(batch), view or 0) for batch in batches]
-        return self._loader(self._image_batches(split, augmented=view is not None), requests)
+        requests = (Request(list(batch), len(batch), view or 0) for batch in batches)
+        return self._loader(self._image_batches(split, augmented=view is not None), requests, largest)
 
     def clean_loader(self, split: str) -> "DataLoader[Batch]":
         """Return the images of a split in order, in the clean view, also where its loader yields features."""
         return self._loader(self._image_batches(split, augmented=False), self._requests(len(self.images[split])))
+
+    def preprocessed(self, files: Sequence[str]) -> Tensor:
+        """Return image files as the backbone takes them, in the clean view, shape (n, C, H, W)."""
+        images = FileImages(Path(), files, torch.zeros(len(files), dtype=torch.int64))
+        batches = ImageBatches(images, VIEWS[self.view](self.preprocessing), self.preprocessing, self.seed, False)
+        return batches[Request(list(range(len(files))), len(files), 0)].inputs
 
     def view_provenance(self, view: int | None) -> str:
         """Return what a view of an image depends on, beside its preprocessing: what features are checked against."""
@@ -288,9 +305,12 @@ class Task(LightningDataModule, ABC):
         return ImageBatches(cast(Images, self.images[split]), transform, self.preprocessing, self.seed, random)
 
     def _loader(
-        self, batches: ImageBatches | FeatureBatches, requests: RequestSampler | Sequence[Request]
+        self, batches: ImageBatches | FeatureBatches, requests: Iterable[Request], largest: int | None = None
     ) -> "DataLoader[Batch]":
-        workers = affordable(self._workers(batches), batches, requests) if isinstance(batches, ImageBatches) else 0
+        workers = 0
+        if isinstance(batches, ImageBatches):
+            size = requests.largest if isinstance(requests, RequestSampler) else largest or 0
+            workers = affordable(self._workers(batches), batches, size)
         return DataLoader(
             batches,
             batch_size=None,  # a request already is a batch

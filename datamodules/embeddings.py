@@ -1,7 +1,7 @@
 """One's own vectors: representations that another program computed, with their labels, from files."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -49,6 +49,20 @@ class Vectors(Labelled):
             digest.update(self[chunk].numpy().data)
         digest.update(self.labels.numpy().data)
         return digest.hexdigest()
+
+
+def finite(file: Path, matrix: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows of a file's matrix, some at once, with their vectors as float32; refuse what is not finite."""
+    for some in rows.split(CHUNK):
+        vectors = matrix[some].float()
+        bad = (~vectors.isfinite()).nonzero()
+        if len(bad):
+            row, column = int(some[bad[0, 0]]), int(bad[0, 1])
+            raise MisconfigurationException(
+                f"{file} holds {matrix[row, column].item()} in row {row}, column {column} (from 0); every value must "
+                f"be finite as float32."
+            )
+        yield some, vectors
 
 
 class Embeddings(Task):
@@ -191,16 +205,8 @@ class Embeddings(Task):
                 f"never occurs in train; every class must."
             )
         first, alike = part.matrix[part.rows[:1]].float(), split == "train"
-        for rows in torch.from_numpy(part.rows).split(CHUNK):
-            vectors = part.matrix[rows].float()
+        for _, vectors in finite(part.file, part.matrix, torch.from_numpy(part.rows)):
             alike = alike and bool((vectors == first).all())
-            bad = (~vectors.isfinite()).nonzero()
-            if len(bad):
-                row, column = int(rows[bad[0, 0]]), int(bad[0, 1])
-                raise MisconfigurationException(
-                    f"{part.file} holds {part.matrix[row, column].item()} in row {row}, column {column} (from 0); "
-                    f"every value must be finite as float32."
-                )
         if alike:
             what = "value" if bool((first == first[0, 0]).all()) else "vector"
             raise MisconfigurationException(f"{part.file}: every {what} is the same, so nothing can be told from them.")

@@ -89,6 +89,11 @@ class RequestSampler(Sampler[Request]):
         """Take the order of this epoch; the Trainer calls it before each one."""
         self.epoch = epoch
 
+    @property
+    def largest(self) -> int:
+        """How many images a request has at most."""
+        return -(-self.batch_size // self.processes)
+
     def __len__(self) -> int:
         return -(-self.images // self.batch_size)
 
@@ -147,18 +152,14 @@ class FeatureBatches(Dataset[Batch]):
         return Batch(inputs, self.labels[indices], indices, request.total)
 
 
-def affordable(workers: int, batches: ImageBatches, requests: RequestSampler | Sequence[Request]) -> int:
-    """Return for how many of the workers shared memory has room, and say so where that is not for all.
+def affordable(workers: int, batches: ImageBatches, images: int) -> int:
+    """Return for how many of the workers shared memory has room for such batches, of at most so many images.
 
-    A worker keeps two batches there ahead, and those of validation do beside those of training. Where it is full, a
-    worker is killed, and the run waits for it.
+    It is said where that is not for all. A worker keeps two batches there ahead, and those of validation do beside
+    those of training. Where it is full, a worker is killed, and the run waits for it.
     """
     if not workers or not SHARED.is_dir():
         return workers
-    if isinstance(requests, RequestSampler):
-        images = -(-requests.batch_size // requests.processes)
-    else:
-        images = max((len(request.indices) for request in requests), default=0)
     needed = 4 * images * 4 * math.prod(batches.preprocessing["input_size"])  # four batches of float32, in bytes
     free = shutil.disk_usage(SHARED).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = free // max(needed, 1)

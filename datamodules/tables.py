@@ -97,10 +97,13 @@ def read_tables(
         MisconfigurationException: If it cannot be read, or not be had; then the message is of `what`, with `advice`.
     """
     import datasets
+    from huggingface_hub.errors import HFValidationError
 
     cache, folder = root / "huggingface", Path(source).resolve()
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
+        repository = None if folder.is_dir() or files else _as_a_folder(source)
+        folder = repository or folder
         if saved or not folder.is_dir():
             load = partial(datasets.load_dataset, source, data_files=files, cache_dir=str(cache))
             found: Any = datasets.load_from_disk(str(folder)) if saved else load()
@@ -111,22 +114,45 @@ def read_tables(
                 return _load(kind, folder, parts, cache)
         if not files_below(folder, ENDINGS):
             raise FileNotFoundError("it holds no tars, no Parquet files and no images")
-        return {}
+        images = by_split(files_below(folder, ENDINGS), _folders)
+        return _load("imagefolder", folder, images, cache) if repository else {}
     except MisconfigurationException:
         raise
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise MisconfigurationException(f"{what} could not be had ({one_line(error)}); {advice}.") from error
     except Exception as error:  # readers raise many kinds for a damaged archive
         reason = error.__cause__ or error
         raise MisconfigurationException(f"{source} cannot be read ({one_line(reason)}).") from error
 
 
+def _as_a_folder(source: str) -> Path | None:
+    """Download a repository of the Hub that declares no splits, and return its folder; None of any other.
+
+    `datasets` would take words in the names of files for splits, and leave out files without one.
+    """
+    from huggingface_hub import DatasetCard, snapshot_download
+
+    fetch = partial(snapshot_download, source, repo_type="dataset")
+    card = Path(fetch(allow_patterns="README.md")) / "README.md"
+    if card.is_file() and DatasetCard.load(card).data.to_dict().get("configs"):
+        return None
+    endings = (*ENDINGS, *(ending for endings in KINDS.values() for ending in endings))
+    folder = Path(fetch(allow_patterns=[f"*{name}" for ending in endings for name in (ending, ending.upper())]))
+    return (
+        folder if folder.is_dir() and files_below(folder, endings) else None
+    )  # archives of another kind, which `datasets` unpacks
+
+
 def _files_by_split(folder: Path, kind: str, endings: Sequence[str], cache: Path) -> dict[str, tuple[list[Path], str]]:
     """Return the files of each split, and what put them there."""
     found = [file for file in files_below(folder, endings) if cache not in (folder / file).parents]
     if kind == "imagefolder":  # metadata say what each image is, and folders alone of which split it is
-        return by_split([*found, *files_below(folder, ENDINGS)] if found else [], lambda file: file.parts[:-1])
+        return by_split([*found, *files_below(folder, ENDINGS)] if found else [], _folders)
     return by_split(found, lambda file: (*file.parts[:-1], file.stem))
+
+
+def _folders(file: Path) -> Sequence[str]:
+    return file.parts[:-1]
 
 
 def _load(kind: str, folder: Path, parts: dict[str, tuple[list[Path], str]], cache: Path) -> dict[str, Table]:

@@ -1,8 +1,8 @@
 """What a task asks for: how labels are checked and encoded, what a probe's outputs mean, and how they are scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,16 @@ from datamodules.images import Labelled
 
 
 class Target(ABC):
-    """What is to be predicted of every image or vector."""
+    """What is to be predicted, or found, of every image or vector."""
 
-    outputs: int  # of a probe, C
-    chance: float  # expected metric of guessing
+    classes: Sequence[str] = ()  # names of the classes, where there are any
+    outputs: int  # of a probe, C; 0 where nothing is predicted
+    chance: float | None  # expected metric of guessing, where it is known
     metric: ClassVar[str]  # name of the headline metric: a column of `results.csv` and a part of logged metrics' keys
     measure: ClassVar[str | type]  # name of the measure that counts it
     label: ClassVar[str]  # what the metric is called in text and pictures
     unit: ClassVar[str]  # unit that the metric is shown in; for "%" a share is shown times 100
+    items: ClassVar[str] = "images"  # what validation and test hold, in text and pictures
 
     @abstractmethod
     def check(self, images: Labelled, split: str, task: str) -> None:
@@ -31,6 +33,18 @@ class Target(ABC):
 
         A MisconfigurationException is raised if a label is not of this target; the message names image, split and task.
         """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the target in two words, as `5 classes`."""
+
+    def scores(self, probes: int) -> Metric | None:
+        """Return what scores so many probes while they are trained; None where nothing is predicted."""
+        return None
+
+
+class Predicted(Target):
+    """A target that the outputs of a probe predict."""
 
     @abstractmethod
     def matrix(self, labels: Tensor) -> Tensor:
@@ -56,12 +70,8 @@ class Target(ABC):
     def name(self, decisions: Tensor) -> np.ndarray:
         """Return what decisions or labels are called, strings in an array of the same shape."""
 
-    @abstractmethod
-    def describe(self) -> str:
-        """Return the target in two words, as `5 classes`."""
 
-
-class Multiclass(Target):
+class Multiclass(Predicted):
     """One class of several for each image; labels are indices of `classes`, the names; the loss is cross-entropy."""
 
     metric = "accuracy"
@@ -156,3 +166,120 @@ class RightAnswers(Metric):
     def compute(self) -> Tensor:
         """Return the accuracy of every probe, shape (P,), float64."""
         return self.right.double() / self.images
+
+
+class Sought(Target):
+    """What is to be found in the train split, the gallery, for each query of validation and test.
+
+    Nothing is predicted, so a probe has no outputs.
+    """
+
+    outputs = 0
+    chance = None
+    metric = "ndcg@10"
+    measure = "Ranking"
+    label = "nDCG@10"
+    unit = ""
+    items = "queries"
+    ties: Tensor
+    """Places of the m members of the gallery in an order of which, of equally similar ones, the last goes first."""
+
+    @abstractmethod
+    def barred(self, split: str, queries: Tensor) -> Tensor:
+        """Return the place in the gallery that each query must not find, -1 for none, shape (n,)."""
+
+    @abstractmethod
+    def relevance(self, split: str, queries: Tensor, found: Tensor) -> "Judged":
+        """Return how relevant members of the gallery, shape (n, depth), are to n queries, by places; -1 is not."""
+
+
+class Judged(NamedTuple):
+    """How relevant is what was found for n queries, and what there was to be found."""
+
+    gains: Tensor  # 0 or more, relevant from 1 on, shape (n, depth)
+    ideal: Tensor  # the largest there are, descending, at least 10 if there are so many, shape (n, J)
+    relevant: Tensor  # how many are relevant, shape (n,)
+
+
+class Judgements(NamedTuple):
+    """What was judged of the documents for each of the n queries of a split, at most J for one."""
+
+    documents: Tensor  # places in the corpus, -1 where a query has fewer, shape (n, J), int64
+    grades: Tensor  # how relevant they are, from 1 on relevant at all, shape (n, J), int64
+    barred: Tensor  # places of documents that are left out of the rankings, -1 for none, shape (n,), int64
+
+
+class Relevance(Sought):
+    """The documents that were judged to be relevant to a query.
+
+    Args:
+        identifiers: Ids of the documents, by their places in the corpus.
+        judged: The judgements of each split, `val` and `test`.
+    """
+
+    def __init__(self, identifiers: Sequence[str], judged: Mapping[str, Judgements]) -> None:
+        order = sorted(range(len(identifiers)), key=lambda place: identifiers[place].encode())
+        self.ties = torch.tensor(order).argsort()  # by their ids as bytes, as trec_eval has it
+        self.judged = judged
+
+    def check(self, images: Labelled, split: str, task: str) -> None:
+        """Say how many queries have no relevant document, and where a single query decides about much."""
+        if split == "train":
+            return
+        without = int((self.judged[split].grades < 1).all(1).sum())
+        if without:
+            rank_zero_info(
+                f"{without:,} of the {len(images):,} queries in {split} of {task} have no document that is relevant "
+                f"(a score of 1 or more); they count as 0, as in trec_eval."
+            )
+        if len(images) < 100:
+            rank_zero_info(
+                f"{split} of {task} is small: one of its {len(images):,} queries is {1 / len(images):.2g} of the "
+                f"{self.label}."
+            )
+
+    def barred(self, split: str, queries: Tensor) -> Tensor:
+        """Return the document that each query must not find, -1 for none, shape (n,)."""
+        return self.judged[split].barred.to(queries.device)[queries]
+
+    def relevance(self, split: str, queries: Tensor, found: Tensor) -> Judged:
+        """Return what was judged of documents, shape (n, depth)."""
+        documents, grades = (each.to(found.device)[queries] for each in self.judged[split][:2])
+        grades = grades.clamp(min=0)
+        gains = torch.where(found.unsqueeze(2) == documents.unsqueeze(1), grades.unsqueeze(1), 0).sum(2)
+        return Judged(gains, grades.sort(descending=True).values, (grades > 0).sum(1))
+
+    def describe(self) -> str:
+        """Return what is to be found."""
+        return "relevant documents"
+
+
+class SameClass(Sought):
+    """The images of train that are of a query's class; of equally similar ones the first goes first.
+
+    Args:
+        labels: Class indices of each split.
+    """
+
+    def __init__(self, labels: Mapping[str, Tensor]) -> None:
+        self.labels = labels
+        self.ties = torch.arange(len(labels["train"]) - 1, -1, -1)
+        self.counts = labels["train"].bincount(minlength=1 + max(int(each.max()) for each in labels.values()))
+
+    def check(self, images: Labelled, split: str, task: str) -> None:
+        """Do nothing, as the labels are those of classes that were checked."""
+
+    def barred(self, split: str, queries: Tensor) -> Tensor:
+        """Return that no image is barred, as queries are none of train."""
+        return torch.full_like(queries, -1)
+
+    def relevance(self, split: str, queries: Tensor, found: Tensor) -> Judged:
+        """Return 1 for each image of the query's class."""
+        wanted = self.labels[split].to(found.device)[queries]
+        gains = (self.labels["train"].to(found.device)[found] == wanted.unsqueeze(1)) & (found >= 0)
+        relevant = self.counts.to(found.device)[wanted]
+        return Judged(gains.long(), (torch.arange(10, device=found.device) < relevant.unsqueeze(1)).long(), relevant)
+
+    def describe(self) -> str:
+        """Return what is to be found."""
+        return "images of the same class"

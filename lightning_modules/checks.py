@@ -1,7 +1,7 @@
 """What a Trainer must be for counts to be exact and probes to be independent, and what must fit into memory."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.subsets.plan import Probe, mean_by_fraction
+from lightning_modules.subsets.selections import OFFERED, SELECTIONS
 
 
 def trainer(trainer: Trainer) -> None:
@@ -56,6 +57,17 @@ def backbone(given: bool, vectors: bool) -> None:
         raise MisconfigurationException("model.backbone is null, but the task holds images; name a backbone.")
     if given and vectors:
         raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
+
+
+def selections(names: Sequence[str], target: Any) -> None:
+    """Refuse a selection that is fitted to classes where the task has none."""
+    for name in names:
+        if SELECTIONS[name].classes and not target.outputs:
+            others = ", ".join(each for each in OFFERED if not SELECTIONS[each].classes)
+            raise MisconfigurationException(
+                f"model.selection has {name!r}, which needs classes, but the task has {target.describe()}; take of "
+                f"{others}."
+            )
 
 
 def schedule(trainer: Trainer, steps: int, refit: bool) -> None:
@@ -116,13 +128,12 @@ def free_memory() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
-def memory(
-    probes: Sequence[Probe], outputs: int, candidates: int, squares: Mapping[Any, int], refit: bool, copies: int
-) -> None:
-    """Refuse a bank in so many copies, or second moments of layers with these widths, that do not fit into memory."""
+def memory(model: Any, outputs: int, candidates: int) -> None:
+    """Refuse a `RedundancyProbe` whose bank, in so many copies, or second moments do not fit into memory."""
+    probes, solver = model.probes, model.solver
     parameters = sum((probe.neurons + 1) * outputs for probe in probes) * candidates
     # With gradient, momentum and the weights that are kept, of which a refit has its own, and what the solver needs.
-    needed = 4 * parameters * (4 * (1 + refit) + copies)
+    needed = 4 * parameters * (4 * (1 + model.refit) + solver.copies)
     available = free_memory()
     if needed > available:
         raise MisconfigurationException(
@@ -130,10 +141,12 @@ def memory(
             f"{outputs} classes: {parameters:,} weights, with gradient, momentum and best), and "
             f"{available / 1e9:,.1f} GB are free; use fewer fractions, seeds or candidates."
         )
-    moments = sum(4 * 8 * width**2 for width in squares.values())  # of train and validation, and as much to work with
+    squared = model.coordinates.fitted or any(part.second_moments for part in (solver, *model.measures))
+    widths = (model.coordinates.source_widths if solver.second_moments else model.widths) if squared else {}
+    moments = sum(4 * 8 * width**2 for width in widths.values())  # of train and validation, and as much to work with
     if moments > available:
         raise MisconfigurationException(
-            f"The second moments of {sum(squares.values()):,} neurons need {moments / 1e9:,.1f} GB of memory, and "
+            f"The second moments of {sum(widths.values()):,} neurons need {moments / 1e9:,.1f} GB of memory, and "
             f"{available / 1e9:,.1f} GB are free; set model.measures [Inequality] and model.solver SGD, or read fewer "
             f"neurons."
         )

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import safetensors.torch
 import timm
 import torch
@@ -18,6 +17,7 @@ from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOver
 from lightning_modules.checkpoints import read
 from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.probes.grid import Grid
+from lightning_modules.results.results import Results
 from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Probe, stored_bytes
 from lightning_modules.subsets.selections import FULL
@@ -29,6 +29,7 @@ USE = {
     "levels": "codes = ((kept - subset['low']) / subset['step']).round().clamp(0, {most}); "
     "kept = subset['low'] + subset['step'] * codes",
     "logits": "logits = kept @ subset['weight'].T + subset['bias']",
+    "cosine": "kept = torch.nn.functional.normalize(kept)",
 }
 """What the card says of `subset = safetensors.torch.load_file('subset.safetensors')`."""
 
@@ -50,10 +51,10 @@ def export(
 
     `subset.safetensors` holds float32 `weight` (C, k) and `bias` (C,), for raw features: a standardisation is
     folded in. Beside them are the `indices` (k,) of the neurons, or, where the coordinates are of another basis, its
-    `basis` (D, k) and `mean` (D,); and for fewer than 32 bits `low` and `step` (k,) of the levels, of which codes of so
-    many bits are to be stored. `card.json` says what it is and how to use it, `recipe.py` stores vectors so, and reads
-    them back, with NumPy alone. For a timm backbone, `backbone.pt2` is a torch.export program from preprocessed images
-    (B, C, H, W), for any B, to the kept coordinates (B, k), float32.
+    `basis` (D, k) and `mean` (D,); for fewer than 32 bits `low` and `step` (k,) of the levels, of which codes of so
+    many bits are to be stored. A search has no `weight` and `bias`. `card.json` says what it is and how to use it,
+    `recipe.py` stores vectors so, and reads them back, with NumPy alone. For a timm backbone, `backbone.pt2` is a
+    torch.export program from preprocessed images (B, C, H, W), for any B, to the kept coordinates (B, k), float32.
 
     Args:
         run: Folder of the run.
@@ -91,23 +92,23 @@ def export(
             )
     tensors = _tensors(probes, index, widths, checkpoint["state_dict"], provenance)
     program = _program(backbone, tensors) if backbone and backbone.is_timm else None
-    accuracy, results = {"val": None, "test": None}, folder / "results.csv"  # null where a run did not come so far
-    if results.is_file():
+    metric, measured = "accuracy", {"val": None, "test": None}  # null where a run did not come so far
+    if (folder / "results.csv").is_file():
+        results = Results.read(folder)
         its = " and ".join(f"{name} == @probe.{name}" for name in ("layer", "selection", "bits", "fraction", "seed"))
-        accuracy |= pd.read_csv(results).query(its).set_index("split")["accuracy"].to_dict()
+        metric = results.headline.name
+        measured |= results.rows.query(its).set_index("split")[metric].to_dict()
+    starts = ["neurons" if "indices" in tensors else "basis", *["program"] * bool(program)]
+    ends = ["logits"] if provenance["classes"] else ["cosine"] * (provenance.get("similarity") == "cosine")
+    ends = [*["levels"] * (probe.bits < 32), *ends]
     card = {
         **{name: provenance[name] for name in ("task", "classes", "backbone")},
         **probe._asdict(),
         "width": widths[probe.layer],
         "bytes": stored_bytes(probe.neurons, probe.bits),
-        "accuracy": accuracy,
+        metric: measured,
         "preprocessing": backbone.preprocessing | VIEWS[provenance["data.view"]] if backbone else None,
-        "use": [
-            "; ".join(USE[part] for part in (first, *["levels"] * (probe.bits < 32), "logits")).format(
-                most=2**probe.bits - 1
-            )
-            for first in ("neurons" if "indices" in tensors else "basis", *["program"] * bool(program))
-        ],
+        "use": ["; ".join(USE[part] for part in (start, *ends)).format(most=2**probe.bits - 1) for start in starts],
         "versions": {"python": platform.python_version()}
         | {library.__name__: library.__version__ for library in (torch, timm, safetensors)},
     }
@@ -180,6 +181,8 @@ def _tensors(
     mean, std = coordinates.by_layer(scale)[probes[index].layer]
     chosen = coordinates.subset(index).clone()  # not with the storage of the whole order
     basis = coordinates.basis(index)
+    if basis is None and not provenance["classes"] and provenance["standardise"]:
+        basis = torch.eye(len(mean)), torch.zeros(len(mean))  # there is no weight that could be scaled
     if basis is None:
         weight = weight / std[chosen]
         found = {"indices": chosen, "weight": weight, "bias": bias - weight @ mean[chosen]}
@@ -192,7 +195,8 @@ def _tensors(
         low, step = quantiser.low.double(), quantiser.step.double()
         raw = (std[chosen], mean[chosen]) if basis is None else (1.0, 0.0)
         found |= {"low": low * raw[0] + raw[1], "step": step * raw[0]}
-    return {name: (value.float() if value.is_floating_point() else value).contiguous() for name, value in found.items()}
+    found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    return {name: value.contiguous() for name, value in found.items() if value.numel()}  # a search has no weights
 
 
 def _program(backbone: FrozenBackbone, tensors: dict[str, Tensor]) -> torch.export.ExportedProgram | None:

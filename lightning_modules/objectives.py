@@ -4,12 +4,14 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from math import inf
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+
+from lightning_modules.attacks import PGD, Norm
 
 
 class Objective(nn.Module, ABC):
@@ -69,11 +71,10 @@ class CrossEntropy(Objective):
 class Adversarial(Objective):
     """Cross-entropy of images that projected gradient descent moved against the network (Madry et al., 2018).
 
-    A moved image stays in a ball around its pixels, before normalisation, and in [0, 1]. During the attack the network
-    is in evaluation mode, as in `robustness`, the library of the published robust ImageNet weights, and in TRADES: what
-    is attacked is the network as it will be evaluated, each image for itself, and batch norm's statistics are those of
-    the step that follows alone. That step, on the moved images, is in training mode. The attack takes gradients with
-    respect to images only, so that no parameter gets one and no process waits for another.
+    During the attack, see `PGD`, the network is in evaluation mode, as in `robustness`, the library of the published
+    robust ImageNet weights, and in TRADES: what is attacked is the network as it will be evaluated, each image for
+    itself, and batch norm's statistics are those of the step that follows alone. That step, on the moved images, is in
+    training mode.
 
     Args:
         eps: Radius of the ball, of pixels in [0, 1]; published are 3 in L2 at 224 pixels and 0.0157 (4/255) in Linf.
@@ -89,20 +90,14 @@ class Adversarial(Objective):
     def __init__(
         self,
         eps: float,
-        norm: Literal["L2", "Linf"] = "L2",
+        norm: Norm = "L2",
         steps: int = 3,
         step_size: float | None = None,
         random_start: bool = False,
     ) -> None:
         super().__init__()
-        most = 1 if norm == "Linf" else inf
-        if not 0 < eps <= most or eps == inf:
-            right = "above 0, at most 1, as pixels lie in [0, 1] (4/255 is 0.0157)" if norm == "Linf" else "above 0"
-            raise MisconfigurationException(f"model.objective.eps is {eps:g}; in {norm} it must be {right}.")
-        if steps < 1:
-            raise MisconfigurationException(f"model.objective.steps is {steps}; it must be at least 1.")
-        if step_size is not None and not 0 < step_size < inf:
-            raise MisconfigurationException(f"model.objective.step_size is {step_size:g}; it must be above 0.")
+        size = 2 * eps / max(1, steps) if step_size is None else step_size
+        self.pgd = PGD(eps, norm, steps, size, "model.objective")
         self.eps = eps
         self.norm = norm
         self.steps = steps
@@ -115,43 +110,12 @@ class Adversarial(Objective):
 
     def attack(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
         """Return images, shape (B, C, H, W) as given and normalised as given, moved against the network."""
-        step_size = self.step_size or 2 * self.eps / self.steps
         training = network.training
         network.eval()
-        with torch.inference_mode(False), torch.enable_grad():  # also in validation
-            mean, std = (images.new_tensor(network.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-            pixels = (images * std + mean).clamp(0, 1)
-            moved = self._random(pixels) if self.random_start else pixels
-            for _ in range(self.steps):
-                moved = moved.detach().requires_grad_()
-                logits = network((moved - mean) / std)
-                # The loss' gradient of the logits. Only its direction matters here, and its length may be so small that
-                # half precision would make it 0 on the way back.
-                error = logits.detach().to(moved.dtype).softmax(1) - F.one_hot(labels, logits.shape[1])
-                (gradient,) = torch.autograd.grad(logits, moved, F.normalize(error, dim=1).to(logits.dtype))
-                moved = self._project(pixels, moved.detach() + step_size * self._unit(gradient))
-            moved = (moved - mean) / std
+        start = self.pgd.random if self.random_start else None
+        moved = self.pgd(network, images, labels, network.pretrained_cfg, start)
         network.train(training)
         return moved
-
-    def _random(self, pixels: Tensor) -> Tensor:
-        if self.norm == "Linf":
-            return self._project(pixels, pixels + torch.empty_like(pixels).uniform_(-self.eps, self.eps))
-        radii = torch.rand_like(pixels[:, :1, :1, :1]) ** (1 / pixels[0].numel())
-        return self._project(pixels, pixels + self.eps * radii * self._unit(torch.randn_like(pixels)))
-
-    def _unit(self, gradient: Tensor) -> Tensor:
-        """Return the direction of length 1 in which the loss rises fastest; 0 where it does not rise."""
-        return gradient.sign() if self.norm == "Linf" else gradient / _lengths(gradient)
-
-    def _project(self, pixels: Tensor, moved: Tensor) -> Tensor:
-        """Return the nearest point of the ball, and then of [0, 1], which lies nearer to the pixels yet."""
-        change = moved - pixels
-        if self.norm == "Linf":
-            change = change.clamp(-self.eps, self.eps)
-        else:
-            change = change * (self.eps / _lengths(change)).clamp(max=1)
-        return (pixels + change).clamp(0, 1)
 
 
 class DeCov(Objective):
@@ -292,8 +256,3 @@ def _over_processes(summed: Tensor) -> Tensor:
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(summed)
     return summed
-
-
-def _lengths(vectors: Tensor) -> Tensor:
-    """Return the Euclidean length of each image, shape (B, 1, 1, 1), at least 1e-12, as it is divided by."""
-    return vectors.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)

@@ -1,7 +1,6 @@
 """The LightningModule of the project: a frozen backbone, and a linear probe on every subset of its neurons."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,13 +8,14 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from lightning_modules import checkpoints, checks, measures
+from lightning_modules import checkpoints, checks
 from lightning_modules.backbones.frozen import FrozenBackbone, GivenVectors
 from lightning_modules.features.extractor import Extractor, FeatureStream
 from lightning_modules.measures.measure import Batch, Context, Measure
 from lightning_modules.measures.suite import Suite
 from lightning_modules.probes import SGD, Solver
 from lightning_modules.probes.grid import Grid
+from lightning_modules.probes.search import suited
 from lightning_modules.reporting.metrics import log
 from lightning_modules.results.results import Results
 from lightning_modules.results.tables import Predictions, assemble
@@ -36,14 +36,14 @@ class RedundancyProbe(LightningModule):
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
         bits: In how many bits each number is stored, one or a list of 32 (as it is), 8, 4, 2 and 1.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
-        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, or a class of your own.
-        features: What the probes train on: `clean`, one view without augmentation, extracted once; a number of
-            augmented views, extracted once and cycled over epochs; or `off`, augmented and extracted in every epoch.
+        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, a class of your own, or `Search`.
+        features: What the probes train on: `clean`, one view without augmentation; a number of augmented views, each
+            extracted once and cycled over epochs; or `off`, augmented afresh in every epoch, a pass of the backbone.
         refit: Whether every probe is found again on train and validation together, with what validation chose, before
             it is tested; standardisation, bases and rankings stay those of train.
         standardise: Whether to subtract each neuron's mean and divide by its standard deviation over train.
         measures: What is measured beside the target's own metric, one or a list of classes with their arguments; null
-            is CKA (with the ranks of the layers) and Inequality.
+            is CKA (with the ranks of the layers) and Inequality, or none for `Search`.
         cache_dir: Where features are kept; null is `feature_cache` under `trainer.default_root_dir`.
 
     Raises:
@@ -98,7 +98,7 @@ class RedundancyProbe(LightningModule):
 
     @property
     def target(self) -> Any:
-        """What is predicted, see `datamodules.targets.Target`."""
+        """What is predicted or found, see `datamodules.targets.Target`."""
         return self.task.target
 
     @property
@@ -126,8 +126,9 @@ class RedundancyProbe(LightningModule):
         checks.backbone(not isinstance(self.backbone, GivenVectors), task.vectors)
         if task.vectors:
             self.backbone.widths = {"none": task.width}
-        first = getattr(measures, str(task.target.measure), task.target.measure)  # a class, or the name of one of ours
-        self.measures[:] = [first(), *(each for each in self.measures if type(each) is not first)]
+        self.solver = suited(self.solver, task.target)
+        checks.selections(self.plan.selections, task.target)
+        self.measures.put_first(task.target)
         self.probes = self.plan.probes(self.widths, any(measure.needs_comparison_probes for measure in self.measures))
 
     def setup(self, stage: str) -> None:
@@ -146,9 +147,7 @@ class RedundancyProbe(LightningModule):
     def _build(self) -> None:
         candidates, outputs = self.solver.candidates(), self.target.outputs
         self.coordinates = Coordinates(self.probes, self.widths)
-        squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
-        squares = self.coordinates.source_widths if self.solver.second_moments else self.widths
-        checks.memory(self.probes, outputs, len(candidates), squares if squared else {}, self.refit, self.solver.copies)
+        checks.memory(self, outputs, len(candidates))
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)
@@ -163,6 +162,8 @@ class RedundancyProbe(LightningModule):
             reduce=self.stream.reduce,
             features=self.stream.everything,
             moments=self.stream.moments,
+            stream=self.stream,
+            logits=self.grid.final_logits,
         )
         self.measures.setup(context)
         # Processes build the same: without this DDP would send all of it at the start, and buffers before each step.
@@ -234,7 +235,7 @@ class RedundancyProbe(LightningModule):
         """Measure the weights that the run ends with."""
         self._measure(batch, "test", self.grid.final_logits)
 
-    def _measure(self, batch: Any, split: str, logits: Callable[[Tensor], Tensor]) -> None:
+    def _measure(self, batch: Any, split: str, logits: Any) -> None:
         found = logits(self.coordinates(batch.inputs))
         self.measures.update(split, Batch(batch.inputs, found, batch.labels, batch.indices))
 

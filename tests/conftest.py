@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from hub import Hub
 from PIL import Image
 from torch.distributed import TCPStore
 
@@ -130,12 +134,57 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory):
-    """A run of the shipped quickstart as a user starts it, from another working directory."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    done = launch("fit", "--config", "quickstart.yaml", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs" / "quickstart", done
+def once(tmp_path_factory):
+    """Make what several tests read once for all of pytest's processes; return its folder."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def made(name, make):
+        with FileLock(folder / f"{name}.lock"):
+            if not (folder / name / "made").exists():
+                (folder / name).mkdir()
+                make(folder / name)
+                (folder / name / "made").touch()
+        return folder / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def quickstart(once):
+    """A run of the shipped quickstart as a user starts it, from another working directory, and how it ended."""
+
+    def fit(folder):
+        done = launch("fit", "--config", "quickstart.yaml", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        (folder / "done.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+
+    folder = once("quickstart", fit)
+    return folder / "runs" / "quickstart", Done(*json.loads((folder / "done.json").read_text()))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Let a server of this process be the Hub, with a cache of its own; its `files` are those of every repository."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        for name, value in {
+            "huggingface_hub.constants.HF_HUB_OFFLINE": False,
+            "huggingface_hub.constants.ENDPOINT": endpoint,
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE": endpoint
+            + "/{repo_id}/resolve/{revision}/{filename}",
+            "huggingface_hub.constants.HF_HUB_CACHE": str(tmp_path / "hub"),
+            "datasets.config.HF_ENDPOINT": endpoint,
+            "datasets.config.HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(name, value)
+        monkeypatch.setattr(Hub, "files", {})
+        monkeypatch.setattr(Hub, "asked", [])
+        yield Hub
+        server.shutdown()
 
 
 @pytest.fixture
@@ -150,6 +199,22 @@ def image_folder(tmp_path):
     return tmp_path / "pets"
 
 
+@pytest.fixture
+def papers(tmp_path):
+    """A folder of 200 documents, which are noise around as many as there are queries: 60, of which each has three."""
+    random = np.random.default_rng(0)
+    queries = random.normal(size=(60, 20)).astype(np.float32)
+    documents = np.concatenate([np.repeat(queries, 3, 0), random.normal(size=(20, 20))]).astype(np.float32)
+    documents += 1.5 * random.normal(size=documents.shape).astype(np.float32)
+    folder = tmp_path / "papers"
+    (folder / "qrels").mkdir(parents=True)
+    for part, values in (("corpus", documents), ("queries", queries)):
+        np.savez(folder / f"{part}.npz", ids=np.arange(len(values)), vectors=values)
+    lines = [f"{query}\t{3 * query + place}\t{place + 1}" for query in range(60) for place in range(3)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]))
+    return folder
+
+
 class Features(NamedTuple):
     """Representations of real images, float32, and their labels."""
 
@@ -161,28 +226,33 @@ class Features(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def real_features():
+def real_features(once):
     """What a MobileNetV2 pre-trained on ImageNet makes of 240 + 120 photographs of 12 flowers."""
     weights = SHARED / "weights" / "mobilenetv2_100.imagenet1k.safetensors"
     if not weights.exists():
         pytest.skip("The shared weights are not beside this checkout.")
-    backbone = FrozenBackbone(
-        "mobilenetv2_100",
-        weights=str(weights),
-        kwargs={"pad_type": "same"},
-        pretrained_cfg_overlay=PretrainedCfgOverlay(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-    )
 
-    def look(split, each):
-        """Look at the first images of each class; they have the network's size."""
-        with tarfile.open(SHARED / "data" / f"flowers12_{split}.tar") as tar:
-            names = sorted(name for name in tar.getnames() if name.endswith(".jpg"))
-            classes = sorted({name.split("/")[0] for name in names})
-            chosen = [name for label in classes for name in [n for n in names if n.startswith(f"{label}/")][:each]]
-            images = [np.asarray(Image.open(tar.extractfile(name)).convert("RGB")) for name in chosen]
-        inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        with torch.inference_mode():
-            features = torch.cat([backbone(batch) for batch in inputs.split(32)]).clone()
-        return features, torch.tensor([classes.index(name.split("/")[0]) for name in chosen])
+    def extract(folder):
+        backbone = FrozenBackbone(
+            "mobilenetv2_100",
+            weights=str(weights),
+            kwargs={"pad_type": "same"},
+            pretrained_cfg_overlay=PretrainedCfgOverlay(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        )
+        train, test = (represented(backbone, split, each) for split, each in (("train", 20), ("test", 10)))
+        torch.save([*train, *test], folder / "features.pt")
 
-    return Features(*look("train", 20), *look("test", 10), classes=12)
+    return Features(*torch.load(once("features", extract) / "features.pt"), classes=12)
+
+
+def represented(backbone, split, each):
+    """Return the representations of the first images of each class of flowers, and their labels."""
+    with tarfile.open(SHARED / "data" / f"flowers12_{split}.tar") as tar:
+        names = sorted(name for name in tar.getnames() if name.endswith(".jpg"))
+        classes = sorted({name.split("/")[0] for name in names})
+        chosen = [name for label in classes for name in [n for n in names if n.startswith(f"{label}/")][:each]]
+        images = [np.asarray(Image.open(tar.extractfile(name)).convert("RGB")) for name in chosen]
+    inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)  # of the network's size
+    with torch.inference_mode():
+        features = torch.cat([backbone(batch) for batch in inputs.split(32)]).clone()
+    return features, torch.tensor([classes.index(name.split("/")[0]) for name in chosen])

@@ -24,7 +24,7 @@ def run(command):
         os.environ.update(command["environment"])
         sys.path[1:1] = [path for path in command["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
         rank_zero_only.rank = int(os.environ.get("RANK", 0))  # which Lightning looks up when it is imported
-        sys.argv = ["train.py", *command["args"]]
+        sys.argv = [train.__file__, *command["args"]]
         train.main()
         status = 0
     except SystemExit as stop:

@@ -25,7 +25,7 @@ PAGES = [page for folder in FOLDERS if (page := ROOT / f"{folder}README.md").is_
 PAGES += sorted((ROOT / ".github" / "docs").glob("*.md"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MODULES = ROOT / "lightning_modules" / "README.md"
-SETTINGS = ("fit", "validate", "test", "predict")
+SETTINGS = ("extract", "fit", "validate", "test", "predict")
 """Verbs whose options are the keys of a configuration."""
 
 
@@ -81,7 +81,8 @@ def parses(cli, words):
 
 
 def test_commands_are_found():
-    assert {words[words.index("train.py") + 1] for words in OURS} >= {"fit", "test", "sweep", "compare", "export"}
+    verbs = {words[words.index("train.py") + 1] for words in OURS}
+    assert verbs >= {"fit", "test", "sweep", "invert", "compare", "export"}
     assert len(OURS) > 50
 
 
@@ -96,6 +97,10 @@ def test_a_command_parses_as_written(cli, made_up, monkeypatch, words):
         assert launcher in (("python",), (".venv/bin/python",))
     made_up(options)
     if verb in SETTINGS:
+        parses(cli, (verb, *options))
+    elif verb == "invert":
+        run = next((word for word in options if re.fullmatch(r"runs/\w+", word)), None)
+        made_up([f"{run}/config.yaml"] if run else [])
         parses(cli, (verb, *options))
     elif verb == "sweep":
         monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)

@@ -153,7 +153,7 @@ MISTAKES = {
     "step size 0": (["--model.solver.step_size=0"], "model.solver.step_size is 0; it must be at least 1"),
     "unknown solver": (
         ["--model.solver=Rigde"],
-        "--model.solver is 'Rigde'; did you mean Ridge? It must be one of Logistic, Ridge, SGD, or the import path",
+        "--model.solver is 'Rigde'; did you mean Ridge? It must be one of Logistic, Ridge, SGD, Search, or the import",
     ),
     "task for a solver": (["--model.solver=datamodules.Digits"], "'datamodules.Digits', which is no Solver"),
     "unknown option of a solver": (["--model.solver.penalti=1"], "did you mean model.solver.penalty?"),
@@ -290,7 +290,7 @@ MISTAKES = {
     "unknown flag of the trainer": (["--trainer.max_epochz=3"], "did you mean trainer.max_epochs?"),
     "abbreviated flag": (["--trainer.max_epoch=3"], "no option 'trainer.max_epoch'; did you mean trainer.max_epochs?"),
     "unknown flag of the data": (["--data.batch_sise=3"], "did you mean data.batch_size?"),
-    "unknown flag of the model": (["--model.fraction=0.1"], "did you mean model.fractions?"),
+    "unknown flag of the model": (["--model.fraction=0.1"], "did you mean model.fractions"),
     "unknown flag of the backbone": (["--model.backbone.layr=fc"], "did you mean model.backbone.layer?"),
     "unknown flag of the overlay": ([f"--{OVERLAY}.crop_pt=1"], f"crop_pt'; did you mean {OVERLAY}.crop_pct?"),
     "flag like no other": (["--zzz=1"], "no option 'zzz'", "`train.py fit --help` lists all"),
@@ -329,7 +329,11 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_what_would_be_right(cli, t
 
 VERBS = {
     "no verb": ([], "Give one of these verbs"),
-    "unknown verb": (["fitt", "--config", "quickstart.yaml"], "'fitt'; did you mean fit?", "sweep, compare, export"),
+    "unknown verb": (
+        ["fitt", "--config", "quickstart.yaml"],
+        "'fitt'; did you mean fit?",
+        "compare, invert, export",
+    ),
     "configuration before the verb": (["--config", "quickstart.yaml", "fit"], "--config comes after the verb"),
     "nothing but a verb": (["fit"], "Nothing sets data", "--config"),
     "an argument of a task without the task": (
@@ -338,6 +342,10 @@ VERBS = {
         "write data: {class_path: Embeddings, init_args: {features: x.npy}}, or say --data Embeddings before",
     ),
     "test without a run": (["test", "--config", "quickstart.yaml"], "no runs/quickstart/checkpoints/last.ckpt"),
+    "nothing to extract": (
+        ["extract", "--config", "quickstart.yaml", "--model.features=off", "--trainer.enable_progress_bar=false"],
+        "There is nothing to extract: model.features is off.",
+    ),
     "prediction without a run": (["predict", "--config", "quickstart.yaml"], "name the --config of a run"),
 }
 
@@ -367,7 +375,7 @@ YAMLS = {
     "a key at the top": (b"nam: x\n", "no option 'nam'; did you mean name"),
     "a key of the trainer": (b"trainer: {max_epoch: 3}\n", "did you mean trainer.max_epochs?"),
     "a key of the data": (b"data: {class_path: Digits, init_args: {batchsize: 3}}\n", "did you mean data.batch_size?"),
-    "a key of the model": (b"model: {fractoins: 0.1}\n", "did you mean model.fractions?"),
+    "a key of the model": (b"model: {fractoins: 0.1}\n", "did you mean model.fractions"),
     "a key of the backbone": (b"model: {backbone: {weight: random}}\n", "did you mean model.backbone.weights?"),
     "a key of the overlay": (
         b"model: {backbone: {pretrained_cfg_overlay: {men: [0, 0, 0]}}}\n",

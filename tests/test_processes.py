@@ -50,8 +50,8 @@ def test_torchrun_fits_on_as_many_processes_as_it_starts(one, tmp_path):
     assert_the_same_within_sampling_error(one, tmp_path / "runs")
 
 
-def test_lightnings_own_launcher_fits_on_several_devices(one, tmp_path):
-    done = launch(*SHORT, "--name=run", "--trainer.devices=2", cwd=tmp_path)
+def test_lightnings_own_launcher_fits_on_several_devices(one, start, tmp_path):
+    done = start(*SHORT, "--name=run", "--trainer.devices=2", cwd=tmp_path)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "Starting with 2 processes" in done.stderr
     assert done.stdout.count("To keep 90 % of the accuracy") == 1
@@ -114,9 +114,10 @@ def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
 
 def test_two_processes_leave_the_files_of_one(start, tmp_path):
     measures = ("--model.solver=Ridge", "--model.selection=[random,pca,pca_least,fisher,greedy]", "--model.bits=[32,2]")
-    given = (
-        "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles, Neurons]"
-    )
+    attacked = "eps: 0.1, steps: 1, restarts: 1, images: 9, fractions: 0.1, seeds: 1"
+    neighbours = "{class_path: Neighbours, init_args: {neighbours: 5}}"
+    given = f"--model.measures=[CKA, Inequality, {neighbours}, Ensembles, Neurons, "
+    given += f"{{class_path: Robustness, init_args: {{{attacked}}}}}]"
     command = (*SHORT, *measures, given, "--model.backbone.layer=[layer2,penultimate]", "--name=run")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
@@ -124,7 +125,7 @@ def test_two_processes_leave_the_files_of_one(start, tmp_path):
             done = process.wait()
             assert done.returncode == 0, done.stderr
     one, two = (tmp_path / str(processes) / "runs" / "run" for processes in (1, 2))
-    for name in ("results", "classes", "layers", "ensembles", "neighbours", "neurons"):
+    for name in ("results", "classes", "layers", "ensembles", "neighbours", "neurons", "transfer"):
         mine, theirs = (pd.read_csv(folder / f"{name}.csv") for folder in (one, two))
         # Sums of float64 differ by their order alone; counts do not.
         pd.testing.assert_frame_equal(mine, theirs, rtol=1e-6, atol=1e-9)
@@ -143,3 +144,14 @@ def test_two_processes_find_the_optima_of_one(start, tmp_path):
     assert one["penalty"].equals(two["penalty"])
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=5e-3)
     np.testing.assert_allclose(one["accuracy"], two["accuracy"], atol=0.006)  # one image of 179
+
+
+def test_two_processes_search_as_one_does_without_a_solver_to_be_named(start, papers):
+    search = ("fit", *QUIET, "--trainer.logger=false", "--model.backbone=null", "--model.selection=[random,pca]")
+    search += ("--model.fractions=[0.2,0.5]", "--data=Retrieval", "--data.root=papers", "--data.batch_size=7")
+    runs = [start(*search, f"--name={number}", cwd=papers.parent, processes=number) for number in (1, 2)]
+    for done in [process.wait() for run in runs for process in run]:
+        assert done.returncode == 0, done.stderr
+    one, two = (pd.read_csv(papers.parent / "runs" / name / "results.csv") for name in ("1", "2"))
+    assert set(one["solver"]) == {"search"}
+    pd.testing.assert_frame_equal(one, two, rtol=0, atol=1e-12)

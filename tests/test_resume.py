@@ -12,7 +12,7 @@ from lightning_modules.checkpoints import PAUSE, AtomicCheckpointIO
 PLAIN = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--data.num_workers=0")
 # Larger images than the network was made for, so that extraction takes a while too.
 SLOW = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.backbone.pretrained_cfg_overlay.input_size=[3,64,64]")
-SLOW += ("--model.features=2", "--data.augmentation=paper", "--trainer.max_epochs=20")
+SLOW += ("--model.features=2", "--data.augmentation=paper", "--data.digits=[5,6,7]", "--trainer.max_epochs=20")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,32 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_one_that_was_no
     assert "Restored all states from the checkpoint" in resumed[0].stderr
     for name in ("results.csv", "classes.csv"):
         assert (tmp_path / "runs/killed" / name).read_bytes() == (tmp_path / "runs/whole" / name).read_bytes()
+
+
+def test_any_number_of_processes_extract_together_and_go_on_where_one_is_killed(start, tmp_path):
+    def run(verb, cache):
+        command = [each for each in SLOW if each not in ("fit", "--model.features=2", "--trainer.max_epochs=20")]
+        return start(verb, *command, "--trainer.max_epochs=1", f"--model.cache_dir={cache}", cwd=tmp_path)[0]
+
+    def made(cache):
+        return {path.relative_to(tmp_path / cache): path.read_bytes() for path in (tmp_path / cache).glob("*/*")}
+
+    workers = [run("extract", "together") for _ in range(4)]
+    moments = random.Random(0)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("together/*/0*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for worker in workers[:2]:
+        time.sleep(moments.uniform(0, 0.2))
+        worker.kill()
+    ended = [worker.wait() for worker in workers]
+    assert [each.returncode for each in ended[2:]] == [0, 0], ended[2].stderr
+    assert run("fit", "alone").wait().returncode == 0
+    shards = {name: content for name, content in made("together").items() if name.suffix == ".safetensors"}
+    assert shards == made("alone")
+    fit = run("fit", "together").wait()
+    assert "found in" in fit.stderr
+    assert "extracted in" not in fit.stderr
 
 
 @pytest.mark.parametrize(("features", "refit"), [("clean", "false"), ("off", "false"), ("clean", "true")])

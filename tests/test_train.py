@@ -411,13 +411,16 @@ def test_a_real_backbone_on_real_flowers(start, tmp_path):
 def test_every_verb_is_told_with_a_line_of_what_it_does(cli, asked):
     status, out, err = cli(*asked.split())
     assert status == (0 if asked == "--help" else 2)
-    for verb in ("fit", "validate", "test", "predict", "sweep", "compare", "export"):
+    for verb in ("fit", "validate", "test", "predict", "sweep", "compare", "invert", "export"):
         assert re.search(rf"^  {verb} +[A-Z].*\.$", out + err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     ("verb", "option"),
-    [("fit", "--trainer.max_epochs"), ("sweep", "--shard"), ("compare", "--reference"), ("export", "--fraction")],
+    [
+        *(("fit", "--trainer.max_epochs"), ("sweep", "--shard"), ("invert", "--regulariser")),
+        *(("compare", "--reference"), ("export", "--fraction")),
+    ],
 )
 def test_the_help_of_a_verb_lists_its_options(cli, verb, option):
     status, out, _ = cli(verb, "--help")

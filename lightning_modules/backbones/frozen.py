@@ -1,8 +1,10 @@
 """The frozen backbone: a pre-trained network that turns images into representations, read at one or several layers."""
 
+import contextlib
 import difflib
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -15,10 +17,12 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_modules.backbones import weights as weight_files
 from lightning_modules.backbones.build import PretrainedCfgOverlay, as_call, build, completed, describe_preprocessing
+from lightning_modules.backbones.folding import folded
 from lightning_modules.backbones.layers import Place, check_rows, neuron_axes, read_layers
 from lightning_modules.files import one_line
 
 PENULTIMATE = "penultimate"  # The layer before the classifier
+JOINED = "+"  # What joins the names of layers that are read as one
 
 
 class GivenVectors(nn.Module):
@@ -44,7 +48,8 @@ class GivenVectors(nn.Module):
 class FrozenBackbone(nn.Module):
     """A pre-trained network that turns images into representations and never changes.
 
-    Always in evaluation mode and without gradients: no parameter and no batch-norm statistic moves, dropout is off.
+    Always in evaluation mode: no parameter and no batch-norm statistic moves, dropout is off. Gradients flow to images
+    that require them, and nowhere else.
 
     Args:
         name: A timm model with its pretrained tag (`resnet50.a1_in1k`, `hf-hub:...`), or the import path of a callable
@@ -57,8 +62,8 @@ class FrozenBackbone(nn.Module):
         kwargs: Passed on to the model's constructor, for example `{pad_type: same}`; for grey images `{in_chans: 1}`.
         pretrained_cfg_overlay: Preprocessing, where it differs from the model's default, of which a callable has none.
         layer: `penultimate`, what enters the classifier (of a callable's network, the linear or convolutional layer
-            that runs last); the name of a module, whose output is read; or a list of them, read in one pass and
-            concatenated.
+            that runs last); the name of a module, whose output is read; several of these joined by `+`, which are one
+            layer of all their neurons; or a list of such layers, read in one pass.
         pooling: How maps (B, D, H, W), also with channels last, and tokens (B, N, D) become vectors: `mean` averages
             over space, `flatten` keeps the value at every position as a neuron of its own.
 
@@ -85,7 +90,8 @@ class FrozenBackbone(nn.Module):
         self._overlay = pretrained_cfg_overlay
         self._objective = f" of {made['objective']}" if made else ""
         self.layers = [layer] if isinstance(layer, str) else layer
-        if not self.layers or len(set(self.layers)) < len(self.layers):
+        parts = [each.split(JOINED) for each in self.layers]
+        if not parts or any(len(set(each)) < len(each) for each in (self.layers, *parts)):
             raise MisconfigurationException(f"model.backbone.layer is {layer}; give at least one layer, each once.")
         self.pooling = pooling
         self.network: Any
@@ -95,8 +101,8 @@ class FrozenBackbone(nn.Module):
         self.is_timm = classifier is not None  # then the network is built without a classifier, and ends penultimate
         end = [] if self.is_timm else self._modules_from_classifier_on()
         # The classifier is not loaded, unless a callable's network is read there or after it.
-        self._unread = classifier or ([] if set(self.layers) & set(end) else end[:1])
-        self._places = {layer: self._place(layer, end) for layer in self.layers}
+        self._places = {part: self._place(part, end) for part in itertools.chain.from_iterable(parts)}
+        self._unread = classifier or ([] if set(self._places) & set(end) else end[:1])
         if file is not None:
             weight_files.load(self.network, file, self._unread)
         # Convolutions over channels-last images are never slower on current CPUs and GPUs, up to three times faster.
@@ -104,13 +110,13 @@ class FrozenBackbone(nn.Module):
             if parameter.ndim == 4:  # torch's own conversion of a network fails at five axes
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         shapes = self._try(partial(check_rows, self.network, self.preprocessing["input_size"], self._places, name))
+        self._folded: list[nn.Module] = []  # a list, so that its weights are no part of the state
         self._axes = (
             neuron_axes(self.network, shapes, self._places, self._enlarged(), name) if pooling == "mean" else {}
         )
         # Measured, as what models say of their width is not always so.
-        self.widths = {
-            layer: shape[self._axes[layer]] if self._axes else prod(shape[1:]) for layer, shape in shapes.items()
-        }
+        widths = {part: shape[self._axes[part]] if self._axes else prod(shape[1:]) for part, shape in shapes.items()}
+        self.widths = {layer: sum(widths[part] for part in layer.split(JOINED)) for layer in self.layers}
 
     @property
     def label(self) -> str:
@@ -154,17 +160,49 @@ class FrozenBackbone(nn.Module):
         """Return the representations of `images`, shape (B, C, H, W), as float32 of shape (B, sum of widths)."""
         return torch.cat(list(self._read(images).values()), dim=1)
 
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Within, run a copy of the network with batch norms folded, which is faster and equal up to rounding."""
+        self._folded = [folded(self.network, self._places, self.preprocessing["input_size"])]
+        try:
+            yield
+        finally:
+            self._folded = []
+
+    def check_differentiable(self) -> None:
+        """Refuse a layer that has no gradient with respect to the image.
+
+        A MisconfigurationException is raised; the message names the layer.
+        """
+        size = 1, *self.preprocessing["input_size"]
+        image = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode(False), torch.enable_grad():
+            image = image.to(next(self.parameters(), image).device).requires_grad_()
+            for layer in self.layers:
+                gradient, reason = None, "it does not depend on it smoothly"
+                try:
+                    output = self._read(image * 1)[layer]  # not the image itself, which a network may change in place
+                    (gradient,) = torch.autograd.grad(output.square().sum(), image, allow_unused=True)
+                except RuntimeError as error:  # what is cut off from the image, or cannot be run backwards
+                    reason = one_line(error)
+                if gradient is None or not gradient.any():
+                    raise MisconfigurationException(
+                        f"Layer {layer!r} of {self.name} has no gradient with respect to the image ({reason}); attacks "
+                        f"and inversions need one, so name another layer."
+                    )
+
     def _read(self, images: Tensor) -> dict[str, Tensor]:
         """Return the output of each layer for `images`, as float32 of shape (B, D), in the order of `layers`."""
         images = images.contiguous(memory_format=torch.channels_last)
-        found = read_layers(self.network, images, self._places, self._pool)
+        network = self._folded[0] if self._folded else self.network
+        found = read_layers(network, images, self._places, self._pool)
         for layer, output in found.items():
             if output.shape[0] != images.shape[0]:
                 raise MisconfigurationException(
                     f"model.backbone.layer {layer!r} of {self.name} gives {output.shape[0]} rows for "
                     f"{images.shape[0]} images."
                 )
-        return {layer: found[layer].float() for layer in self.layers}
+        return {layer: torch.cat([found[part].float() for part in layer.split(JOINED)], dim=1) for layer in self.layers}
 
     def _place(self, layer: str, end: list[str]) -> Place:
         """Return where a layer is read; `end` are the names of a callable network's classifier and what follows it."""

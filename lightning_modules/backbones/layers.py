@@ -13,7 +13,6 @@ Place = tuple[str, bool]
 SAME = 1e-3  # share of a layer's largest value up to which two of its values may differ by rounding
 
 
-@torch.no_grad()
 def read_layers(
     network: nn.Module, images: Tensor, places: dict[str, Place], keep: Callable[[str, Any], Any]
 ) -> dict[str, Any]:
@@ -38,6 +37,7 @@ def read_layers(
     return kept
 
 
+@torch.no_grad()
 def check_rows(
     network: nn.Module, size: tuple[int, ...], places: dict[str, Place], label: str
 ) -> dict[str, tuple[int, ...]]:
@@ -113,6 +113,7 @@ def neuron_axes(
     return {layer: axis for layer, axis in axes.items() if axis is not None}
 
 
+@torch.no_grad()
 def _shapes(make: Callable[[], tuple[nn.Module, Tensor]], places: dict[str, Place]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the outputs for an image, of those layers that are run before the network refuses it."""
     shapes: dict[str, tuple[int, ...]] = {}

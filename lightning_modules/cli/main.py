@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from lightning_modules import __version__
 from lightning_modules.cli import run
 from lightning_modules.cli.errors import Classes, fail, nearest_class, program, told
+from lightning_modules.cli.invert import invert
 from lightning_modules.cli.parser import Parser
 from lightning_modules.cli.sweep import sweep
 from lightning_modules.reporting import dashboard
@@ -24,6 +25,7 @@ FUNCTIONS = {"compare": "lightning_modules.reporting.compare", "export": "lightn
 VERBS = run.VERBS | {
     "sweep": "Run fit for every combination of tasks, backbones or other settings, and compare the runs.",
     "compare": "Compare finished runs: the table of redundancies, joined results and pictures.",
+    "invert": "Find pictures that match images on some neurons of a backbone, and see what they match of the others.",
     "export": "Write one subset of a finished run, with its probe, as files that need nothing of this project.",
 }
 """Everything that train.py does, and what that is."""
@@ -54,6 +56,8 @@ def main(args: Sequence[str] | None, tasks: Classes) -> None:
             run.CLI([verb, *rest], tasks)
         elif verb == "sweep":
             sweep(rest, tasks)
+        elif verb == "invert":
+            invert(rest, tasks)
         elif verb in FUNCTIONS:
             _call(verb, rest)
         elif verb.partition("=")[0] in ("-c", "--config"):

@@ -2,6 +2,9 @@
 
 import difflib
 import functools
+import inspect
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules import Pretraining, RedundancyProbe
-from lightning_modules.cli.errors import Classes, Options, explain, fail
+from lightning_modules.cli.errors import Classes, Options, explain, fail, program
 from lightning_modules.files import CONFIGS
 
 MODELS: dict[type, dict[str, Any]] = {
@@ -72,6 +75,28 @@ class Parser(LightningArgumentParser):
         """End with one line and exit status 2."""
         options = self.options or Options({}, [action.dest for action in self._actions])
         fail(explain(message, options, self.prefix))
+
+
+def parse_apart(kind: type, verb: str, args: Sequence[str], configured: bool = False) -> tuple[Any, list[str]]:
+    """Return what a verb's words ask of it, as an object of a class, and the words that are options of fit.
+
+    Where it is `configured`, `--config` is its own, too.
+    """
+    own = {"help", "h", *inspect.signature(kind).parameters, *(["config", "c"] if configured else [])}
+    mine: list[str] = []
+    further: list[str] = []
+    words = mine
+    for word in args:
+        if word.startswith("--") or word in ("-c", "-h"):
+            words = mine if re.split(r"[.=]", word.lstrip("-"))[0] in own else further
+        words.append(word)
+    description = inspect.cleandoc(kind.__doc__ or "").partition("\n\nArgs")[0]
+    parser = Parser(prog=f"{program()} {verb}", description=description)
+    if configured:
+        parser.add_config_option()
+    parser.add_class_arguments(kind)
+    settings = parser.parse_args(mine).as_dict()
+    return kind(**{key: value for key, value in settings.items() if key != "config"}), further
 
 
 @functools.cache

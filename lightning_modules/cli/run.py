@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_modules import RedundancyProbe
 from lightning_modules.checkpoints import AtomicCheckpointIO, Checkpoints
 from lightning_modules.cli.errors import Classes, arguments
+from lightning_modules.cli.extraction import ExtractingTrainer
 from lightning_modules.cli.folder import ADVICE, RunFolder
 from lightning_modules.cli.parser import run_parser
 from lightning_modules.files import atomic, one_line, writing
@@ -27,6 +28,7 @@ from lightning_modules.reporting import dashboard
 from lightning_modules.reporting.report import report
 
 VERBS = {
+    "extract": "Extract the features that fit trains on, beside other processes that do the same, and end.",
     "fit": "Train a model on a task, evaluate it on validation and test, and report.",
     "validate": "Evaluate a finished run on validation again, into validate.csv.",
     "test": "Evaluate a finished run on test again, into test.csv.",
@@ -59,6 +61,7 @@ class CLI(LightningCLI):
             tasks.base,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            trainer_class=ExtractingTrainer,
             save_config_callback=None,  # `_begin` writes it where the run's other files are
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -75,7 +78,8 @@ class CLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the one verb that is asked for, so that no parser is built for others."""
-        return {self.verb: super().subcommands()[self.verb]}
+        known = super().subcommands()
+        return {self.verb: known.get(self.verb, known["fit"])}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose `--config` also finds the shipped configurations."""
@@ -108,7 +112,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Let constructors' complaints through as they are, and load no checkpoint that holds more than data."""
         self.parser.add_instantiator(self.construct, object, subclasses=True)
-        self.settings["weights_only"] = True
+        if self.verb != "extract":
+            self.settings["weights_only"] = True
 
     def instantiate_classes(self) -> None:
         """Make task, model and Trainer."""
@@ -164,7 +169,7 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Let Lightning load the checkpoint that is meant; that of a fit is known once its folder is held."""
         self.dumped = self.parser.dump(self.config, skip_none=False)
-        if self.verb != "fit":
+        if self.verb not in ("extract", "fit"):
             checkpoint = self.folder.checkpoint(self.settings["ckpt_path"], self.verb)
             self.config_init[self.subcommand]["ckpt_path"] = checkpoint
 
@@ -208,7 +213,7 @@ class CLI(LightningCLI):
 
     def _describe(self, *_: Any, stage: str) -> None:
         """Log a line for each part of the run, once the data are there and before any image is extracted."""
-        if stage != self.verb:  # a fit evaluates too
+        if stage != ("fit" if self.verb == "extract" else self.verb):  # a fit evaluates too
             return
         lines = {"task": self.datamodule.describe(), **self.model.describe(self.datamodule)}
         packages = {kind.__module__.partition(".")[0] for kind in (self.tasks.base, CLI, Trainer)}

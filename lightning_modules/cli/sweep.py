@@ -1,6 +1,5 @@
 """Many runs by one command: every combination of what is varied, shared out over machines, and the comparison."""
 
-import inspect
 import itertools
 import json
 import os
@@ -15,9 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_modules import FrozenBackbone
-from lightning_modules.cli.errors import Classes, nearest_class, program
+from lightning_modules.cli.errors import Classes, nearest_class
 from lightning_modules.cli.folder import OccupiedFolder, RunFolder
-from lightning_modules.cli.parser import Parser, find_config
+from lightning_modules.cli.parser import find_config, parse_apart
 from lightning_modules.cli.run import CLI, Refusal, as_list
 from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.reporting import dashboard
@@ -187,7 +186,9 @@ class SweptRun(CLI):
 
 def sweep(args: Sequence[str], tasks: Classes) -> None:
     """Do this process' part of a sweep, given as words after the verb, and compare all runs that are finished."""
-    asked, further = _parse(args)
+    if any(re.match("--name(=|$)", word) for word in args):
+        raise MisconfigurationException("All runs would go to one folder; leave --name out.")
+    asked, further = parse_apart(Sweep, "sweep", args, configured=True)
     offered = [kind.__name__ for kind in tasks.offered]
     for name in asked.vary.get("data", []):
         if isinstance(name, str) and "." not in name and name not in offered:
@@ -211,28 +212,6 @@ def sweep(args: Sequence[str], tasks: Classes) -> None:
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if first and not asked.compare(planned) and len(skipped) == len(mine) > 0:
         raise MisconfigurationException("None of the runs can be had; the lines above say why.")
-
-
-def _parse(args: Sequence[str]) -> tuple[Sweep, list[str]]:
-    """Return the sweep that is asked for, and the words that are options of fit."""
-    own = {"config", "c", "help", "h", *inspect.signature(Sweep).parameters}
-    mine: list[str] = []
-    further: list[str] = []
-    words = mine
-    for word in args:
-        if word.startswith("--") or word in ("-c", "-h"):
-            option = re.split(r"[.=]", word.lstrip("-"))[0]
-            if option == "name":
-                raise MisconfigurationException("All runs would go to one folder; leave --name out.")
-            words = mine if option in own else further
-        words.append(word)
-    parser = Parser(
-        prog=f"{program()} sweep", description=inspect.cleandoc(Sweep.__doc__ or "").partition("\n\nArgs")[0]
-    )
-    parser.add_config_option()
-    parser.add_class_arguments(Sweep)
-    settings = parser.parse_args(mine).as_dict()
-    return Sweep(**{key: value for key, value in settings.items() if key != "config"}), further
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:

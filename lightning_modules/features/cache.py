@@ -5,9 +5,10 @@ Each carries the full provenance and a hash of its values: a torn, altered or fo
 batches are cut at fixed places, whatever the number of processes.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import psutil
 import timm
 import torch
 import torchvision
+from filelock import BaseFileLock, FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
@@ -65,13 +67,26 @@ class FeatureCache:
         rows = BATCH * min(max(1, -(-images // (SHARDS * BATCH))), LARGEST // BATCH)
         self.shards = [range(start, min(start + rows, images)) for start in range(0, images, rows)]
         """The places in the split that each shard holds."""
+        self._held: dict[range, BaseFileLock] = {}
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.folder)
 
-    def missing(self, process: int, processes: int) -> list[range]:
-        """Return the shards that this process of several has to make: its share, without those that are valid."""
-        return [shard for shard in self.shards[process::processes] if not self._is_valid(shard)]
+    def missing(self, shards: Sequence[range]) -> list[range]:
+        """Return those of the shards that are not there, or not as they were asked for."""
+        return [shard for shard in shards if not self._is_valid(shard)]
+
+    def claim(self, shards: Iterable[range]) -> Iterator[range]:
+        """Yield the shards that no other process is at, and hold each until it is written or let go of."""
+        for shard in shards:
+            lock = FileLock(self._path(shard).with_suffix(".lock"))
+            with self._writing(), contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+                self._held[shard] = lock
+            if shard in self._held and self._path(shard).exists() and self._is_valid(shard):
+                self.release(shard)  # another process has just written it
+            elif shard in self._held:
+                yield shard
 
     def write(self, shard: range, values: Tensor) -> None:
         """Write a shard's values, shape (len(shard), D); refuse another number of rows."""
@@ -88,6 +103,14 @@ class FeatureCache:
                     save_file({"features": values}, file, {"shard": json.dumps(metadata, sort_keys=True)})
             except SafetensorError as error:  # how safetensors reports a full disk
                 raise OSError(str(error)) from error
+        self.release(shard)
+
+    def release(self, *shards: range) -> None:
+        """Let go of shards, of all if none is named, so that other processes may make them."""
+        for shard in shards or list(self._held):
+            if lock := self._held.pop(shard, None):
+                lock.release()
+                self._path(shard).with_suffix(".lock").unlink(missing_ok=True)
 
     def read(self, processes: int) -> FeatureRows:
         """Return all features, in memory where they fit well beside those of the other processes, else mapped.

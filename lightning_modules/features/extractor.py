@@ -3,6 +3,7 @@
 import functools
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_modules.features.cache import BATCH, FeatureCache, FeatureRows
 from lightning_modules.features.moments import Moments
 from lightning_modules.progress import Progress
 
+PAUSE = 0.5  # Seconds before it is asked again what others have made
 Parts = Callable[[Tensor], Mapping[Any, Tensor]]
 """From features, shape (B, sum of widths), to parts of them by name, shape (B, D) each."""
 
@@ -56,31 +58,50 @@ class Extractor:
             "view": self.task.view_provenance(view),
             "images": self.digest(split),
             "precision": str(self.trainer.precision),
+            "network": "batch norms folded",
         }
         rank, processes = self.trainer.global_rank, self.trainer.world_size
         cache = FeatureCache(self.directory, provenance, len(self.task.images[split]))
-        missing = cache.missing(rank, processes)
-        batches = [list(shard[i : i + BATCH]) for shard in missing for i in range(0, len(shard), BATCH)]
-        if batches:
+        share = cache.shards[rank::processes]
+        missing = cache.missing(share)
+        if missing:
             description = f"Extracting {split}" + ("" if view is None else f", view {view + 1} of {self.features}")
-            with Progress(sum(map(len, missing)), description, "image", shown=rank == 0) as progress:
-                loader = iter(self.task.extraction_loader(split, batches, view))
-                for shard in missing:
-                    parts = []
-                    for batch in itertools.islice(loader, -(-len(shard) // BATCH)):
-                        parts.append(self.represent(batch.inputs, batch.indices, split).cpu())
-                        progress.update(len(batch.indices))
-                    cache.write(shard, torch.cat(parts))
+            total = sum(map(len, missing))
+            with self.backbone.inference(), Progress(total, description, "image", shown=rank == 0) as progress:
+                left = missing
+                while left:
+                    if not self._make(cache, left, split, view, progress):
+                        time.sleep(PAUSE)  # others are at all that is left; a process that ends lets go of its own
+                    left = cache.missing(left)
         self.trainer.strategy.barrier()
         rows = cache.read(processes)
-        state = (
-            "extracted" if len(missing) == len(cache.shards[rank::processes]) else "completed" if missing else "found"
-        )
+        state = "extracted" if len(missing) == len(share) else "completed" if missing else "found"
         rank_zero_info(
             f"Features of {split}, {provenance['view']}: {len(rows):,} x {rows.shape[1]:,} "
             f"({4 * len(rows) * rows.shape[1] / 1e6:,.1f} MB) {state} in {cache.folder}; delete it to clear them."
         )
         return rows
+
+    def _make(self, cache: FeatureCache, shards: Sequence[range], split: str, view: int | None, progress: Any) -> int:
+        """Extract those of the shards that no other process is at, and return how many."""
+        claimed: deque[range] = deque()  # a loader's workers are ahead by some batches
+
+        def batches() -> Iterator[list[int]]:
+            for shard in cache.claim(shards):
+                claimed.append(shard)
+                yield from (list(shard[i : i + BATCH]) for i in range(0, len(shard), BATCH))
+
+        made, parts = 0, []
+        try:
+            for batch in self.task.extraction_loader(split, batches(), view, BATCH):
+                parts.append(self.represent(batch.inputs, batch.indices, split).cpu())
+                progress.update(len(batch.indices))
+                if len(parts) == -(-len(claimed[0]) // BATCH):
+                    cache.write(claimed.popleft(), torch.cat(parts))
+                    made, parts = made + 1, []
+        finally:
+            cache.release()
+        return made
 
     def represent(self, images: Tensor, indices: Tensor, split: str) -> Tensor:
         """Return the features, shape (B, sum of widths), of the images at `indices` of a split, shape (B, C, H, W).
@@ -128,9 +149,22 @@ class FeatureStream(nn.Module):
     def forward(self, batch: Any, split: str) -> Any:
         """Return a batch of images or features of a split with inputs as the probes see them, (B, sum of widths)."""
         inputs = batch.inputs
-        if inputs.ndim == 4:
-            inputs = self.extractor.represent(inputs, batch.indices, split)
-        return batch._replace(inputs=self._standardised(inputs), labels=batch.labels.to(self.mean.device))
+        seen = self.represent(inputs, batch.indices, split) if inputs.ndim == 4 else self._standardised(inputs)
+        labels = batch.labels.to(self.mean.device)
+        labels = labels if self.task.target.outputs else torch.zeros_like(labels)  # where all are of one class
+        return batch._replace(inputs=seen, labels=labels)
+
+    def represent(self, images: Tensor, indices: Tensor, split: str) -> Tensor:
+        """Return what the probes see, (B, sum of widths), of images (B, C, H, W), with gradients where they want them.
+
+        `indices` are their places in the split, by which an error names them.
+        """
+        return self._standardised(self.extractor.represent(images, indices, split))
+
+    def images(self, split: str, indices: Tensor) -> Tensor:
+        """Return images of a split in the clean view, normalised, shape (B, C, H, W)."""
+        (batch,) = self.task.extraction_loader(split, [indices.tolist()], None, len(indices))
+        return batch.inputs.to(self.mean.device)
 
     def batches(self, split: str, view: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process' share of a split, of `train` in the epoch `view`: (B, sum of widths), and labels."""
@@ -143,10 +177,13 @@ class FeatureStream(nn.Module):
         views = self.features if isinstance(self.features, int) and split == "train" else 1
         return itertools.chain.from_iterable(self.batches(split, view) for view in range(views))
 
-    def everything(self, split: str) -> Tensor | None:
-        """Return all features of the clean view of a split, shape (n, sum of widths); None where they are not kept."""
+    def everything(self, split: str, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """Return the features of the clean view of a split, or some rows of them, shape (n, sum of widths).
+
+        None where they are not kept.
+        """
         views = self.task.features(split) if self.features == "clean" else None
-        return None if views is None else self._standardised(views[0][torch.arange(len(views[0]))])
+        return None if views is None else self._standardised(views[0][torch.arange(len(views[0]))[start:stop]])
 
     def moments(self, split: str, parts: Parts | None = None) -> dict[Any, Moments]:
         """Return moments over a split (all views of train), summed over processes: of each layer, or of what `parts`

@@ -22,6 +22,7 @@ class Moments:
 
     def __init__(self, width: int, classes: int, *, outer: bool = True, device: torch.device | str = "cpu") -> None:
         self.width = width
+        classes = max(1, classes)  # where there are none, all images are of one
         zeros = torch.zeros((), dtype=torch.float64, device=device)
         self.sums = {
             "counts": zeros.new_zeros(classes),

@@ -21,6 +21,7 @@ PICTURE_CLASSES = 30  # that the heat map has room for
 class ClassCounts(Measure):
     """Counts the images of each class, and every probe's right answers among them."""
 
+    needs_classes = True
     correct: Tensor
     images: Tensor
 

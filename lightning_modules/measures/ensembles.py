@@ -28,6 +28,7 @@ class Ensembles(Measure):
 
     table = "ensembles"
     needs_comparison_probes = True
+    needs_classes = True
     correct: Tensor
     single: Tensor
     images: Tensor

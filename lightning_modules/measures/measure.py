@@ -44,8 +44,11 @@ class Context:
     solver: Any  # what found the probes, see `lightning_modules.probes.solver.Solver`
     device: torch.device  # where this process computes
     reduce: Callable[[Tensor], Tensor]  # sums a tensor over processes, where it is no state of torchmetrics
-    features: Callable[[str], Tensor | None]  # all of a split, shape (n, sum of widths); None where they are not kept
+    features: Callable[..., Tensor | None]
+    """All of a split, or its rows from a start to a stop, shape (n, sum of widths); None where they are not kept."""
     moments: Callable[[str], Mapping[str, Moments]]  # sums over a split and all processes, by layer
+    stream: Any = None  # from images to what the probes see, see `lightning_modules.features.extractor.FeatureStream`
+    logits: Callable[[Tensor], Tensor] | None = None  # from `coordinates` to those of the probes that a run ends with
 
 
 class Picture(NamedTuple):
@@ -74,6 +77,7 @@ class Measure(Metric):
     needs_comparison_probes = False  # each fraction also gets a probe on as many neurons as its seeds hold together
     second_moments = False  # it sums X'X of every layer, D^2 numbers each
     needs_clean_features = False  # it works with model.features: clean only
+    needs_classes = False  # it works only where classes are predicted
     context: Context
     split: str  # the split that is measured, `val` or `test`
 

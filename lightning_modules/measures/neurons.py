@@ -28,6 +28,7 @@ class Neurons(Measure):
     table = "neurons"
     second_moments = True
     needs_clean_features = True
+    needs_classes = True
 
     def update(self, batch: Batch) -> None:
         """Do nothing, as all follows from sums over the splits."""

@@ -6,21 +6,22 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_modules import measures
 from lightning_modules.measures.cka import CKA
 from lightning_modules.measures.inequality import Inequality
 from lightning_modules.measures.measure import Batch, Context, Measure
 
 
 class Suite(list[Measure]):
-    """Measures that see the same batches: one or a list, None is CKA and Inequality.
+    """Measures that see the same batches: one or a list, None is CKA and Inequality, and nothing in a search.
 
     Raises:
-        MisconfigurationException: If two would write the same column or table, or one needs features of the clean view
-            and the probes train on others.
+        MisconfigurationException: If two would write the same column or table.
     """
 
-    def __init__(self, measures: Measure | Sequence[Measure] | None, clean: bool) -> None:
-        given = [CKA(), Inequality()] if measures is None else measures
+    def __init__(self, wanted: Measure | Sequence[Measure] | None, clean: bool) -> None:
+        self.is_default, self.clean = wanted is None, clean
+        given = [CKA(), Inequality()] if wanted is None else wanted
         super().__init__([given] if isinstance(given, Measure) else given)
         writers: dict[str, str] = {}
         for measure in self:
@@ -33,9 +34,21 @@ class Suite(list[Measure]):
                         f"model.measures: {writers[name]} and {kind} would both write {name}; leave one out."
                     )
                 writers[name] = kind
-            if measure.needs_clean_features and not clean:
+
+    def put_first(self, target: Any) -> None:
+        """Put the measure of the target's own metric before the others; refuse what the run does not have."""
+        named = target.measure  # a class, or the name of one of this project's
+        kind = getattr(measures, named) if isinstance(named, str) else named
+        others = [] if self.is_default and not target.outputs else [each for each in self if type(each) is not kind]
+        self[:] = [kind(), *others]
+        for measure in self:
+            name = type(measure).__name__
+            if measure.needs_clean_features and not self.clean:
+                raise MisconfigurationException(f"{name} needs model.features clean; set that, or leave {name} out.")
+            if measure.needs_classes and not target.outputs:
                 raise MisconfigurationException(
-                    f"model.measures lists {kind}, which needs model.features clean; leave one out."
+                    f"model.measures lists {name}, which needs classes; the task has {target.describe()}, so leave it "
+                    f"out."
                 )
 
     def setup(self, context: Context) -> None:

@@ -2,7 +2,8 @@
 
 from lightning_modules.probes.logistic import Logistic
 from lightning_modules.probes.ridge import Ridge
+from lightning_modules.probes.search import Search
 from lightning_modules.probes.sgd import SGD
 from lightning_modules.probes.solver import Solver
 
-__all__ = ["SGD", "Logistic", "Ridge", "Solver"]
+__all__ = ["SGD", "Logistic", "Ridge", "Search", "Solver"]

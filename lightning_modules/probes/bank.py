@@ -39,7 +39,7 @@ class Stack:
         start = 0
         for probe, stop in enumerate(sizes):
             length = groups * (count - probe) * classes * (stop - start)
-            if length:
+            if stop > start:
                 self.blocks.append(Block(start, stop, probe, slice(offset, offset + length)))
             offset += length
             start = stop
@@ -64,7 +64,7 @@ class _BankLogits(torch.autograd.Function):
         first = 0
         for stack, columns in zip(stacks, inputs, strict=True):
             groups, count = stack.probes.shape
-            logits = results[first : first + groups * count].view(groups, count * stack.classes, -1)
+            logits = results[first : first + groups * count].view(groups, count * stack.classes, columns.shape[-1])
             first += groups * count
             for number, block in enumerate(stack.blocks):
                 weights, rows = stack.view(flat, block).flatten(1, 2), columns[:, block.start : block.stop]
@@ -72,24 +72,32 @@ class _BankLogits(torch.autograd.Function):
                     torch.bmm(weights, rows, out=logits)
                 else:
                     logits[:, block.probe * stack.classes :] += torch.bmm(weights, rows)
-        ctx.save_for_backward(*inputs)
-        ctx.stacks, ctx.shape = stacks, flat.shape
+        ctx.save_for_backward(flat, *inputs)
+        ctx.stacks = stacks
         return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0].contiguous()
-        flat = gradient.new_empty(ctx.shape)  # the blocks cover it
+        flat, *inputs = ctx.saved_tensors
+        # Empty, as the blocks cover all.
+        of_flat, _, *of_inputs = (
+            torch.empty_like(each) if wanted else None
+            for each, wanted in zip((flat, flat, *inputs), ctx.needs_input_grad, strict=True)
+        )
         first = 0
-        for stack, columns in zip(ctx.stacks, ctx.saved_tensors, strict=True):
+        for stack, columns, of_columns in zip(ctx.stacks, inputs, of_inputs, strict=True):
             groups, count = stack.probes.shape
             of_stack = gradient[first : first + groups * count].view(groups, count * stack.classes, -1)
             first += groups * count
             for block in stack.blocks:
-                seen = of_stack[:, block.probe * stack.classes :]
-                weights = stack.view(flat, block).flatten(1, 2)
-                torch.bmm(seen, columns[:, block.start : block.stop].transpose(1, 2), out=weights)
-        return flat, None, *[None] * len(ctx.saved_tensors)
+                seen, rows = of_stack[:, block.probe * stack.classes :], slice(block.start, block.stop)
+                if of_flat is not None:
+                    weights = stack.view(of_flat, block).flatten(1, 2)
+                    torch.bmm(seen, columns[:, rows].transpose(1, 2), out=weights)
+                if of_columns is not None:  # of an attack on the images
+                    of_columns[:, rows] = stack.view(flat, block).flatten(1, 2).transpose(1, 2) @ seen
+        return of_flat, None, *of_inputs
 
 
 class ProbeBank(nn.Module):

@@ -21,8 +21,8 @@ MUST_AGREE = {
     "width": "width of {backbone}, layer {layer}",
 }
 """Columns of results.csv that must be the same in all runs, and of what they are."""
-SETTINGS = ("model.init_args.standardise", "model.init_args.refit", "model.init_args.solver.init_args.keep")
-"""Keys of config.yaml that must be, too."""
+SETTINGS = ("standardise", "refit", "solver.init_args.keep", "solver.init_args.similarity")
+"""Keys of config.yaml, below model.init_args, that must be, too."""
 Facts = dict[str, tuple[str | None, Path]]
 """What runs state: values by what they are of, each with the run; None is of subsets that only one may measure."""
 
@@ -96,4 +96,5 @@ def _settings(folder: Path) -> dict[str, Any]:
         config = pd.json_normalize(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, NotImplementedError, TypeError):  # older runs, and files of others, have none
         return {}
-    return {key.rpartition(".")[2]: config[key].iloc[0] for key in SETTINGS if key in config}
+    keys = [key for key in SETTINGS if f"model.init_args.{key}" in config]
+    return {key.rpartition(".")[2]: config[f"model.init_args.{key}"].iloc[0] for key in keys}

@@ -11,6 +11,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -34,15 +36,17 @@ FAINT_SELECTIONS = 3  # up to which they have room
 
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PNG and SVG and return both files; equal figures give equal files."""
-    files = [path.with_suffix(ending) for ending in (".png", ".svg")]
-    layout = figure.get_layout_engine()
+    png, svg = (path.with_suffix(ending) for ending in (".png", ".svg"))
+    canvas, layout = FigureCanvasAgg(figure), figure.get_layout_engine()
     if layout is not None:
         layout.execute(figure)  # once for both
     figure.set_layout_engine("none")
-    for path in files:
-        with atomic(path) as file, mpl.rc_context({"svg.hashsalt": path.stem}):
-            figure.savefig(file, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return files
+    figure.set_dpi(150)
+    with atomic(png) as file:
+        canvas.print_png(file)  # not `savefig`, which goes through everything once more before it draws
+    with atomic(svg) as file, mpl.rc_context({"svg.hashsalt": path.stem}):
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    return [png, svg]
 
 
 def curve(results: Results, split: str) -> dict[str, Picture]:
@@ -109,7 +113,7 @@ def redundancy(results: Results, split: str) -> dict[str, Picture]:
     groups = found.groupby(["layer", "selection"], sort=False)
     figure = redundancies({(title.format(layer), name): rows for (layer, name), rows in groups}, results.title)
     caption = f"Diffused redundancy against the share of the full layer's {results.headline.label} that is kept, with "
-    return {"redundancy": Picture(figure, f"{caption}95 % intervals over subsets and {split} images.")}
+    return {"redundancy": Picture(figure, f"{caption}95 % intervals over subsets and {split} {results.target.items}.")}
 
 
 def redundancies(found: dict[tuple[str, str], pd.DataFrame], title: str = "") -> Figure:
@@ -215,6 +219,7 @@ def line(
     axes: Axes, rows: pd.DataFrame, style: Style, label: str, y: str, std: str = "", x: str = "fraction", scale: int = 1
 ) -> None:
     """Draw a column of rows against another, with a band of one standard deviation to either side, if it is named."""
+    rows = rows[rows[y].notna()]  # of some fractions alone, as where others were not attacked
     values = scale * rows[y]
     options: Style = {"linewidth": 1.3, "markersize": 4.5, "label": label}
     axes.plot(rows[x], values, **options | style)

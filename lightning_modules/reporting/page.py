@@ -1,4 +1,4 @@
-"""`report.html`: all that a run found in one file that a person can mail; nothing outside it is needed to read it."""
+"""Pages in one file that a person can mail, with nothing outside it: `report.html`, all that a run found."""
 
 import base64
 from collections.abc import Mapping
@@ -23,35 +23,45 @@ def page(results: Results, summary: Mapping[str, Any], pictures: Mapping[Path, s
     layer_names = ", ".join(f"{layer['layer']} ({layer['width']:,} neurons)" for layer in layers)
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     content = {
-        "title": escape(results.title),
         "answers": "\n".join(f'<p class="answer">{escape(answer)}</p>' for answer in answers),
         "remarks": "\n".join(f'<p class="note">{escape(remark)}</p>' for remark in summary["remarks"]),
         "backbone": escape(summary["backbone"]),
         "layers": escape(layer_names),
         "images": f"{summary['test_images']:,}",
-        "pictures": "\n".join(_figure(file, caption) for file, caption in pictures.items()),
+        "items": escape(results.target.items),
+        "pictures": "\n".join(figure(file, caption) for file, caption in pictures.items()),
         "heading": escape(label.capitalize()),
-        "curve": _table(_curve(results)),
+        "curve": table(_curve(results)),
         "metric": escape(label),
-        "redundancy": _table(_redundancy(results.redundancy("test"))),
-        "tables": "\n".join(f"<h2>{escape(heading)}</h2>\n{_table(rows)}" for heading, rows in tables),
+        "redundancy": table(_redundancy(results.redundancy("test"))),
+        "tables": "\n".join(f"<h2>{escape(heading)}</h2>\n{table(rows)}" for heading, rows in tables),
         "configuration": f"<h2>Configuration</h2>\n<pre>{escape(settings)}</pre>" if settings else "",
         "versions": escape(versions),
         "seconds": escape(", ".join(f"{part} {value:.1f} s" for part, value in summary["seconds"].items())),
     }
-    return Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(content)
+    return shell(results.title, _fill("run.html", content))
 
 
-def _figure(file: Path, caption: str) -> str:
+def shell(title: str, content: str) -> str:
+    """Return a page with a title and what stands below it, as HTML."""
+    return _fill("page.html", {"title": escape(title), "content": content})
+
+
+def _fill(template: str, content: Mapping[str, str]) -> str:
+    return Template(Path(__file__).with_name(template).read_text(encoding="utf-8")).substitute(content)
+
+
+def figure(file: Path, caption: str) -> str:
     """Return a picture inside the page; as an image, so that two pictures' identifiers do not collide."""
     content = base64.b64encode(file.read_bytes()).decode()
+    kind = {".svg": "svg+xml", ".png": "png"}[file.suffix]
     return (
-        f'<figure><img src="data:image/svg+xml;base64,{content}" alt="{escape(caption)}">'
+        f'<figure><img src="data:image/{kind};base64,{content}" alt="{escape(caption)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _table(rows: pd.DataFrame) -> str:
+def table(rows: pd.DataFrame) -> str:
     """Return a table that scrolls where it is wider than the page."""
     words = rows.rename(columns=lambda name: str(name).replace("_", " "))
     return f'<div class="wide">{words.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)}</div>'

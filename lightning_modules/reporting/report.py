@@ -75,8 +75,8 @@ def _text(results: Results, images: int) -> list[str]:
     several = len(results.layers) > 1
     lines = [
         "",
-        f"{results.title}: test {headline.label} on {images:,} images, mean ± std over subset seeds; shares of the "
-        "full layer with 95 % intervals over subsets and images",
+        f"{results.title}: test {headline.label} on {images:,} {results.target.items}, mean ± std over subset seeds; "
+        f"shares of the full layer with 95 % intervals over subsets and {results.target.items}",
         "",
     ]
     for layer in results.layers:

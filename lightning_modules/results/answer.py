@@ -32,7 +32,8 @@ def answer(results: "Results", layer: str, delta: float) -> dict[str, Any]:
     val, test = val[val["layer"] == layer], test[test["layer"] == layer]
     full, subsets = test[test["selection"] == FULL].iloc[0], val[val["selection"] != FULL]
     width, whole, draws = int(full["neurons"]), int(full["bytes"]), results.draws("val")
-    tried, tested = f"{_images(results, 'val'):,} validation images", f"{_images(results, 'test'):,} test images"
+    items, (tried, tested) = results.target.items, (f"{_images(results, split):,}" for split in ("val", "test"))
+    tried, tested = f"{tried} validation {items}", f"{tested} test {items}"
     wish = f"To keep {100 * delta:g} % of the {headline.label}"
     sure = pd.Series(False, subsets.index) if draws is None else _certain(subsets, draws, delta)
     smaller = subsets["bytes"] < whole

@@ -16,7 +16,8 @@ def resample(correct: np.ndarray, probes: pd.DataFrame) -> pd.DataFrame:
 
     Images are weighted as in the Bayesian bootstrap (Rubin, 1981), alike for all probes, so that differences to the
     full layer are paired. Half an image is added to each of the four cells of full layer and subset, right or wrong (as
-    Agresti and Min, 2005, do for paired proportions), so that an interval has a width where no image changed sides.
+    Agresti and Min, 2005, do for paired proportions), so that an interval has a width where no image changed sides;
+    not so to other values than right and wrong, which change by degrees.
 
     Subsets are those of the seeds. A draw shifts the mean of S seeds, at all fractions together since subsets of a seed
     nest, by a multivariate t with S - 1 degrees of freedom and the covariance of that mean: the distribution that few
@@ -24,7 +25,7 @@ def resample(correct: np.ndarray, probes: pd.DataFrame) -> pd.DataFrame:
     without seeds, images alone vary.
 
     Args:
-        correct: Which images each probe has right, shape (P, n), boolean.
+        correct: Which images each probe has right, shape (P, n), boolean; or the metric of each.
         probes: The P probes: `layer`, `selection`, `bits`, `fraction`, `seed`.
 
     Returns:
@@ -41,6 +42,7 @@ def resample(correct: np.ndarray, probes: pd.DataFrame) -> pd.DataFrame:
         draws += weights @ means.T
         weight += weights.sum(1, keepdims=True)
     added = random.standard_gamma(0.5, (RESAMPLES, 2, 2))  # full layer wrong or right, subsets wrong or right
+    added *= correct.dtype == bool
     full = np.array([selection == FULL for _, selection, *_ in cells])
     draws += np.where(full, added[:, 1].sum(-1, keepdims=True), added[:, :, 1].sum(-1, keepdims=True))
     draws /= weight + added.sum((1, 2))[:, None]

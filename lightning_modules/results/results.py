@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ANSWERED = 0.9  # the share of the full layer's metric that the plain answer is about; the paper's
 NEEDED = ("task", "backbone", "selection", "fraction", "split")  # columns, beside that of the metric
-UNSTATED = {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None}
+UNSTATED = {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None, "items": "images"}
 """What is predicted where no summary.json says it, as beside results of older versions and of others."""
 
 
@@ -34,9 +34,9 @@ class Results:
     Args:
         tables: By the names of their files: `results`, with one row per probe and split, and those of the measures.
         measures: What was measured; of their columns it takes labels.
-        target: What is predicted, see `datamodules.targets.Target`; of it `metric`, `label`, `unit` and `chance` count.
+        target: What is predicted, see `datamodules.targets.Target`; of it the names of `UNSTATED` count.
         per_image: By split, which images each probe has right: boolean, shape (P, n), in the order of the rows of
-            `results`. There are no intervals without.
+            `results`; or the metric of each image. There are no intervals without.
 
     Raises:
         MisconfigurationException: If a layer has no full row.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -98,8 +99,8 @@ def assemble(
 
 
 def write_per_image(per_image: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write which images each probe has right, eight in a byte; see `Results`."""
-    packed = {split: np.packbits(right, axis=1) for split, right in per_image.items()}
+    """Write which images each probe has right, eight in a byte, or the metric of each image; see `Results`."""
+    packed = {split: np.packbits(each, axis=1) if each.dtype == bool else each for split, each in per_image.items()}
     images = {split: right.shape[1] for split, right in per_image.items()}
     save_file(packed, path, metadata={"images": json.dumps(images)})  # several keys would come in any order
 
@@ -114,7 +115,11 @@ def read_per_image(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "numpy") as file:
             images = json.loads(file.metadata()["images"])
-            return {split: np.unpackbits(file.get_tensor(split), axis=1, count=images[split]) > 0 for split in images}
+            found = {split: file.get_tensor(split) for split in images}
+            return {
+                split: np.unpackbits(each, axis=1, count=images[split]) > 0 if each.dtype == np.uint8 else each
+                for split, each in found.items()
+            }
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
 
@@ -123,6 +128,8 @@ class Predictions:
     """Collects over processes what P probes decide for n images, as a task holds them: predictions.csv."""
 
     def __init__(self, probes: Sequence[Probe], images: Any, target: Any, device: torch.device) -> None:
+        if not target.outputs:
+            raise MisconfigurationException(f"Nothing is predicted of {target.describe()}; take fit, validate or test.")
         self.probes, self.images, self.target = probes, images, target
         self.decisions = torch.zeros((len(probes), len(images)), dtype=torch.int64, device=device)
 

@@ -88,8 +88,8 @@ class Plan:
         self.selections = [selection] if isinstance(selection, str) else list(selection)
         self.fractions = list(fractions) if isinstance(fractions, Sequence) else [fractions]
         self.neurons = None if neurons is None else [neurons] if isinstance(neurons, int) else list(neurons)
-        self.seeds = _seed_list(seeds, "seeds")
-        self.full_seeds = _seed_list(full_seeds, "full_seeds")
+        self.seeds = seed_list(seeds, "model.seeds")
+        self.full_seeds = seed_list(full_seeds, "model.full_seeds")
         self.bits = [bits] if isinstance(bits, int) else list(bits)
         self._check()
 
@@ -176,11 +176,11 @@ class Plan:
                 raise MisconfigurationException(f"model.{name} has {negative[0]}; a seed must be 0 or more.")
 
 
-def _seed_list(value: int | Sequence[int], name: str) -> list[int]:
+def seed_list(value: int | Sequence[int], name: str) -> list[int]:
     """Return the seeds that a number n (0 to n - 1) or a list stands for."""
     if value == [] or (isinstance(value, int) and not 1 <= value <= 100_000):
         raise MisconfigurationException(
-            f"model.{name} is {value}; give a number of seeds from 1 to 100,000, or a list of seeds."
+            f"{name} is {value}; give a number of seeds from 1 to 100,000, or a list of seeds."
         )
     return list(range(value)) if isinstance(value, int) else list(value)
 

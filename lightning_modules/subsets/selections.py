@@ -48,6 +48,7 @@ class Selection(NamedTuple):
     """Whether order or basis are drawn from the subset seed; otherwise there is one probe per fraction."""
     basis: str | None = None  # The basis whose coordinates are ordered, of `BASES`; None for the layer's own neurons
     fitted: bool = False  # Whether order or basis are computed from the training split
+    classes: bool = False  # Whether they are computed from its classes, too
 
 
 def random(layer: Layer, seed: int) -> Tensor:
@@ -99,6 +100,18 @@ def pca_basis(layer: Layer, seed: int) -> Basis:
     return Basis(layer.components.components, layer.moments.mean)
 
 
+def uncentred_basis(layer: Layer, seed: int) -> Basis:
+    """Return the directions of `pca_basis`, applied to vectors that are not centred."""
+    return Basis(layer.components.components, torch.zeros(layer.width, dtype=torch.float64))
+
+
+def whitened_basis(layer: Layer, seed: int) -> Basis:
+    """Return the principal components scaled to variance 1; those that have none are zero."""
+    variances, components, rank = layer.components
+    scale = variances[:rank].rsqrt()
+    return Basis(components * torch.cat([scale, variances.new_zeros(layer.width - rank)]), layer.moments.mean)
+
+
 def discriminant_basis(layer: Layer, seed: int) -> Basis:
     """Return the linear discriminants of the classes over train, and then the principal components of what is left."""
     return Basis(bases.discriminants(layer.moments), layer.moments.mean)
@@ -110,6 +123,8 @@ def _projection(matrix: Callable[[int, int], Tensor]) -> Callable[[Layer, int], 
 
 BASES: dict[str, Callable[[Layer, int], Basis]] = {
     "pca": pca_basis,
+    "pca_uncentred": uncentred_basis,
+    "pca_whitened": whitened_basis,
     "discriminant": discriminant_basis,
     "gaussian": _projection(bases.gaussian_projection),
     "orthogonal": _projection(bases.orthogonal_projection),
@@ -121,15 +136,17 @@ SELECTIONS = {
     "random": Selection(random, seeded=True),
     "first": Selection(first),
     "pca": Selection(first, basis="pca", fitted=True),
+    "pca_uncentred": Selection(first, basis="pca_uncentred", fitted=True),
+    "pca_whitened": Selection(first, basis="pca_whitened", fitted=True),
     "pca_least": Selection(least, basis="pca", fitted=True),
-    "discriminant": Selection(first, basis="discriminant", fitted=True),
+    "discriminant": Selection(first, basis="discriminant", fitted=True, classes=True),
     "random_projection": Selection(first, seeded=True, basis="gaussian"),
     "orthogonal_projection": Selection(first, seeded=True, basis="orthogonal"),
     "positive_projection": Selection(first, seeded=True, basis="positive"),
     "variance": Selection(variance, fitted=True),
-    "fisher": Selection(fisher, fitted=True),
-    "greedy": Selection(searches.greedy, fitted=True),
-    "backward": Selection(searches.backward, fitted=True),
+    "fisher": Selection(fisher, fitted=True, classes=True),
+    "greedy": Selection(searches.greedy, fitted=True, classes=True),
+    "backward": Selection(searches.backward, fitted=True, classes=True),
     "column_subset": Selection(searches.column_subset, fitted=True),
     FULL: Selection(first),
 }

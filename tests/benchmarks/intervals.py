@@ -67,7 +67,7 @@ def coverage(seeds: int, images: int, trials: int) -> dict[tuple[str, float], fl
 def broken_promises(seeds: int, validation: int, test: int, trials: int) -> dict[float, float]:
     """Return the share of trials whose answer calls a subset certain to keep delta that does not, by delta."""
     broken = dict.fromkeys(DELTAS, 0)
-    target = SimpleNamespace(metric="accuracy", label="accuracy", unit="%", chance=None)
+    target = SimpleNamespace(metric="accuracy", label="accuracy", unit="%", chance=None, items="images")
     truths = dict(zip(FRACTIONS, TRUTH, strict=True))
     for number in range(trials):
         right, probes = trial(np.random.default_rng([seeds, validation, number]), seeds, validation + test)

@@ -190,7 +190,7 @@ def curve(bench: Bench) -> list[Figure]:
     for split in ("train", "val", "test"):
         n = len(task.images[split])
         parts = [range(n)[i : i + BATCH] for i in range(0, n, BATCH)]
-        batches += [batch.inputs.to(bench.device) for batch in task.extraction_loader(split, parts, None)]
+        batches += [batch.inputs.to(bench.device) for batch in task.extraction_loader(split, parts, None, BATCH)]
     layouts = ("channels_last", "contiguous_format")
 
     def bare(layout: str, images: list[Tensor]) -> float:

@@ -258,6 +258,58 @@ def test_a_files_name_counts_where_it_is_that_of_a_split_or_as_one_of_train_but_
     assert said in task.describe()
 
 
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: train/**
+  - split: test
+    path: held_out/**
+---
+"""
+ON_THE_HUB = {
+    "nothing but classes": ("", "", "", "8 train (no split is named), 2 val (cut from train), 2 test (cut from train)"),
+    "folders of splits": (
+        "train/",
+        "test/",
+        "",
+        "6 train (folder train), 2 val (cut from train), 4 test (folder test)",
+    ),
+    "a card": ("train/", "held_out/", CARD, "6 train (split train), 2 val (cut from train), 4 test (split test)"),
+}
+
+
+@pytest.mark.parametrize("kind", ON_THE_HUB)
+def test_names_of_images_say_no_split_on_the_hub_either(kind, hub, tmp_path, monkeypatch):
+    train, test, card, said = ON_THE_HUB[kind]
+    files = {
+        f"{train if i < 8 else test}{'ab'[i % 2]}/{('', 'test_', 'valid_')[i % 3]}{i}.png": image
+        for i, image in enumerate(noise())
+    }
+    hub.files |= files | ({"README.md": card.encode()} if card else {})
+    for offline in (False, True):  # once it was downloaded it is at hand
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
+        task = HuggingFaceImages("lab/birds", root=str(tmp_path / "data"))
+        task.setup()
+        assert said in task.describe()
+        held = [each for images in task.images.values() for each in content(images)]
+        assert sorted(held) == sorted(
+            (np.asarray(Image.open(io.BytesIO(image))).tobytes(), "ab".index(name.split("/")[-2]))
+            for name, image in files.items()
+        )
+
+
+def test_names_of_files_on_the_hub_count_as_those_in_a_folder_do(hub, tmp_path):
+    for place, name in enumerate(("litmus_test", "blots")):
+        parquet(tmp_path / name, noise()[6 * place :][:6], label=["a", "b"] * 3)
+        hub.files[f"{name}.parquet"] = (tmp_path / name / "all.parquet").read_bytes()
+    task = HuggingFaceImages("lab/birds", root=str(tmp_path / "data"))
+    task.setup()
+    assert "8 train (no split is named), 2 val (cut from train), 2 test (cut from train)" in task.describe()
+
+
 def test_folders_that_save_to_disk_wrote_are_read_as_they_are(tmp_path):
     from datasets import Dataset, DatasetDict
 

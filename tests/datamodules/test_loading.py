@@ -131,7 +131,7 @@ def test_augmented_epochs_do_not_feel_workers(workers):
         assert indices.sort().values.tolist() == list(range(len(task.images["train"])))
         for batch, request in zip(seen, loader.sampler, strict=True):
             assert batch.indices.tolist() == request.indices
-        (alone,) = task.extraction_loader("train", [indices[-3:].tolist()], epoch)
+        (alone,) = task.extraction_loader("train", [indices[-3:].tolist()], epoch, 3)
         assert torch.equal(seen[-1].inputs[-3:], alone.inputs)
         assert torch.equal(seen[-1].labels[-3:], alone.labels)
 
@@ -196,9 +196,7 @@ def test_no_more_workers_start_than_shared_memory_has_room_for(
 ):
     monkeypatch.setattr(loading, "SHARED", tmp_path)
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    asked = [Request(list(range(32)), 32, 0), Request([0], 1, 0)]
-    for requests in (asked, RequestSampler(64, 64, 0, 2, None)):  # 32 images of 3 x 12 x 12 in float32, four of each
-        caplog.clear()
-        assert affordable(4, batches, requests) == workers
-        assert (f"room for {workers} of 4 workers" in caplog.text) == (workers < 4)
-    assert affordable(0, batches, asked) == 0
+    largest = RequestSampler(64, 64, 0, 2, None).largest  # 32 images of 3 x 12 x 12 in float32, four of each
+    assert affordable(4, batches, largest) == workers
+    assert (f"room for {workers} of 4 workers" in caplog.text) == (workers < 4)
+    assert affordable(0, batches, largest) == 0

@@ -289,7 +289,7 @@ def test_structured_images_are_squashed_without_a_crop(made):
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     task.preprocessing = {"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": mean, "std": std}
     task.preprocessing |= {"crop_pct": 0.875, "crop_mode": "center"}
-    (batch,) = task.extraction_loader("test", [[0]], None)
+    (batch,) = task.extraction_loader("test", [[0]], None, 1)
     squashed = task.images["test"][0].resize((32, 32), Image.Resampling.BICUBIC)
     assert (batch.inputs[0] - torch.from_numpy(np.array(squashed)).permute(2, 0, 1) / 255).abs().max() < 1e-6
     assert task.view_provenance(None) == "clean view, squashed whole"

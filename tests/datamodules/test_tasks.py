@@ -133,7 +133,7 @@ def test_a_view_crops_as_the_weights_were_evaluated_or_squashes_the_whole_image(
     else:  # the shorter side becomes 24 / 0.8 pixels, and the middle of the rest is cut out
         seen = image.resize((75, 30), Image.Resampling.BICUBIC).crop((26, 3, 50, 27))
     expected = (np.asarray(seen) / 255 - PREPROCESSING["mean"]) / PREPROCESSING["std"]
-    for loader in (task.val_dataloader(), task.extraction_loader("train", [[0]], None)):
+    for loader in (task.val_dataloader(), task.extraction_loader("train", [[0]], None, 1)):
         for image in next(iter(loader)).inputs:
             np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected, atol=1e-5)
     told = ", squashed whole" * (view == "squash")
@@ -165,7 +165,7 @@ def test_images_are_extracted_in_exactly_these_batches_and_this_view(view):
     task = set_up(Digits([0, 1], augmentation="paper", batch_size=7))
     clean = timm.data.create_transform(**PREPROCESSING, is_training=False)
     batches = [[5, 1], [9], [0, 2, 4]]
-    seen = list(task.extraction_loader("train", batches, view))
+    seen = list(task.extraction_loader("train", batches, view, 3))
     assert [batch.indices.tolist() for batch in seen] == batches
     assert [batch.total for batch in seen] == [2, 1, 3]
     loader = task.train_dataloader()

@@ -244,7 +244,7 @@ def test_an_attack_stays_in_its_ball_and_raises_the_loss_and_changes_nothing_els
 def test_random_starts_fill_the_ball():
     images = torch.zeros(4000, 3, 1, 1).double()  # of three dimensions
     inside = Adversarial(0.2, "L2", 1, 1e-9, random_start=True)
-    change = inside._random(images + 0.5) - 0.5
+    change = inside.pgd.random(images + 0.5) - 0.5
     radii = change.flatten(1).norm(dim=1)
     assert radii.max() <= 0.2 + 1e-9
     assert float((radii < 0.1).double().mean()) == pytest.approx(1 / 8, abs=0.02)  # the volume of half the radius

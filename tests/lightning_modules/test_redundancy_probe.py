@@ -358,6 +358,25 @@ def test_what_depends_on_the_images_comes_from_the_clean_view_of_train(tmp_path,
         torch.testing.assert_close(model.coordinates.state_dict()[name], value, atol=1e-4, rtol=1e-3)
 
 
+def test_images_find_those_of_their_class_in_train(tmp_path):
+    model, task, _ = fit(tmp_path, build(), data={"target": "retrieval"})
+    assert task.label == "digits_retrieval"
+    assert model.solver.name == "search"
+    (train, labels), (test, wanted) = rows_of(task, "train"), rows_of(task, "test")
+    rows = model.results().tables["results"].query("split == 'test'").reset_index()
+    discounts = 1 / np.log2(np.arange(2, 12))
+    for index, probe in enumerate(model.probes):
+        seen = torch.randperm(384, generator=torch.Generator().manual_seed(probe.seed)).numpy()[: probe.neurons]
+        stored, asked = (part[:, seen] for part in (train, test))
+        stored, asked = (part / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-30) for part in (stored, asked))
+        found = labels[np.argsort(-(asked @ stored.T).astype(np.float32), axis=1, kind="stable")[:, :10]]
+        gains = found == wanted[:, None]
+        assert rows["ndcg@10"][index] == pytest.approx((gains @ discounts).mean() / discounts.sum(), abs=1e-6)
+        assert rows["recall@10"][index] == pytest.approx((gains.sum(1) / np.bincount(labels)[wanted]).mean(), abs=1e-6)
+    with pytest.raises(MisconfigurationException, match="Ranking needs model"):
+        fit(tmp_path, build(features="off"), data={"target": "retrieval"})
+
+
 def test_vectors_need_no_backbone(tmp_path):
     _, task, _ = fit(tmp_path, build(), epochs=1)
     vectors, _ = rows_of(task, "train")

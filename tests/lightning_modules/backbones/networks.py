@@ -121,6 +121,21 @@ class BatchStatistics(nn.Module):
         return self.fc(self.norm(x).mean((2, 3)))
 
 
+class Stepped(nn.Module):
+    """Smooth up to `conv`, and then not: `sign` is flat, `cut` no longer belongs to the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, 2)
+        self.sign = nn.Identity()
+        self.cut = nn.Identity()
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x):
+        signs = self.sign(self.conv(x).sign())
+        return self.fc(self.cut(signs.detach()).mean((2, 3)))
+
+
 class Fixed(nn.Module):
     """Takes 64 x 32 pixels alone; `turned` is channels last, `pool` and `latents` are as long for every image."""
 

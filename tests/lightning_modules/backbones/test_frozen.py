@@ -10,6 +10,7 @@ from networks import (
     BatchStatistics,
     Fixed,
     Sequences,
+    Stepped,
     Volumes,
     images,
     path_of,
@@ -308,6 +309,24 @@ def test_images_too_small_for_the_network_are_refused(layer):
     assert "pretrained_cfg_overlay.input_size" in message
 
 
+def test_joined_layers_are_one_layer_of_all_their_neurons():
+    together = random_backbone("test_resnet", layer=["layer2", "layer2+penultimate+layer1"])
+    features = together(images())
+    alone = {}
+    for layer in ("layer1", "layer2", "penultimate"):
+        single = random_backbone("test_resnet", layer=layer)
+        single.load_state_dict(together.state_dict())
+        alone[layer] = single(images())
+    parts = [alone[layer] for layer in ("layer2", "layer2", "penultimate", "layer1")]
+    assert together.widths == {
+        "layer2": parts[0].shape[1],
+        "layer2+penultimate+layer1": sum(part.shape[1] for part in parts[1:]),
+    }
+    assert torch.equal(features, torch.cat(parts, 1))
+    assert "each once" in refusal("test_resnet", weights="random", layer="layer1+layer1")
+    assert "no layer 'layer9'" in refusal("test_resnet", weights="random", layer="layer1+layer9")
+
+
 # Nothing moves
 
 
@@ -320,7 +339,7 @@ def test_images_too_small_for_the_network_are_refused(layer):
         ("test_vit", {"proj_drop_rate": 0.5}, "blocks.1"),
     ],
 )
-def test_a_frozen_backbone_stays_bit_identical_and_without_gradients(name, kwargs, layer):
+def test_a_frozen_backbone_stays_bit_identical_and_gives_gradients_to_images_alone(name, kwargs, layer):
     backbone = random_backbone(name, kwargs=kwargs, layer=layer)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     once = backbone(images())
@@ -328,15 +347,28 @@ def test_a_frozen_backbone_stays_bit_identical_and_without_gradients(name, kwarg
     parent = nn.Sequential(backbone, nn.Linear(once.shape[1], 2)).train()
     assert not any(module.training for module in backbone.modules())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert not once.requires_grad
     with torch.enable_grad():
-        output = backbone(images().requires_grad_())
-        parent(images()).sum().backward()
-    assert not output.requires_grad
+        wanted = images().requires_grad_()
+        output = backbone(wanted)
+        parent(wanted).sum().backward()
+    assert wanted.grad.abs().sum() > 0
     assert torch.equal(output, once)
     after = backbone.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(("layer", "reason"), [("conv", None), ("sign", "smoothly"), ("cut", "not require grad")])
+def test_a_layer_without_a_gradient_is_named(layer, reason):
+    layers = ["conv", layer] if reason else layer
+    backbone = FrozenBackbone(path_of(Stepped), "random", pretrained_cfg_overlay=PLAIN, layer=layers)
+    if reason is None:
+        backbone.check_differentiable()
+        return
+    with pytest.raises(MisconfigurationException, match=f"Layer '{layer}' of .* has no gradient .*{reason}"):
+        backbone.check_differentiable()
 
 
 # What it says of itself

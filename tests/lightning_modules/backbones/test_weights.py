@@ -1,11 +1,8 @@
 import hashlib
-import http.server
 import io
 import json
 import pickle
-import threading
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import timm
@@ -257,59 +254,6 @@ def test_a_file_is_found_from_the_working_directory(tmp_path, monkeypatch, sourc
 
 
 # The Hub
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the Hub does when a file of a repository is looked up and downloaded."""
-
-    files: ClassVar[dict[str, bytes]] = {}
-    asked: ClassVar[list[str]] = []
-
-    def do_HEAD(self):
-        self.do_GET(body=False)
-
-    def do_GET(self, body=True):
-        owner_and_name, _, revision_and_file = self.path.lstrip("/").partition("/resolve/")
-        revision, _, file = revision_and_file.partition("/")
-        self.asked.append(f"{self.command} {file}")
-        missing = {
-            "RepoNotFound": owner_and_name != "lab/nets",
-            "RevisionNotFound": revision not in ("main", "v2"),
-            "EntryNotFound": file not in self.files,
-        }
-        wrong = next((code for code, holds in missing.items() if holds), None)
-        content = b"" if wrong else self.files[file]
-        self.send_response(404 if wrong else 200)
-        if wrong:
-            self.send_header("X-Error-Code", wrong)
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", {"main": "a" * 40, "v2": "b" * 40}[revision])
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(Hub, "files", {})
-        monkeypatch.setattr(Hub, "asked", [])
-        yield Hub
-        server.shutdown()
 
 
 def test_a_file_of_the_hub_is_downloaded_once_and_then_needs_no_network(hub, source, monkeypatch):

@@ -32,8 +32,11 @@ class Extraction:
 def features(folder, extract, provenance=PROVENANCE, images=IMAGES, process=0, processes=1):
     """Make what is missing and read all, as the extractor does."""
     cache = FeatureCache(folder, provenance, images)
-    for shard in cache.missing(process, processes):
-        cache.write(shard, extract(shard))
+    try:
+        for shard in cache.claim(cache.missing(cache.shards[process::processes])):
+            cache.write(shard, extract(shard))
+    finally:
+        cache.release()
     return cache.read(processes)
 
 
@@ -240,6 +243,23 @@ def test_files_do_not_depend_on_the_number_of_processes(tmp_path, processes):
         extract = Extraction()
         assert torch.equal(all_rows(features(shared, extract, process=process, processes=processes)), VALUES)
         assert extract.asked == []
+
+
+def test_processes_that_share_a_folder_make_every_shard_once(tmp_path):
+    one, other = (FeatureCache(tmp_path, PROVENANCE, IMAGES) for _ in range(2))
+    missing = one.missing(one.shards)
+    mine, theirs = one.claim(missing), other.claim(missing)
+    first, second = next(mine), next(theirs)
+    assert (first, second) == (missing[0], missing[1])
+    one.write(first, VALUES[list(first)])
+    other.release()  # as when its process ends before it wrote
+    assert list(mine) == missing[1:]
+    assert list(theirs) == []
+    for shard in missing[1:]:
+        one.write(shard, VALUES[list(shard)])
+    assert other.missing(missing) == list(other.claim(missing)) == []
+    assert torch.equal(all_rows(other.read(1)), VALUES)
+    assert len(shards(tmp_path)) == len(list(tmp_path.glob("*/*"))) == 4  # no lock stays
 
 
 def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path):

@@ -149,7 +149,7 @@ def test_where_bits_differ_bytes_are_drawn_and_shown(written, tmp_path):
 
 def test_text_and_pictures_call_the_metric_what_the_target_calls_it(tmp_path):
     found = {"results": tables(CURVE, CURVE)["results"].rename(columns={"accuracy": "map"})}
-    target = SimpleNamespace(metric="map", label="mean average precision", unit="", chance=0.05)
+    target = SimpleNamespace(metric="map", label="mean average precision", unit="", chance=0.05, items="images")
     printed = report(tmp_path, Results(found, [], target), [], {})
     assert "net: test mean average precision on 1,000 images" in printed
     assert re.search(r"^random +0\.2 +20 +0\.820 ± 0\.024 +91\.1 %", printed, re.MULTILINE)

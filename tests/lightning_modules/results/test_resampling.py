@@ -25,6 +25,16 @@ def test_images_vary_as_proportions_of_pairs_do():
     assert np.quantile(ratio, 0.025) < 1 < np.quantile(ratio, 0.975)
 
 
+def test_graded_values_vary_as_their_paired_means_do():
+    values = np.random.default_rng(0).random((2, 200)) ** [[1], [2]]
+    draws = resample(values.astype(np.float32), probes(1, [0.5]))
+    difference, pairs = draws["net", "random", 0.5] - draws["net", "full", 1.0], values[1] - values[0]
+    assert difference.mean() == pytest.approx(pairs.mean(), abs=0.003)
+    assert difference.std() == pytest.approx(stats.sem(pairs), rel=0.05)
+    same = resample(values[[0, 0]], probes(1, [0.5]))
+    assert np.ptp(same["net", "random", 0.5] / same["net", "full", 1.0]) < 1e-9
+
+
 @pytest.mark.parametrize("seeds", [2, 3, 10])
 def test_subsets_vary_as_the_mean_of_a_few_normal_values_does(seeds):
     table = probes(seeds)

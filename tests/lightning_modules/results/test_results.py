@@ -151,7 +151,8 @@ def test_the_summary_has_every_layer_alike_with_intervals_and_critical_mass():
     found = full_run()
     results = Results(found, [Accuracy(), CKA(), Inequality()], ACCURACY, per_image(found))
     summary = json.loads(json.dumps(results.summary()))
-    assert summary["target"] == {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None}
+    target = {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None, "items": "images"}
+    assert summary["target"] == target
     first, last = summary["layers"]
     assert list(first) == list(last)
     assert (first["layer"], last["layer"]) == ("layer<3>", "penultimate")

@@ -10,7 +10,7 @@ from lightning_modules.subsets.bases import (
     positive_projection,
     principal_components,
 )
-from lightning_modules.subsets.selections import Layer, order
+from lightning_modules.subsets.selections import BASES, Layer, order
 
 
 def summed(representations, labels=None, classes=1, **options):
@@ -32,6 +32,20 @@ def test_principal_components_are_scikit_learns(real_features, width):
         np.testing.assert_allclose(mine @ mine.T, theirs.T @ theirs, atol=1e-5 * np.abs(theirs.T @ theirs).max())
     largest = found.components.abs().argmax(0)
     assert found.components[largest, torch.arange(width)].gt(0).all()
+
+
+def test_components_are_applied_without_centring_or_whitened_as_scikit_learn_whitens(real_features):
+    representations = real_features.train[:, :64].double()
+    representations[:, 3] = 1.0  # a neuron that never changes, so that one component is none
+    layer, images = Layer(64, summed(representations)), len(representations)
+    pca, uncentred, whitened = (BASES[name](layer, 0) for name in ("pca", "pca_uncentred", "pca_whitened"))
+    assert torch.equal(uncentred.matrix, pca.matrix)
+    assert not uncentred.centre.any()
+    values = (representations - whitened.centre) @ whitened.matrix
+    theirs = PCA(63, svd_solver="full", whiten=True).fit_transform(representations.numpy())
+    theirs *= np.sqrt(images / (images - 1))  # of the population, not the sample
+    np.testing.assert_allclose(values[:, :63].abs(), np.abs(theirs), rtol=1e-5, atol=1e-6)
+    assert not values[:, 63].any()
 
 
 def test_rank_counts_neither_constant_nor_repeated_neurons():

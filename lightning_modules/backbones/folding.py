@@ -1,0 +1,90 @@
+"""Fold batch norms into the convolutions and linear layers before them: the same function in fewer operations."""
+
+import copy
+from collections import Counter
+from typing import Any, cast
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from lightning_modules.backbones.layers import Place, read_layers
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ROUNDING = 1e-4  # share of a layer's largest value by which a folded network may differ
+
+
+@torch.no_grad()
+def folded(network: nn.Module, places: dict[str, Place], size: tuple[int, ...]) -> nn.Module:
+    """Return a network in evaluation mode with batch norms folded into what precedes them, or itself if it has none.
+
+    A batch norm is folded if in one pass it alone sees the output of a convolution or linear layer. The result is a
+    copy, tried on noise: where it does not give what the network gives at each of `places`, up to rounding, as where a
+    convolution itself is read, the network is returned as it is.
+
+    Args:
+        network: On any device.
+        places: Where it is read, see `read_layers`.
+        size: Of an image, (C, H, W).
+    """
+    if not any(type(module) in NORMS for module in network.modules()):
+        return network
+    parameter = next(network.parameters())
+    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+    prepared = copy.deepcopy(network)
+    for before, norm in _pairs(prepared, noise):
+        layer, batch_norm = prepared.get_submodule(before), cast(nn.BatchNorm2d, prepared.get_submodule(norm))
+        fused = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        prepared.set_submodule(before, fused(layer, batch_norm))  # type: ignore[type-var]
+        after = [batch_norm.drop, batch_norm.act] if isinstance(batch_norm, BatchNormAct2d) else []
+        prepared.set_submodule(norm, nn.Sequential(*(each for each in after if not isinstance(each, nn.Identity))))
+    for weight in prepared.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    try:
+        expected, found = (read_layers(each, noise, places, _kept) for each in (network, prepared))
+    except (AttributeError, TypeError):  # the network looks into its batch norms
+        return network
+    equal = all(_equal(found[layer], expected[layer]) for layer in expected)
+    return prepared if equal else network
+
+
+def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
+    """Return the names of layers and the batch norms that alone see what they return, each run once by the network."""
+    runs: Counter[nn.Module] = Counter()
+    seen: Counter[int] = Counter()
+    made: dict[int, nn.Module] = {}
+    entered: dict[nn.Module, int] = {}
+    alive = []  # so that no two tensors of the pass have one identity
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        runs[module] += 1
+        seen.update(id(each) for each in inputs)
+        alive.extend([inputs, output])
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            made[id(output)] = module
+        if type(module) in NORMS and inputs and module.running_mean is not None:
+            entered[module] = id(inputs[0])
+
+    leaves = [module for module in network.modules() if type(module) in NORMS or not list(module.children())]
+    hooks = [module.register_forward_hook(note) for module in leaves]
+    network(images)
+    for hook in hooks:
+        hook.remove()
+    names = {module: name for name, module in network.named_modules()}
+    return [
+        (names[made[tensor]], names[norm])
+        for norm, tensor in entered.items()
+        if tensor in made and seen[tensor] == 1 and runs[norm] == runs[made[tensor]] == 1
+    ]
+
+
+def _kept(_: str, output: Any) -> Any:
+    return output.clone() if isinstance(output, Tensor) else output
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    return torch.allclose(found, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))

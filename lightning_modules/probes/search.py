@@ -1,0 +1,71 @@
+"""Exact search, where documents are to be found and nothing is predicted: a probe is a ranking on its subset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_modules.measures.similarities import SIMILARITIES
+from lightning_modules.probes.sgd import SGD
+from lightning_modules.probes.solver import Solver
+
+if TYPE_CHECKING:
+    from lightning_modules.redundancy_probe import RedundancyProbe
+
+
+class Search(Solver):
+    """Exact search through the documents of train: there is nothing to find, and probes have no weights.
+
+    Args:
+        similarity: `cosine`, of what is left after dropping, `dot`, the inner product, or `l2`, the distance.
+
+    Raises:
+        MisconfigurationException: If there is no such similarity.
+    """
+
+    name = "search"
+    trains = False
+    columns = ()
+
+    def __init__(self, similarity: Literal["cosine", "dot", "l2"] = "cosine") -> None:
+        if similarity not in SIMILARITIES:
+            raise MisconfigurationException(
+                f"model.solver.similarity is {similarity!r}; it must be one of {', '.join(SIMILARITIES)}."
+            )
+        self.similarity = similarity
+
+    def candidates(self) -> list[tuple[float, ...]]:
+        """Return one candidate: there is nothing to choose."""
+        return [()]
+
+    def prepare(self, model: RedundancyProbe) -> None:
+        """Keep every probe as it is."""
+        model.trainer.num_sanity_val_steps = 0  # of training steps, and there are none
+        model.grid.kept_epoch.zero_()
+
+    def loss(self, target: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """Raise an error, as a ranking has no loss."""
+        raise NotImplementedError
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Raise an error, as a ranking has no probabilities."""
+        raise NotImplementedError
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the solver and the similarity."""
+        return {"solver": self.name, "similarity": self.similarity}
+
+
+def suited(solver: Solver, target: Any) -> Solver:
+    """Return the solver for a target, which is `Search` where nothing is predicted; refuse another that was named."""
+    searches = not target.outputs
+    if isinstance(solver, Search) == searches:
+        return solver
+    if searches and type(solver) is SGD and vars(solver) == vars(SGD()):  # what is taken where none is named
+        return Search()
+    right = "no solver; leave model.solver out, or name Search" if searches else "SGD, Logistic or Ridge"
+    raise MisconfigurationException(
+        f"model.solver is {type(solver).__name__}, but the task has {target.describe()}, which takes {right}."
+    )

@@ -1,0 +1,69 @@
+"""Batch norms are folded into what precedes them where that changes nothing, and nowhere else."""
+
+import pytest
+import timm
+import torch
+from networks import Net, images, shaken
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_modules.backbones.folding import folded
+from lightning_modules.backbones.layers import read_layers
+
+
+def norms(network):
+    return [name for name, module in network.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def read(network, *layers):
+    return read_layers(network, images(), {name: (name, False) for name in layers}, lambda _, output: output.clone())
+
+
+def fold(network, *layers):
+    return folded(network, {name: (name, False) for name in layers}, (3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("test_resnet", 0), ("test_byobnet", 0), ("densenet121", 62), ("test_vit", 0), ("levit_128s", 46)],
+)
+def test_a_folded_network_gives_what_it_gave_with_fewer_batch_norms(name, left):
+    torch.manual_seed(0)
+    kwargs = {"img_size": 64} if name == "levit_128s" else {}
+    network = shaken(timm.create_model(name, num_classes=0, **kwargs))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    prepared = fold(network, "")
+    assert len(norms(prepared)) == left
+    assert (prepared is network) == (len(norms(network)) == 0)
+    assert_close(read(prepared, "")[""], read(network, "")[""], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(("layer", "left"), [("conv", ["bn"]), ("bn", []), ("act", []), ("neck", [])])
+def test_every_module_that_is_read_gives_the_same(layer, left):
+    network = shaken(Net(4))
+    prepared = fold(network, layer)
+    assert norms(prepared) == left
+    assert_close(read(prepared, layer), read(network, layer), rtol=1e-4, atol=1e-5)
+
+
+class Shared(nn.Module):
+    """Something else than the batch norm sees what the convolution returns, or it runs twice, or nothing is kept."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3, track_running_stats=kind != "statistics of the batch")
+
+    def forward(self, x):
+        seen = self.conv(x)
+        if self.kind == "two passes":
+            return self.bn(seen) + self.conv(seen)
+        return self.bn(seen) + (seen if self.kind == "a sum" else self.bn.eps)
+
+
+@pytest.mark.parametrize("kind", ["a sum", "two passes", "statistics of the batch", "the norm's own numbers"])
+def test_a_batch_norm_that_cannot_be_folded_stays(kind):
+    network = shaken(Shared(kind))
+    assert fold(network, "") is network or norms(fold(network, "")) == ["bn"]
