@@ -19,6 +19,7 @@ from lightning_modules.subsets.coordinates import Space
 if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
 
+TOGETHER = 0.7  # of the largest of sizes that are solved at once
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -146,18 +147,23 @@ def ridge_probes(
             system = fitted.scatter.clone()
             system.diagonal().add_(penalty * scale)
             factor = _factor(system)
-            sizes = [size for size in ordering.sizes if size <= len(factor)]
             half = torch.linalg.solve_triangular(factor, fitted.cross[: len(factor)], upper=False)
-            # What is zero beyond a subset stays so when the upper triangle is solved: one solution serves all sizes.
-            masks = ordering._replace(sizes=[*sizes, len(factor)]).masks()[:, :-1].to(half)  # (n, m)
-            masked = (masks.unsqueeze(2) * half.unsqueeze(1)).flatten(1)
-            solved = torch.linalg.solve_triangular(factor.t(), masked, upper=True)
-            weights = solved.view(len(factor), len(sizes), half.shape[1]).permute(1, 2, 0).contiguous()  # (m, C, n)
-            biases = fitted.shares - weights @ fitted.mean[: len(factor)]
-            for place, error in enumerate(judged.errors(weights, biases)):
-                known, size = best[place], sizes[place]
-                if known is None or error < known.error:
-                    best[place] = RidgeProbe(weights[place, :, :size].clone(), biases[place], penalty, error)
+            stop = sum(size <= len(factor) for size in ordering.sizes)
+            while stop:  # from the largest sizes down, those together that are not much smaller
+                width = ordering.sizes[stop - 1]
+                start = sum(size < TOGETHER * width for size in ordering.sizes)
+                part = ordering._replace(sizes=ordering.sizes[start:stop])
+                # What is zero beyond a subset stays so when the upper triangle is solved: one solution serves all.
+                masked = (part.masks().to(half).unsqueeze(2) * half[:width].unsqueeze(1)).flatten(1)
+                solved = torch.linalg.solve_triangular(factor[:width, :width].t(), masked, upper=True)
+                weights = solved.view(width, stop - start, -1).permute(1, 2, 0).contiguous()  # (m, C, n)
+                biases = fitted.shares - weights @ fitted.mean[:width]
+                for place, error in enumerate(judged.errors(weights, biases), start):
+                    known, size = best[place], ordering.sizes[place]
+                    if known is None or error < known.error:
+                        own = weights[place - start, :, :size].clone()
+                        best[place] = RidgeProbe(own, biases[place - start], penalty, error)
+                stop = start
         for size, probe in zip(ordering.sizes, best, strict=True):
             if probe is None:
                 raise MisconfigurationException(

@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluation import evaluate
+from evaluation import evaluate, quantised
 
 from datamodules.targets import Judgements, Relevance
+from lightning_modules.features.moments import Moments
 from lightning_modules.measures import Ranking
 from lightning_modules.probes import Search
+from lightning_modules.subsets.coordinates import Coordinates
 from lightning_modules.subsets.plan import Plan
 
 IDENTIFIERS = [f"d{number}" for number in range(60)]  # as bytes, d9 comes after d10
@@ -121,3 +123,28 @@ def test_documents_in_one_direction_are_ties_wherever_they_lie(monkeypatch):
         features=lambda split, start, stop: corpus[start:stop],
     )
     assert found["mrr@10"].tolist() == [1] * 4
+
+
+def test_in_few_bits_the_levels_are_searched():
+    random = np.random.default_rng(0)
+    corpus, queries = (random.normal(size=(count, 12)).astype(np.float32) for count in (60, 20))
+    judged = np.stack([random.permutation(60)[:8] for _ in range(20)])
+    target = Relevance(
+        IDENTIFIERS, {"test": Judgements(torch.tensor(judged), torch.ones(20, 8).long(), torch.full((20,), -1))}
+    )
+    probes = Plan("random", 0.5, 1, bits=2).probes({"none": 12})
+    coordinates, moments = Coordinates(probes, {"none": 12}), Moments(12, 1)
+    moments.update(torch.from_numpy(corpus), torch.zeros(60, dtype=torch.int64))
+    coordinates.fit({"none": moments})
+
+    def search(stored, sought, which, **changes):
+        known = {"widths": {"none": 12}, "target": target, "solver": Search("cosine")} | changes
+        vectors = torch.from_numpy(stored)
+        known["features"] = lambda split, start, stop: vectors[start:stop]
+        labels = torch.zeros(20, dtype=torch.int64)
+        return evaluate(Ranking(), which, labels, inputs=torch.from_numpy(sought), **known)["ndcg@10"]
+
+    exact, _, all_in_few = search(corpus, queries, probes, coordinates=coordinates).tolist()
+    few = search(quantised(corpus, corpus, 2), quantised(queries, corpus, 2), probes[:1])
+    assert all_in_few == pytest.approx(few.item(), abs=1e-9)
+    assert all_in_few != exact
