@@ -10,7 +10,7 @@ from lightning_modules.measures.measure import Batch, Measure, Picture
 from lightning_modules.measures.similarities import similarities
 from lightning_modules.progress import Progress
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import PER_IMAGE, Column, by_series
+from lightning_modules.results.tables import PER_IMAGE, Column
 from lightning_modules.subsets.selections import FULL
 
 METRICS = {
@@ -124,22 +124,24 @@ class Ranking(Measure):
         return best
 
     def pictures(self, results: Results, split: str) -> dict[str, Picture]:
-        """Draw nDCG@10 of one stage and of two against fraction, a panel per layer and selection."""
+        """Draw nDCG@10 of one stage and of two against the bytes that are searched, a panel per layer and selection."""
         from lightning_modules.reporting import figures
 
-        means, headline = by_series(results.curve(split)), results.headline
+        means, headline = results.curve(split), results.headline
         groups = list(means[means["selection"] != FULL].groupby(["layer", "selection"], sort=False))
         lines = {"mean": "one stage"} | {name: f"best {best} ranked again" for name, best in RESCORED.items()}
         figure, flat = figures.panels(len(groups), results.title)
         for axes, ((layer, selection), points) in zip(flat, groups, strict=True):
+            points = points.assign(saved=-points["bytes"])
             for (column, label), style in zip(lines.items(), figures.styles(lines).values(), strict=True):
-                figures.line(axes, points, style, label, column, scale=headline.scale)
-            figures.fraction_axis(axes, means)
+                best = figures.pareto_frontier(points, "saved", column)  # over subsets and bits
+                figures.line(axes, best, style, label, column, x="bytes", scale=headline.scale)
+            figures.logarithmic_axis(axes, points["bytes"], "bytes of a vector that is searched")
             several = len(results.layers) > 1
             figures.value_axis(axes, f"{split} {headline.heading}", f"{layer} {selection}" if several else selection)
         figures.legend(figure, flat)
-        caption = "Search in two stages: the best documents by the subset are ranked again by the full layer."
-        return {"rescored": Picture(figure, caption)}
+        caption = "Search in two stages: the best documents by what is searched are ranked again by the full layer. "
+        return {"rescored": Picture(figure, f"{caption}Stores that another of no more bytes beats are left out.")}
 
 
 def _as_keys(values: Tensor) -> Tensor:
