@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.subsets.plan import Probe, mean_by_fraction
+from lightning_modules.subsets.plan import Probe, mean_by_fraction, probe_groups
 
 
 def trainer(trainer: Trainer) -> None:
@@ -115,18 +116,18 @@ def free_memory() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
-def memory(
-    probes: Sequence[Probe], outputs: int, candidates: int, squares: dict[str, int], refit: bool, copies: int
-) -> None:
-    """Refuse a bank in so many copies, or second moments of layers with these widths, that do not fit into memory."""
+def memory(probes: Sequence[Probe], outputs: int, solver: Any, squares: dict[str, int], refit: bool) -> None:
+    """Refuse a bank with what its solver needs, or moments of layers with these widths, that do not fit into memory."""
+    candidates = len(solver.candidates())
     parameters = sum((probe.neurons + 1) * outputs for probe in probes) * candidates
+    factors = solver.factors * sum(group.sizes[-1] ** 2 for alike in probe_groups(probes) for group in alike)
     # With gradient, momentum and the weights that are kept, of which a refit has its own, and what the solver needs.
-    needed = 4 * parameters * (4 * (1 + refit) + copies)
+    needed = 4 * (parameters * (4 * (1 + refit) + solver.copies) + factors)
     available = free_memory()
     if needed > available:
         raise MisconfigurationException(
             f"The bank needs {needed / 1e9:,.1f} GB of memory ({len(probes)} probes x {candidates} candidates, "
-            f"{outputs} classes: {parameters:,} weights, with gradient, momentum and best), and "
+            f"{outputs} classes: {parameters:,} weights, with what {solver.name} works with), and "
             f"{available / 1e9:,.1f} GB are free; use fewer fractions, seeds or candidates."
         )
     moments = sum(4 * 8 * width**2 for width in squares.values())  # of train and validation, and as much to work with

@@ -148,7 +148,7 @@ class RedundancyProbe(LightningModule):
         self.coordinates = Coordinates(self.probes, self.widths)
         squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
         squares = self.widths if squared else {}
-        checks.memory(self.probes, outputs, len(candidates), squares, self.refit, self.solver.copies)
+        checks.memory(self.probes, outputs, self.solver, squares, self.refit)
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
         self.scores = self.target.scores(len(candidates) * len(self.probes))
         extractor = Extractor(self.backbone, self.task, self.trainer, self.cache_dir, self.features)

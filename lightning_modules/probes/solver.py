@@ -28,6 +28,7 @@ class Solver(ABC):
     trains: ClassVar[bool]  # Whether the Trainer's epochs follow `prepare`
     second_moments: ClassVar[bool] = False  # Whether it sums X'X of every layer, D^2 numbers each
     copies: ClassVar[int] = 0  # Of all weights that it works with, beside gradient, momentum and what is kept
+    factors: ClassVar[int] = 0  # Of the largest subset of every selection and seed, k^2 numbers each, that it holds
     columns: ClassVar[Sequence[Column]]
     """The hyper-parameters that are chosen for each probe on validation, as columns of results.csv."""
 

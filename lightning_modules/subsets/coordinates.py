@@ -46,7 +46,9 @@ class Coordinates(nn.Module):
             self.register_buffer(f"matrix_{place}", torch.zeros(widths[layer], widths[layer]), persistent=fitted)
             self.register_buffer(f"centre_{place}", torch.zeros(widths[layer]), persistent=fitted)
         ends = list(itertools.accumulate(group.sizes[-1] for group in self.groups))
-        self._slices = {group: slice(end - group.sizes[-1], end) for group, end in zip(self.groups, ends, strict=True)}
+        self._slices = {
+            group[:3]: slice(end - group.sizes[-1], end) for group, end in zip(self.groups, ends, strict=True)
+        }
         self.register_buffer("rows", torch.zeros(ends[-1], dtype=torch.int64))
         self._fill({layer: Layer(width) for layer, width in widths.items()}, fitted=False)
 
@@ -77,6 +79,10 @@ class Coordinates(nn.Module):
             spaces.append(matrix.t() @ (layers[layer].t() - centre.unsqueeze(1)))
         return torch.cat(spaces) if len(spaces) > 1 else columns
 
+    def rows_of(self, groups: Sequence[ProbeGroup]) -> Tensor:
+        """Return which rows of `spaces` some groups see, one after the other; they may have fewer probes than here."""
+        return torch.cat([self.rows[self._slices[group[:3]]][: group.sizes[-1]] for group in groups])
+
     def of_layer(self, layer: str) -> list[ProbeGroup]:
         """Return the probe groups of a layer."""
         return [group for group in self.groups if group.layer == layer]
@@ -88,7 +94,7 @@ class Coordinates(nn.Module):
     def ordering(self, group: ProbeGroup) -> Ordering:
         """Return a group's order, sizes and basis as statistics take them; the basis is float64 and not centred."""
         matrix, _ = self._basis(group) or (None, None)
-        order = self.rows[self._slices[group]] - self._starts[self._space(group)]
+        order = self.rows[self._slices[group[:3]]] - self._starts[self._space(group)]
         return Ordering(order, group.sizes, None if matrix is None else matrix.double())
 
     def centre(self, group: ProbeGroup) -> Tensor:
@@ -113,7 +119,7 @@ class Coordinates(nn.Module):
         end = max(start + self.widths[layer] for (layer, *_), start in self._starts.items())
         masks = torch.zeros(count, end, dtype=torch.bool, device=self.rows.device)
         for group in self.groups:
-            rows = self.rows[self._slices[group]]
+            rows = self.rows[self._slices[group[:3]]]
             for index, size in zip(group.probes, group.sizes, strict=True):
                 masks[index, rows[:size]] = True
         return masks
@@ -143,4 +149,4 @@ class Coordinates(nn.Module):
         for group in self.groups:
             if SELECTIONS[group.selection].fitted == fitted:
                 ordered = order(group.selection, layers[group.layer], group.seed)
-                self.rows[self._slices[group]] = ordered[: group.sizes[-1]] + self._starts[self._space(group)]
+                self.rows[self._slices[group[:3]]] = ordered[: group.sizes[-1]] + self._starts[self._space(group)]
