@@ -39,14 +39,15 @@ def trainer(trainer: Trainer) -> None:
         )
 
 
-def views(features: str | int, vectors: bool, refit: bool) -> None:
-    """Refuse views of the training images that there cannot be, or that a refit cannot train on."""
+def views(features: str | int, vectors: bool, refit: bool, linear: bool) -> None:
+    """Refuse views of the training images that there cannot be, or that a refit or a vote of neighbours cannot use."""
     if isinstance(features, int) and features < 1:
         raise MisconfigurationException(
             f"model.features is {features}; it must be clean, off or a number of augmented views from 1."
         )
-    if features != "clean" and (vectors or refit):
+    if features != "clean" and (vectors or refit or not linear):
         reason = "vectors have no views" if vectors else "model.refit trains on the clean view"
+        reason = reason if linear else "neighbours are looked for in the clean view"
         raise MisconfigurationException(f"model.features is {features}, but {reason}; leave it clean.")
 
 

@@ -1,7 +1,6 @@
 """The LightningModule of the project: a frozen backbone, and a linear probe on every subset of its neurons."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -35,7 +34,7 @@ class RedundancyProbe(LightningModule):
         seeds: Subset seeds; a number n means 0 to n - 1.
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
-        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, or a class of your own.
+        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, `KNN`, or a class of your own.
         features: What the probes train on: `clean`, one view without augmentation, extracted once; a number of
             augmented views, each extracted once and cycled over epochs; or `off`, fresh augmentation in every epoch,
             with a pass of the backbone each.
@@ -68,9 +67,9 @@ class RedundancyProbe(LightningModule):
         super().__init__()
         self.plan = Plan(selection, fractions, seeds, full_seeds, neurons)
         self.features = "off" if features is False else features  # how YAML reads a bare off
-        checks.views(self.features, backbone is None, refit)
-        self.backbone: Any = GivenVectors() if backbone is None else backbone
         self.solver = SGD() if solver is None else solver
+        checks.views(self.features, backbone is None, refit, self.solver.linear)
+        self.backbone: Any = GivenVectors() if backbone is None else backbone
         self.refit = refit
         self.standardise = standardise
         self.measures = Suite(measures, self.features == "clean")
@@ -144,7 +143,7 @@ class RedundancyProbe(LightningModule):
             self.task.extract = self.stream.extractor.extract
 
     def _build(self) -> None:
-        candidates, outputs = self.solver.candidates(), self.target.outputs
+        candidates, outputs = self.solver.candidates(), self.target.outputs * self.solver.linear
         self.coordinates = Coordinates(self.probes, self.widths)
         squared = self.coordinates.fitted or any(part.second_moments for part in (self.solver, *self.measures))
         squares = self.widths if squared else {}
@@ -228,14 +227,14 @@ class RedundancyProbe(LightningModule):
             coordinates = self.coordinates(batch.inputs)
             self.scores.update(torch.cat([bank(coordinates) for bank in self.grid.banks]), batch.labels)
         else:
-            self._measure(batch, "val", self.grid.kept_logits)
+            self._measure(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the weights that the run ends with."""
-        self._measure(batch, "test", self.grid.final_logits)
+        self._measure(batch, "test")
 
-    def _measure(self, batch: Any, split: str, logits: Callable[[Tensor], Tensor]) -> None:
-        found = logits(self.coordinates(batch.inputs))
+    def _measure(self, batch: Any, split: str) -> None:
+        found = self.solver.logits(self, batch.inputs, split)
         self.measures.update(split, Batch(batch.inputs, found, batch.labels, batch.indices))
 
     def on_validation_epoch_end(self) -> None:
@@ -280,7 +279,7 @@ class RedundancyProbe(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         """Note what each probe decides for each test image."""
-        self.predictions.update(self.grid.final_logits(self.coordinates(batch.inputs)), batch.indices)
+        self.predictions.update(self.solver.logits(self, batch.inputs, "test"), batch.indices)
 
     def on_predict_end(self) -> None:
         """Join the decisions of all processes."""

@@ -142,8 +142,13 @@ class FeatureStream(nn.Module):
 
     def everything(self, split: str) -> Tensor | None:
         """Return all features of the clean view of a split, shape (n, sum of widths); None where they are not kept."""
-        views = self.task.features(split) if self.features == "clean" else None
-        return None if views is None else self._standardised(views[0][torch.arange(len(views[0]))])
+        return torch.cat(list(self.blocks(split))) if self.features == "clean" else None
+
+    def blocks(self, split: str, rows: int = BATCH) -> Iterator[Tensor]:
+        """Yield all features of the clean view of a split, which are kept, so many rows at a time."""
+        view = self.task.features(split)[0]
+        for part in torch.arange(len(view)).split(rows):
+            yield self._standardised(view[part])
 
     def moments(self, split: str) -> dict[str, Moments]:
         """Return the moments of each layer over a split (all views of train), summed over processes."""

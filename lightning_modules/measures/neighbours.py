@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_modules.measures.measure import Batch, Measure, Picture
+from lightning_modules.measures.similarities import similarities
 from lightning_modules.results.curves import curve
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.bases import Ordering
@@ -123,17 +124,8 @@ def neighbours_kept(queries: Tensor, gallery: Tensor, orderings: Sequence[Orderi
 
 def _nearest(queries: Tensor, gallery: Tensor, sizes: Sequence[int], neighbours: int) -> Iterator[Tensor]:
     """Yield the nearest gallery vectors' indices on the first k coordinates, for each k, shape (n, neighbours)."""
-    products = torch.zeros(len(queries), len(gallery), dtype=torch.float64, device=queries.device)
-    query_norms, gallery_norms = products.new_zeros(len(queries), 1), products.new_zeros(len(gallery))
     # Keys are whole numbers of which no two are equal, so that the choice among ties is the same everywhere.
     ties = torch.arange(len(gallery) - 1, -1, -1, device=queries.device)
-    start = 0
-    for size in sizes:
-        rows, columns = queries[:, start:size].double(), gallery[:, start:size].double()
-        products.addmm_(rows, columns.t())
-        query_norms += rows.square().sum(1, keepdim=True)
-        gallery_norms += columns.square().sum(1)
-        start = size
-        cosines = products / (query_norms * gallery_norms).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    for cosines in similarities(queries.double(), gallery.double(), sizes, "cosine"):
         keys = (cosines * 10**DECIMALS).round().long() * len(gallery) + ties
         yield keys.topk(neighbours, dim=1).indices

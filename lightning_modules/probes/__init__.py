@@ -1,8 +1,9 @@
 """Linear probes, and the solvers that find them; `model.solver` takes any that is exported here by name."""
 
+from lightning_modules.probes.knn import KNN
 from lightning_modules.probes.logistic import Logistic
 from lightning_modules.probes.ridge import Ridge
 from lightning_modules.probes.sgd import SGD
 from lightning_modules.probes.solver import Solver
 
-__all__ = ["SGD", "Logistic", "Ridge", "Solver"]
+__all__ = ["KNN", "SGD", "Logistic", "Ridge", "Solver"]

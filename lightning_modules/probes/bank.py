@@ -39,7 +39,7 @@ class Stack:
         start = 0
         for probe, stop in enumerate(sizes):
             length = groups * (count - probe) * classes * (stop - start)
-            if length:
+            if stop > start:
                 self.blocks.append(Block(start, stop, probe, slice(offset, offset + length)))
             offset += length
             start = stop
@@ -64,7 +64,7 @@ class _BankLogits(torch.autograd.Function):
         first = 0
         for stack, columns in zip(stacks, inputs, strict=True):
             groups, count = stack.probes.shape
-            logits = results[first : first + groups * count].view(groups, count * stack.classes, -1)
+            logits = results[first : first + groups * count].view(groups, count * stack.classes, columns.shape[-1])
             first += groups * count
             for number, block in enumerate(stack.blocks):
                 weights, rows = stack.view(flat, block).flatten(1, 2), columns[:, block.start : block.stop]
