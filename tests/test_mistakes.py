@@ -79,7 +79,7 @@ MISTAKES = {
         ["--model.solver=KNN", "--model.features=3"],
         "model.features is 3, but neighbours are looked for in the clean view; leave it clean",
     ),
-    "no neighbour": (
+    "no voter": (
         ["--model.solver=KNN", "--model.solver.neighbours=[5,0]"],
         "neighbours is 0; it must be 1 or more",
     ),
