@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,9 +98,9 @@ class State:
 
     def part(self, which: Tensor, places: Tensor) -> State:
         """Return the state of some probes, whose numbers lie at these places of the vectors."""
-        vectors = self.here[places], self.memory[:, places], self.direction[places]
-        ours = (self.products, self.values, self.slopes, self.lengths, self.scales)
-        return State(*vectors, *(each[which] for each in ours), self.count)
+        vectors = {name: getattr(self, name)[..., places] for name in ("here", "memory", "direction")}
+        ours = {name: getattr(self, name)[which] for name in ("products", "values", "slopes", "lengths", "scales")}
+        return replace(self, **vectors, **ours)
 
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]  # from a vector to values, shape (P,), and gradients, shape (N,)

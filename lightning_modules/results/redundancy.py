@@ -11,6 +11,7 @@ from lightning_modules.subsets.selections import FULL
 
 RULES = ("threshold", "nearest", "interpolated")
 DELTAS = (0.8, 0.9, 0.95, 0.99)  # shares of the full layer's metric for which redundancy is given
+FORETOLD = "cka_foretold"  # the column of what X'X alone foretells of subsets, without labels
 MANY_DELTAS = tuple(each / 100 for each in range(70, 100))  # those of its curve, `DELTAS` among them
 
 
@@ -121,7 +122,8 @@ def redundancy(
     Returns:
         One row per layer, selection, rule and delta: `layer`, `selection`, `rule`, `delta`, `fraction` (that is
         enough), `neurons` (the critical mass: as many as that fraction is; missing without `width`), `redundancy`,
-        and the limits `low` and `high`, missing without draws.
+        the limits `low` and `high`, missing without draws, and `foretold`: the redundancy if subsets kept the share
+        that the foretold CKA is, missing where none was foretold.
     """
     rows = rows[rows["split"] == split]
     table = []
@@ -131,6 +133,7 @@ def redundancy(
         grid, ratios = means.index.to_numpy(float), means.to_numpy() / full
         if draws is not None:
             drawn, drawn_full = draws[[(layer, selection, each) for each in grid]].to_numpy(), draws[layer, FULL, 1.0]
+        foretold = group.groupby("fraction")[FORETOLD].mean() if FORETOLD in group else means * np.nan
         for delta in deltas:
             ranges: dict[str, tuple[float, float]] = {}
             if draws is not None:
@@ -140,6 +143,9 @@ def redundancy(
                 least, most = ranges.get(rule, (np.nan, np.nan))
                 mass = plan.neurons(enough, int(group["width"].iloc[0])) if "width" in group else np.nan
                 low, high = 1 - max(most, enough), 1 - min(least, enough)  # NaN comes first, and so stays
-                table.append([layer, selection, rule, delta, enough, mass, 1 - enough, low, high])
-    columns = ["layer", "selection", "rule", "delta", "fraction", "neurons", "redundancy", "low", "high"]
+                said = np.nan
+                if foretold.notna().all():
+                    said = 1 - float(sufficient_fraction(grid, foretold.to_numpy(), delta, rule))
+                table.append([layer, selection, rule, delta, enough, mass, 1 - enough, low, high, said])
+    columns = ["layer", "selection", "rule", "delta", "fraction", "neurons", "redundancy", "low", "high", "foretold"]
     return pd.DataFrame(table, columns=columns)
