@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.subsets.plan import Probe, mean_by_fraction
+from lightning_modules.subsets.plan import Probe, mean_by_fraction, probe_groups
 from lightning_modules.subsets.selections import OFFERED, SELECTIONS
 
 
@@ -40,14 +40,15 @@ def trainer(trainer: Trainer) -> None:
         )
 
 
-def views(features: str | int, vectors: bool, refit: bool) -> None:
-    """Refuse views of the training images that there cannot be, or that a refit cannot train on."""
+def views(features: str | int, vectors: bool, refit: bool, linear: bool) -> None:
+    """Refuse views of the training images that there cannot be, or that a refit or a vote of neighbours cannot use."""
     if isinstance(features, int) and features < 1:
         raise MisconfigurationException(
             f"model.features is {features}; it must be clean, off or a number of augmented views from 1."
         )
-    if features != "clean" and (vectors or refit):
+    if features != "clean" and (vectors or refit or not linear):
         reason = "vectors have no views" if vectors else "model.refit trains on the clean view"
+        reason = reason if linear else "neighbours are looked for in the clean view"
         raise MisconfigurationException(f"model.features is {features}, but {reason}; leave it clean.")
 
 
@@ -132,13 +133,14 @@ def memory(model: Any, outputs: int, candidates: int) -> None:
     """Refuse a `RedundancyProbe` whose bank, in so many copies, or second moments do not fit into memory."""
     probes, solver = model.probes, model.solver
     parameters = sum((probe.neurons + 1) * outputs for probe in probes) * candidates
+    factors = solver.factors * sum(group.sizes[-1] ** 2 for alike in probe_groups(probes) for group in alike)
     # With gradient, momentum and the weights that are kept, of which a refit has its own, and what the solver needs.
-    needed = 4 * parameters * (4 * (1 + model.refit) + solver.copies)
+    needed = 4 * (parameters * (4 * (1 + model.refit) + solver.copies) + factors)
     available = free_memory()
     if needed > available:
         raise MisconfigurationException(
             f"The bank needs {needed / 1e9:,.1f} GB of memory ({len(probes)} probes x {candidates} candidates, "
-            f"{outputs} classes: {parameters:,} weights, with gradient, momentum and best), and "
+            f"{outputs} classes: {parameters:,} weights, with what {solver.name} works with), and "
             f"{available / 1e9:,.1f} GB are free; use fewer fractions, seeds or candidates."
         )
     squared = model.coordinates.fitted or any(part.second_moments for part in (solver, *model.measures))

@@ -90,6 +90,11 @@ def export(
                 f"The weights of {backbone.label} are not those that {folder} was measured with; its model.backbone is "
                 f"{settings}."
             )
+    if provenance["classes"] and not checkpoint["state_dict"]["grid.kept.0.bias"].numel():
+        raise MisconfigurationException(
+            f"The probes of {folder} are votes of neighbours ({provenance['solver']}) and have no weights to export; "
+            f"name a run of another solver."
+        )
     tensors = _tensors(probes, index, widths, checkpoint["state_dict"], provenance)
     program = _program(backbone, tensors) if backbone and backbone.is_timm else None
     metric, measured = "accuracy", {"val": None, "test": None}  # null where a run did not come so far

@@ -36,7 +36,7 @@ class RedundancyProbe(LightningModule):
         selection: Rules that pick subsets, one or a list; see `subsets/selections.py`.
         bits: In how many bits each number is stored, one or a list of 32 (as it is), 8, 4, 2 and 1.
         full_seeds: Initialisation seeds of the full layer's probe; a number n means 0 to n - 1.
-        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, a class of your own, or `Search`.
+        solver: How probes are found: `SGD`, which null is too, `Logistic`, `Ridge`, `KNN`, `Search`, or your own.
         features: What the probes train on: `clean`, one view without augmentation; a number of augmented views, each
             extracted once and cycled over epochs; or `off`, augmented afresh in every epoch, a pass of the backbone.
         refit: Whether every probe is found again on train and validation together, with what validation chose, before
@@ -69,9 +69,9 @@ class RedundancyProbe(LightningModule):
         super().__init__()
         self.plan = Plan(selection, fractions, seeds, full_seeds, neurons, bits)
         self.features = "off" if features is False else features  # how YAML reads a bare off
-        checks.views(self.features, backbone is None, refit)
-        self.backbone: Any = GivenVectors() if backbone is None else backbone
         self.solver = SGD() if solver is None else solver
+        checks.views(self.features, backbone is None, refit, self.solver.linear)
+        self.backbone: Any = GivenVectors() if backbone is None else backbone
         self.refit = refit
         self.standardise = standardise
         self.measures = Suite(measures, self.features == "clean")
@@ -145,7 +145,7 @@ class RedundancyProbe(LightningModule):
             self.task.extract = self.stream.extractor.extract
 
     def _build(self) -> None:
-        candidates, outputs = self.solver.candidates(), self.target.outputs
+        candidates, outputs = self.solver.candidates(), self.target.outputs * self.solver.linear
         self.coordinates = Coordinates(self.probes, self.widths)
         checks.memory(self, outputs, len(candidates))
         self.grid = Grid(self.probes, outputs, candidates, self.refit)
@@ -226,17 +226,16 @@ class RedundancyProbe(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score the weights in training during a fit; otherwise measure those that validation chose."""
         if self.trainer.state.fn == "fit":
-            coordinates = self.coordinates(batch.inputs)
-            self.scores.update(torch.cat([bank(coordinates) for bank in self.grid.banks]), batch.labels)
+            self.scores.update(self.grid.logits(self.coordinates(batch.inputs)), batch.labels)
         else:
-            self._measure(batch, "val", self.grid.kept_logits)
+            self._measure(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the weights that the run ends with."""
-        self._measure(batch, "test", self.grid.final_logits)
+        self._measure(batch, "test")
 
-    def _measure(self, batch: Any, split: str, logits: Any) -> None:
-        found = logits(self.coordinates(batch.inputs))
+    def _measure(self, batch: Any, split: str) -> None:
+        found = self.solver.logits(self, batch.inputs, split)
         self.measures.update(split, Batch(batch.inputs, found, batch.labels, batch.indices))
 
     def on_validation_epoch_end(self) -> None:
@@ -281,7 +280,7 @@ class RedundancyProbe(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         """Note what each probe decides for each test image."""
-        self.predictions.update(self.grid.final_logits(self.coordinates(batch.inputs)), batch.indices)
+        self.predictions.update(self.solver.logits(self, batch.inputs, "test"), batch.indices)
 
     def on_predict_end(self) -> None:
         """Join the decisions of all processes."""

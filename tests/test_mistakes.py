@@ -78,6 +78,15 @@ MISTAKES = {
     "broken number of seeds": (["--model.seeds=1.5"], "model.seeds is 1.5", "a whole number"),
     "seed as a word": (["--model.seeds=[a]"], "model.seeds is a", "a list of whole numbers"),
     "more seeds than can be counted": (["--model.seeds=1000000000"], "model.seeds is 1000000000", "to 100,000"),
+    "views of neighbours": (
+        ["--model.solver=KNN", "--model.features=3"],
+        "model.features is 3, but neighbours are looked for in the clean view; leave it clean",
+    ),
+    "no voter": (
+        ["--model.solver=KNN", "--model.solver.neighbours=[5,0]"],
+        "neighbours is 0; it must be 1 or more",
+    ),
+    "no temperature": (["--model.solver=KNN", "--model.solver.temperature=0"], "temperature is 0; it must be above 0"),
     "bank larger than memory": (
         [
             "--model.seeds=10000",

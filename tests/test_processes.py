@@ -133,15 +133,20 @@ def test_two_processes_leave_the_files_of_one(start, tmp_path):
         assert mine[counted].equals(theirs[counted])
 
 
-def test_two_processes_find_the_optima_of_one(start, tmp_path):
-    command = (*SHORT, "--model.solver=Logistic", "--model.solver.penalty=[10,100]", "--name=run")
+OPTIMA = ("--model.solver=Logistic", "--model.solver.penalty=[10,100]")
+VOTES = ("--model.solver=KNN", "--model.solver.neighbours=[5,20]", "--model.refit=false")
+
+
+@pytest.mark.parametrize(("solver", "chosen"), [(OPTIMA, "penalty"), (VOTES, "voters")])
+def test_two_processes_find_the_probes_of_one(start, tmp_path, solver, chosen):
+    command = (*SHORT, *solver, "--name=run")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         for process in start(*command, cwd=tmp_path / str(processes), processes=processes):
             done = process.wait()
             assert done.returncode == 0, done.stderr
     one, two = (pd.read_csv(tmp_path / str(processes) / "runs" / "run" / "results.csv") for processes in (1, 2))
-    assert one["penalty"].equals(two["penalty"])
+    assert one[chosen].equals(two[chosen])
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=5e-3)
     np.testing.assert_allclose(one["accuracy"], two["accuracy"], atol=0.006)  # one image of 179
 

@@ -10,6 +10,7 @@ from lightning_modules.features.moments import Moments
 from lightning_modules.measures.measure import Batch, Measure, Picture
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.bases import Ordering
+from lightning_modules.subsets.searches import rises
 from lightning_modules.subsets.selections import SELECTIONS, Layer, fisher_ratio, order
 
 SMOOTHED = 20  # a picture averages over this part of the neurons where it shows what transfers to test
@@ -42,9 +43,9 @@ class Neurons(Measure):
         tables = []
         for layer, width in self.context.coordinates.widths.items():
             train, val, test = (moments[layer] for moments in splits)
-            rises = dict(zip(("rise_val", "rise_test", "rise_in_half"), removals(train, val, test, seeds), strict=True))
+            found = dict(zip(("rise_val", "rise_test", "rise_in_half"), removals(train, val, test, seeds), strict=True))
             correlation, substitute = _substitutes(train)
-            columns = {"variance": train.variance, "fisher": fisher_ratio(train), **rises}
+            columns = {"variance": train.variance, "fisher": fisher_ratio(train), **found}
             columns |= {"substitute": substitute, "correlation": correlation}
             values = {name: value.cpu().numpy() for name, value in columns.items()}
             tables.append(pd.DataFrame({"layer": layer, "neuron": range(width), "split": self.split, **values}))
@@ -110,13 +111,13 @@ def removals(train: Moments, val: Moments, test: Moments, seeds: list[int]) -> t
     system, cross = train.scatter, train.cross
     system.diagonal().add_(probe.penalty * system.diagonal().mean())
     judged = [_error(train, moments) for moments in (val, test)]
-    on_val, on_test = _rises(system, cross, judged)
+    on_val, on_test = rises(system, cross, judged)
     in_half = torch.zeros_like(on_val)
     for seed in seeds:
         for half in order("random", Layer(width), seed).to(system.device).chunk(2):
             quadratic, linear = judged[0]
             of_half = (quadratic[half][:, half], linear[half])
-            in_half[half] += _rises(system[half][:, half], cross[half], [of_half])[0] / len(seeds)
+            in_half[half] += rises(system[half][:, half], cross[half], [of_half])[0] / len(seeds)
     return on_val, on_test, in_half
 
 
@@ -128,20 +129,6 @@ def _error(train: Moments, judged: Moments) -> tuple[Tensor, Tensor]:
     away = judged.mean - train.mean
     more = judged.counts / judged.count - train.counts / train.count
     return judged.scatter / judged.count + away.outer(away), judged.cross / judged.count + away.outer(more)
-
-
-def _rises(system: Tensor, cross: Tensor, errors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Return the rise of each error when one neuron is dropped and the others' weights are solved anew, shape (D,).
-
-    Without j the weights W = A^-1 B are W - h_j w_j' / h_jj, with h_j a column of the inverse of the `system` A.
-    """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
-    weight, diagonal = inverse @ cross, inverse.diagonal()
-    moved, rises = weight.square().sum(1) / diagonal, []
-    for quadratic, linear in errors:
-        slope = 2 * (weight * (inverse @ (linear - quadratic @ weight))).sum(1)
-        rises.append((slope + (inverse * (quadratic @ inverse)).sum(0) * moved) / diagonal)
-    return rises
 
 
 def _substitutes(moments: Moments) -> tuple[Tensor, Tensor]:

@@ -94,10 +94,10 @@ class Robustness(Measure):
                 f"model.measures lists Robustness, which counts right classes, but the task is measured by "
                 f"{context.target.metric}; leave it out."
             )
-        if any(probe.bits < 32 for probe in context.probes):
+        if any(probe.bits < 32 for probe in context.probes) or not context.solver.linear:
+            which = "numbers of few bits" if context.solver.linear else "votes of neighbours"
             raise MisconfigurationException(
-                "model.measures lists Robustness, which follows gradients, but numbers of few bits have none; leave it "
-                "out, or leave model.bits 32."
+                f"model.measures lists Robustness, which follows gradients, but {which} have none; leave it out."
             )
         backbone.check_differentiable()
         probes, fractions = context.probes, self.fractions or context.fractions

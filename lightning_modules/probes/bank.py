@@ -153,13 +153,13 @@ class ProbeBank(nn.Module):
     @torch.no_grad()
     def set_probe(self, index: int, weight: Tensor, bias: Tensor) -> None:
         """Set one probe's weights, shape (C, k) in the order of its subset, and bias, shape (C,)."""
-        for piece, columns in self._pieces(self.weight, index):
+        for piece, columns in self.pieces(self.weight, index):
             piece.copy_(weight[:, columns])
         self.bias[index] = bias
 
     def get_probe(self, index: int) -> tuple[Tensor, Tensor]:
         """Return copies of one probe's weights, shape (C, k) in the order of its subset, and bias, shape (C,)."""
-        pieces = [piece for piece, _ in self._pieces(self.weight.detach(), index)]
+        pieces = [piece for piece, _ in self.pieces(self.weight.detach(), index)]
         return torch.cat(pieces, dim=1), self.bias[index].detach().clone()
 
     @torch.no_grad()
@@ -172,7 +172,7 @@ class ProbeBank(nn.Module):
                 mine.copy_(torch.where(chosen[:, block.probe :, None, None], theirs, mine))
         self.bias.copy_(torch.where(which.to(self.bias.device)[:, None], source.bias, self.bias))
 
-    def _pieces(self, flat: Tensor, index: int) -> Iterator[tuple[Tensor, slice]]:
+    def pieces(self, flat: Tensor, index: int) -> Iterator[tuple[Tensor, slice]]:
         """Yield a probe's parts of the flat parameter, shape (C, neurons), with their columns."""
         stack, group, rank = self._homes[index]
         for block in stack.blocks:

@@ -42,6 +42,10 @@ class Grid(nn.Module):
         self.register_buffer("hyperparameters", values)  # (K, P, H)
         self.register_buffer("is_refitted", torch.tensor(False))
 
+    def logits(self, coordinates: Tensor) -> Tensor:
+        """Return the logits of every candidate and probe in training, shape (K P, C, B)."""
+        return torch.cat([bank(coordinates) for bank in self.banks])
+
     def kept_logits(self, coordinates: Tensor) -> Tensor:
         """Return the logits of the kept weights of each probe's chosen candidate, shape (P, C, B)."""
         return self.of_chosen(torch.stack([bank(coordinates) for bank in self.kept]))

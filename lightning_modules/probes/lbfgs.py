@@ -1,6 +1,9 @@
 """L-BFGS for all probes of a bank at once, each with its own history and steps."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +27,21 @@ class Algebra:
         self._owner = torch.empty(count + bank.bias.numel(), dtype=torch.int64, device=device)
         for part, owners in self.runs:
             self._owner[part].view(len(owners), -1).copy_(owners.unsqueeze(1))
+
+    def part(self, which: Tensor) -> tuple[Algebra, Tensor]:
+        """Return the algebra of some probes, which keep their weights, and where their numbers lie in vectors here."""
+        bank = ProbeBank([self.bank.probes[index] for index in which], self.bank.classes).to(self.bank.weight)
+        here = torch.arange(len(self._owner), device=which.device)
+        count = self.bank.weight.numel()
+        places = here.new_empty(bank.weight.numel())
+        for place, index in enumerate(which.tolist()):
+            of_probe = torch.cat([piece for piece, _ in self.bank.pieces(here[:count], index)], 1)
+            for piece, columns in bank.pieces(places, place):
+                piece.copy_(of_probe[:, columns])
+        places = torch.cat([places, here[count:].view(len(self.bank.probes), -1)[which].flatten()])
+        part = Algebra(bank)
+        part.set(self.get()[places])
+        return part, places
 
     def get(self) -> Tensor:
         """Return the bank's weights and biases."""
@@ -56,58 +74,82 @@ class Algebra:
         return result
 
 
-def minimise(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], algebra: Algebra, active: Tensor, tolerance: float, limit: int
-) -> tuple[Tensor, Tensor]:
-    """Minimise convex functions of the active probes from zero, each with its own history and steps.
+@dataclass
+class State:
+    """How far the probes have come: all that the next step needs."""
+
+    here: Tensor  # shape (N,)
+    memory: Tensor  # m steps, m changes of the gradient, the gradient, shape (2 m + 1, N)
+    direction: Tensor  # of the next step, shape (N,)
+    products: Tensor  # inner products of the memory, shape (P, 2 m + 1, 2 m + 1)
+    values: Tensor  # of the functions, shape (P,)
+    slopes: Tensor  # along the directions, shape (P,)
+    lengths: Tensor  # of the next step as a share of the direction, shape (P,)
+    scales: Tensor  # of the inverse curvature, shape (P,)
+    count: int = 0  # steps
+
+    @property
+    def excess(self) -> Tensor:
+        """Half the slope along the next direction, as a share of the value, shape (P,).
+
+        By so much a quadratic function exceeds its minimum.
+        """
+        return -self.slopes / 2 / self.values
+
+    def part(self, which: Tensor, places: Tensor) -> State:
+        """Return the state of some probes, whose numbers lie at these places of the vectors."""
+        vectors = {name: getattr(self, name)[..., places] for name in ("here", "memory", "direction")}
+        ours = {name: getattr(self, name)[which] for name in ("products", "values", "slopes", "lengths", "scales")}
+        return replace(self, **vectors, **ours)
+
+
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]  # from a vector to values, shape (P,), and gradients, shape (N,)
+
+
+def begin(evaluate: Evaluate, algebra: Algebra) -> State:
+    """Return the state of functions of every probe at zero."""
+    here = torch.zeros_like(algebra.get())
+    values, gradients = evaluate(here)
+    memory = torch.cat([here.new_zeros(2 * HISTORY, len(here)), gradients.unsqueeze(0)])
+    products = algebra.inner(memory, memory)
+    ones = torch.ones_like(values)
+    return State(here, memory, -gradients, products, values, -products[:, -1, -1], ones, ones)
+
+
+def advance(evaluate: Evaluate, algebra: Algebra, state: State, tolerance: float, limit: int) -> None:
+    """Minimise convex functions of the probes by so many evaluations, each with its own history and steps.
 
     Every evaluation serves all probes: one takes its step and finds the next direction, another tries a shorter step.
-    Directions are combinations of what is remembered, found from its inner products alone (Chen et al., 2014).
-
-    Args:
-        evaluate: Returns values, shape (P,), and gradients, shape (N,), at a vector of shape (N,).
-        algebra: Of such vectors.
-        active: Probes that move, boolean, shape (P,).
-        tolerance: A probe stops where half its slope along the next direction, by which a quadratic function exceeds
-            its minimum, is at most this share of the value.
-        limit: Evaluations.
-
-    Returns:
-        Where probes ended, shape (N,), and that share, shape (P,).
+    Directions are combinations of what is remembered, found from its inner products alone (Chen et al., 2014). A probe
+    stops where its excess is at most the tolerance.
     """
     m = HISTORY
-    values, gradients = evaluate(torch.zeros_like(algebra.get()))
-    here = torch.zeros_like(gradients)
-    memory = gradients.new_zeros(2 * m + 1, len(here))  # m steps, m changes of the gradient, the gradient
-    memory[-1] = gradients
-    products = algebra.inner(memory, memory)  # (P, 2 m + 1, 2 m + 1)
-    direction, slopes = -gradients, -products[:, -1, -1]
-    lengths, scales = torch.ones_like(values), torch.ones_like(values)
-    for count in range(limit):
-        moving = active & (-slopes / 2 > tolerance * values)
+    for _ in range(limit):
+        moving = state.excess > tolerance
         if not moving.any():
             break
-        step = algebra.spread((lengths * moving).to(here.dtype)) * direction
-        new_values, new_gradients = evaluate(here + step)
-        ends = algebra.inner(direction[None], new_gradients[None])[:, 0, 0]
+        step = algebra.spread((state.lengths * moving).to(state.here.dtype)) * state.direction
+        values, gradients = evaluate(state.here + step)
+        ends = algebra.inner(state.direction[None], gradients[None])[:, 0, 0]
         # By convexity, a step that goes down even at its end has gone down all the way, whatever rounding says.
-        taken = ~moving | (ends <= 0) | (new_values <= values + DESCENT * lengths * slopes)
-        everywhere = algebra.spread(taken)
-        slot = count % m
+        enough = values <= state.values + DESCENT * state.lengths * state.slopes
+        taken = ~moving | (ends <= 0) | enough
+        everywhere, memory, slot = algebra.spread(taken), state.memory, state.count % m
         memory[slot] = torch.where(everywhere, step, 0)
-        memory[m + slot] = torch.where(everywhere, new_gradients - memory[-1], 0)
-        memory[-1] = torch.where(everywhere, new_gradients, memory[-1])
-        here = torch.where(everywhere, here + step, here)
-        values = torch.where(taken, new_values, values)
-        lowest = (slopes / (slopes - ends)).clamp(0.1, 0.5)  # where the slope would vanish, as a share of the length
-        lengths = torch.where(taken, 1.0, lengths * lowest)
+        memory[m + slot] = torch.where(everywhere, gradients - memory[-1], 0)
+        memory[-1] = torch.where(everywhere, gradients, memory[-1])
+        state.here = torch.where(everywhere, state.here + step, state.here)
+        state.values = torch.where(taken, values, state.values)
+        # Where the slope would vanish, as a share of the length.
+        lowest = (state.slopes / (state.slopes - ends)).clamp(0.1, 0.5)
+        state.lengths = torch.where(taken, 1.0, state.lengths * lowest)
         changed = [slot, m + slot, 2 * m]
-        products[:, :, changed] = fresh = algebra.inner(memory, memory[changed])
-        products[:, changed] = fresh.transpose(1, 2)
-        coefficients, scales = _direction(products, slot, scales)
-        direction = torch.where(everywhere, algebra.combine(coefficients, memory), direction)
-        slopes = torch.where(taken, (coefficients * products[:, -1]).sum(1), slopes)
-    return here, -slopes / 2 / values
+        state.products[:, :, changed] = fresh = algebra.inner(memory, memory[changed])
+        state.products[:, changed] = fresh.transpose(1, 2)
+        coefficients, state.scales = _direction(state.products, slot, state.scales)
+        state.direction = torch.where(everywhere, algebra.combine(coefficients, memory), state.direction)
+        state.slopes = torch.where(taken, (coefficients * state.products[:, -1]).sum(1), state.slopes)
+        state.count += 1
 
 
 def _direction(products: Tensor, latest: int, scales: Tensor) -> tuple[Tensor, Tensor]:

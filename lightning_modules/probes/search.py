@@ -65,7 +65,7 @@ def suited(solver: Solver, target: Any) -> Solver:
         return solver
     if searches and type(solver) is SGD and vars(solver) == vars(SGD()):  # what is taken where none is named
         return Search()
-    right = "no solver; leave model.solver out, or name Search" if searches else "SGD, Logistic or Ridge"
+    right = "no solver; leave model.solver out, or name Search" if searches else "SGD, Logistic, Ridge or KNN"
     raise MisconfigurationException(
         f"model.solver is {type(solver).__name__}, but the task has {target.describe()}, which takes {right}."
     )

@@ -26,8 +26,10 @@ class Solver(ABC):
 
     name: ClassVar[str]  # What the column `solver` of results says
     trains: ClassVar[bool]  # Whether the Trainer's epochs follow `prepare`
+    linear: ClassVar[bool] = True  # Whether probes are weights in the bank; otherwise `logits` looks at the clean view
     second_moments: ClassVar[bool] = False  # Whether it sums X'X of every layer, D^2 numbers each
     copies: ClassVar[int] = 0  # Of all weights that it works with, beside gradient, momentum and what is kept
+    factors: ClassVar[int] = 0  # Of the largest subset of every selection and seed, k^2 numbers each, that it holds
     columns: ClassVar[Sequence[Column]]
     """The hyper-parameters that are chosen for each probe on validation, as columns of results.csv."""
 
@@ -46,6 +48,14 @@ class Solver(ABC):
     @abstractmethod
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return logits, with classes on the second axis from the end, as probabilities or estimates of them."""
+
+    def logits(self, model: RedundancyProbe, inputs: Tensor, split: str) -> Tensor:
+        """Return the logits of every probe, shape (P, C, B), of inputs of shape (B, sum of widths).
+
+        On `val` of the probes that chose hyper-parameters there, on other splits of those that the run ends with.
+        """
+        grid = model.grid
+        return (grid.kept_logits if split == "val" else grid.final_logits)(model.coordinates(inputs))
 
     def optimizer(self, grid: Grid) -> OptimizerLRScheduler:
         """Return an optimiser over the grid's banks, if this solver trains; with a schedule, as a dict of both.

@@ -22,7 +22,8 @@ from lightning_modules.subsets.selections import FULL
 REFERENCES = Path(__file__).with_name("reference")
 """Curves and redundancies that the paper's authors measured, from their notebooks (nvedant07/invariances_in_reps)."""
 ADVICE = "name another folder with --output"
-TABLE, DIFFERENCES, JOINED, GROUPS = "dr_table.csv", "differences.csv", "results.csv", "groups.csv"
+TABLE, DIFFERENCES, FORETOLD = "dr_table.csv", "differences.csv", "foretold.csv"
+JOINED, GROUPS = "results.csv", "groups.csv"
 LINES = 20  # differences that are printed; all are written
 
 
@@ -40,8 +41,8 @@ def compare(
 
     Args:
         runs: Folders of runs, or patterns; each with a results.csv.
-        output: Folder to write to: dr_table.csv, differences.csv, results.csv (all rows), and the pictures frontier,
-            curves and redundancy, as PNG and SVG.
+        output: Folder to write to: dr_table.csv, differences.csv, foretold.csv, results.csv (all rows), and the
+            pictures frontier, curves and redundancy, as PNG and SVG.
         delta: Share of the full layer's metric that is to be kept.
         rule: How the fraction that is enough is found; nearest is that of the paper's table.
         reference: What others measured: curves to draw behind (resnet50_imagenet1k, resnet50_harder_tasks,
@@ -77,16 +78,22 @@ def compare(
     if len(differences):
         more = f"... and {len(differences) - LINES} more in {DIFFERENCES}\n" if len(differences) > LINES else ""
         print(f"Their differences, with 95 % intervals\n\n{_words(differences.head(LINES))}\n{more}")
+    foretold = cells.dropna(subset="foretold")[["task", "series", "redundancy", "foretold"]]
+    foretold = foretold.assign(error=foretold["foretold"] - foretold["redundancy"]).reset_index(drop=True)
+    if len(foretold):
+        print(f"Foretold from X'X, without labels: off by {foretold['error'].abs().mean():.2f} on average\n")
+        print(f"{_words(foretold)}\n")
     headline = next(iter(read.values())).headline
     with writing(output, ADVICE):
         output.mkdir(parents=True, exist_ok=True)
         write_table(table, output / TABLE)
         write_table(differences, output / DIFFERENCES)
+        write_table(foretold, output / FORETOLD)
         write_table(joined.reset_index("run"), output / JOINED)
         written = figures.save(figures.frontier(cells, headline, delta), output / "frontier")
         written += figures.save(figures.tasks(curves, headline, curves_behind, delta), output / "curves")
         written += figures.save(figures.redundancies(by_delta), output / "redundancy")
-    for file in (output / TABLE, output / DIFFERENCES, output / JOINED, *written):
+    for file in (output / TABLE, output / DIFFERENCES, output / FORETOLD, output / JOINED, *written):
         print(f"  {file}")
     return list(read)
 

@@ -12,6 +12,7 @@ from lightning_modules.subsets.selections import FULL
 
 RULES = ("threshold", "nearest", "interpolated")
 DELTAS = (0.8, 0.9, 0.95, 0.99)  # shares of the full layer's metric for which redundancy is given
+FORETOLD = "cka_foretold"  # the column of what X'X alone foretells of subsets, without labels
 MANY_DELTAS = tuple(each / 100 for each in range(70, 100))  # those of its curve, `DELTAS` among them
 
 
@@ -124,7 +125,8 @@ def redundancy(
     Returns:
         One row per layer, selection, bits, rule and delta: `layer`, `selection`, `bits`, `rule`, `delta`, `fraction`
         (that is enough), `neurons` (the critical mass: as many as that fraction is; missing without `width`),
-        `redundancy`, and the limits `low` and `high`, missing without draws. All are missing where in so few bits even
+        `redundancy`, the limits `low` and `high`, missing without draws, and `foretold`: the redundancy if subsets kept
+        the share that the foretold CKA is, missing where none was foretold. All are missing where in so few bits even
         all coordinates are not enough.
     """
     rows = rows[rows["split"] == split]
@@ -136,6 +138,7 @@ def redundancy(
         if draws is not None:
             drawn = draws[[(layer, selection, bits, each) for each in grid]].to_numpy()
             drawn_full = draws[layer, FULL, 32, 1.0].to_numpy()
+        foretold = group.groupby("fraction")[FORETOLD].mean() if FORETOLD in group else means * np.nan
         for delta in deltas:
             ranges: dict[str, tuple[float, float]] = {}
             if draws is not None:
@@ -145,8 +148,11 @@ def redundancy(
                 least, most = ranges.get(rule, (np.nan, np.nan))
                 mass = plan.neurons(enough, int(group["width"].iloc[0])) if "width" in group else np.nan
                 low, high = 1 - max(most, enough), 1 - min(least, enough)  # NaN comes first, and so stays
-                found = [enough, mass, 1 - enough, low, high]
+                said = np.nan
+                if foretold.notna().all():
+                    said = 1 - float(sufficient_fraction(grid, foretold.to_numpy(), delta, rule))
+                found = [enough, mass, 1 - enough, low, high, said]
                 never = bits < 32 and rule != "nearest" and not (ratios.round(12) >= delta).any()
                 table.append([layer, selection, bits, rule, delta, *([np.nan] * len(found) if never else found)])
-    columns = [*SERIES, "rule", "delta", "fraction", "neurons", "redundancy", "low", "high"]
+    columns = [*SERIES, "rule", "delta", "fraction", "neurons", "redundancy", "low", "high", "foretold"]
     return pd.DataFrame(table, columns=columns)

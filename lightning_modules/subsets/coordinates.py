@@ -55,7 +55,9 @@ class Coordinates(nn.Module):
             self.register_buffer(f"low_{place}", torch.zeros(widths[layer]))
             self.register_buffer(f"step_{place}", torch.ones(widths[layer]))
         ends = list(itertools.accumulate(group.sizes[-1] for group in self.groups))
-        self._slices = {group: slice(end - group.sizes[-1], end) for group, end in zip(self.groups, ends, strict=True)}
+        self._slices = {
+            group.key: slice(end - group.sizes[-1], end) for group, end in zip(self.groups, ends, strict=True)
+        }
         self.register_buffer("rows", torch.zeros(ends[-1], dtype=torch.int64))
         self._fill({layer: Layer(width) for layer, width in widths.items()}, fitted=False)
 
@@ -125,6 +127,10 @@ class Coordinates(nn.Module):
         """Return the probe groups of one of `sources`."""
         return [group for group in self.groups if self.source(group) == source]
 
+    def rows_of(self, groups: Sequence[ProbeGroup]) -> Tensor:
+        """Return which rows of `spaces` some groups see, one after the other; they may have fewer probes than here."""
+        return torch.cat([self.rows[self._slices[group.key]][: group.sizes[-1]] for group in groups])
+
     def by_layer(self, features: Tensor) -> dict[str, Tensor]:
         """Split features, shape (B, sum of widths), into those of each layer, shape (B, D)."""
         return dict(zip(self.widths, features.split(list(self.widths.values()), dim=1), strict=True))
@@ -164,7 +170,7 @@ class Coordinates(nn.Module):
         end = max(start + self.widths[layer] for (layer, *_), start in self._starts.items())
         masks = torch.zeros(count, end, dtype=torch.bool, device=self.rows.device)
         for group in self.groups:
-            rows = self.rows[self._slices[group]]
+            rows = self.rows[self._slices[group.key]]
             for index, size in zip(group.probes, group.sizes, strict=True):
                 masks[index, rows[:size]] = True
         return masks
@@ -175,7 +181,7 @@ class Coordinates(nn.Module):
     def _ordering(self, group: ProbeGroup) -> Ordering:
         """Return a group's order, sizes and basis over its layer; the basis is float64 and not centred."""
         matrix, _ = self._basis(self._space(group)) or (None, None)
-        order = self.rows[self._slices[group]] - self._starts[self._space(group)]
+        order = self.rows[self._slices[group.key]] - self._starts[self._space(group)]
         return Ordering(order, group.sizes, None if matrix is None else matrix.double())
 
     def _basis(self, space: Space) -> tuple[Tensor, Tensor] | None:
@@ -202,4 +208,4 @@ class Coordinates(nn.Module):
         for group in self.groups:
             if SELECTIONS[group.selection].fitted == fitted:
                 ordered = order(group.selection, layers[group.layer], group.seed)
-                self.rows[self._slices[group]] = ordered[: group.sizes[-1]] + self._starts[self._space(group)]
+                self.rows[self._slices[group.key]] = ordered[: group.sizes[-1]] + self._starts[self._space(group)]

@@ -39,6 +39,11 @@ class ProbeGroup(NamedTuple):
     probes: tuple[int, ...]  # Places of the probes in the run, by ascending size
     sizes: tuple[int, ...]  # How many coordinates each of them sees
 
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What tells it from other groups, also where some of its probes are left out."""
+        return self[:4]
+
 
 def probe_groups(probes: Sequence[Probe]) -> list[list[ProbeGroup]]:
     """Group the probes of a run by layer, selection, seed and bits; groups with the same sizes come in one list."""

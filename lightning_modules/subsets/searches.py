@@ -45,6 +45,43 @@ def column_subset(layer: "Layer", seed: int) -> Tensor:
     return _eliminate(layer.moments.scatter, None, rounding(layer.width) * layer.moments.squares)
 
 
+def harmless(layer: "Layer", seed: int) -> Tensor:
+    """Order neurons by what each is worth to a ridge probe on the full layer, so that those that harm go first.
+
+    The worth of a neuron is the rise of the error that generalised cross-validation foretells (Golub, Heath and Wahba,
+    1979) when it alone is dropped: |Y - X W|_F^2 / (1 - f / n)^2 over the n images of train, with f the degrees of
+    freedom of the fit, tr (A^-1 X'X) + 1, and A = X'X + penalty. Without neuron j they fall by 1 - penalty |h_j|^2 /
+    h_jj, with h_j a column of A^-1. Validation has no part in it, so what it says of a subset stays true.
+    """
+    moments = layer.moments
+    scatter, cross, count = moments.scatter, moments.cross, moments.count
+    system = penalised(scatter, moments)
+    penalty = (system - scatter).diagonal().mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+    weight, diagonal = inverse @ cross, inverse.diagonal()
+    (risen,) = rises(system, cross, [(scatter, cross)])
+    labels = count - moments.counts.square().sum() / count  # centred one-hot labels, squared and summed
+    residual = labels + ((scatter @ weight - 2 * cross) * weight).sum()
+    freedom = len(system) - penalty * diagonal.sum()
+    without = freedom - 1 + penalty * inverse.square().sum(0) / diagonal
+    worth = (residual + risen) / (count - 1 - without).square() - residual / (count - 1 - freedom).square()
+    return worth.argsort(descending=True, stable=True).cpu()
+
+
+def rises(system: Tensor, cross: Tensor, errors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return the rise of each error when one neuron is dropped and the others' weights are solved anew, shape (D,).
+
+    Without j the weights W = A^-1 B are W - h_j w_j' / h_jj, with h_j a column of the inverse of the `system` A.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+    weight, diagonal = inverse @ cross, inverse.diagonal()
+    moved, found = weight.square().sum(1) / diagonal, []
+    for quadratic, linear in errors:
+        slope = 2 * (weight * (inverse @ (linear - quadratic @ weight))).sum(1)
+        found.append((slope + (inverse * (quadratic @ inverse)).sum(0) * moved) / diagonal)
+    return found
+
+
 def _eliminate(system: Tensor, targets: Tensor | None, floor: Tensor | None = None, *, least: bool = False) -> Tensor:
     """Order neurons by taking the one with the largest (or least) |b_j|^2 / a_jj and eliminating it, again and again.
 

@@ -148,6 +148,7 @@ SELECTIONS = {
     "greedy": Selection(searches.greedy, fitted=True, classes=True),
     "backward": Selection(searches.backward, fitted=True, classes=True),
     "column_subset": Selection(searches.column_subset, fitted=True),
+    "harmless": Selection(searches.harmless, fitted=True),
     FULL: Selection(first),
 }
 """Selections by name; the full layer comes by itself."""

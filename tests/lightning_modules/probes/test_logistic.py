@@ -1,18 +1,22 @@
 """Logistic regression through the Trainer, on real features, against scikit-learn."""
 
+import contextlib
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from evaluation import quantised
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from datamodules import Digits
-from lightning_modules import FrozenBackbone, RedundancyProbe
+from lightning_modules import FrozenBackbone, RedundancyProbe, checks
 from lightning_modules.backbones.build import PretrainedCfgOverlay
 from lightning_modules.probes import Logistic, logistic
+from lightning_modules.subsets.plan import Plan
 
 PENALTIES = [0.03, 1.0, 30.0]
 KWARGS = {"channels": [12, 24, 48, 96], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8}
@@ -128,6 +132,41 @@ def test_features_that_memory_does_not_hold_give_the_same_and_so_do_other_batche
     for batch_size in (1000, 100):
         again, _ = fit(Logistic(30.0), batch_size=batch_size, **settings)
         torch.testing.assert_close(again.grid.kept[0].weight, weights, rtol=0, atol=2e-3 * float(weights.abs().max()))
+
+
+def test_converged_probes_are_left_out_of_later_passes_and_the_others_end_where_they_would(fit, monkeypatch):
+    settings = {"selection": "random", "seeds": 1}
+    monkeypatch.setattr(logistic, "ROUND", 500)
+    once, task = fit(Logistic(1.0), **settings)
+    counts, evaluate = [], logistic._Whitened.evaluate
+
+    def counted(part, vector):
+        counts.append(len(part.bank.probes))
+        return evaluate(part, vector)
+
+    monkeypatch.setattr(logistic._Whitened, "evaluate", counted)
+    monkeypatch.setattr(logistic, "ROUND", 5)
+    again, _ = fit(Logistic(1.0), **settings)
+    assert counts[0] == len(again.probes) > counts[-1]
+    assert counts == sorted(counts, reverse=True)
+    for index in range(len(once.probes)):
+        reached = [
+            objective(*model.grid.final_probe(index), *seen(model, task, index, "train"), 1.0)
+            for model in (again, once)
+        ]
+        assert reached[0] == pytest.approx(reached[1], rel=1e-4)
+    assert (again.grid.hyperparameters[0, :, 1] <= 1e-6).all()
+
+
+def test_memory_counts_a_factor_for_every_selection_and_seed():
+    plan = Plan("random", [0.5], 3).probes({"layer": 100})
+    weights, factors = 10 * (101 + 3 * 51), 100**2 + 3 * 50**2
+    needed = 4 * (weights * (4 + Logistic.copies) + factors)
+    for free, fits in ((needed, True), (needed - 1, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checks, "free_memory", lambda free=free: free)
+            with contextlib.nullcontext() if fits else pytest.raises(MisconfigurationException, match="what logistic"):
+                checks.memory(plan, 10, Logistic(), {}, refit=False)
 
 
 def test_a_probe_that_has_not_converged_is_named(fit):

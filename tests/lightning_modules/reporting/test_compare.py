@@ -120,6 +120,19 @@ def test_rows_tell_layers_and_selections_apart_where_they_differ(cli, tmp_path):
     assert table["cars"].dropna().tolist() == [0.5]  # 0.84 of 0.9 is nearer to 0.9 than 1
 
 
+def test_what_was_foretold_without_labels_stands_beside_what_was_measured(cli, tmp_path):
+    for name, foretold in (("a", {0.1: 0.5, 0.5: 0.95}), ("b", {0.1: 0.91, 0.5: 0.97})):
+        fractions = write(tmp_path / "made" / name)["fraction"]
+        write(tmp_path / "runs" / name, task=name, cka_foretold=fractions.map(foretold))
+    status, out, err = cli("compare", "runs/*", "--rule=threshold")
+    assert status == 0, err
+    assert "Foretold from X'X, without labels: off by 0.20 on average" in out
+    table = pd.read_csv(tmp_path / "compare" / "foretold.csv").set_index("task")
+    assert table["redundancy"].tolist() == [0.5, 0.5]  # 0.84 of 0.9
+    np.testing.assert_allclose(table["foretold"], [0.5, 0.9])
+    np.testing.assert_allclose(table["error"], [0, 0.4])
+
+
 def test_a_real_run_is_compared_with_one_of_an_older_version(quickstart, cli, tmp_path):
     shutil.copytree(quickstart[0], tmp_path / "quickstart", ignore=shutil.ignore_patterns("wandb", "checkpoints"))
     older = pd.read_csv(quickstart[0] / "results.csv").assign(backbone="older")

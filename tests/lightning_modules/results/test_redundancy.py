@@ -103,6 +103,18 @@ def test_a_fraction_is_certain_only_if_all_larger_ones_are():
     assert certain(margins, 0.3).tolist() == [False, True, True, True]
 
 
+def test_the_foretold_redundancy_reads_the_foretold_cka_as_the_share_that_is_kept():
+    table = few_seeds(3)
+    assert redundancy(table, "test", [0.9], "accuracy")["foretold"].isna().all()
+    subset = table["selection"] != "full"
+    said = table.assign(cka_foretold=table["fraction"].where(subset))  # 0.9 is reached by no fraction below
+    rows = redundancy(said, "test", [0.35, 0.9], "accuracy").set_index(["rule", "delta"])["foretold"]
+    fractions = np.sort(table["fraction"][subset].unique())
+    assert rows["threshold", 0.35] == 1 - fractions[fractions >= 0.35][0]
+    assert rows["interpolated", 0.35] == pytest.approx(0.65)
+    assert rows["interpolated", 0.9] == pytest.approx(0.1)
+
+
 def test_intervals_hold_the_estimate_and_need_draws_alone():
     table = few_seeds(3)
     assert redundancy(table, "test", [0.9], "accuracy")[["low", "high"]].isna().all(axis=None)

@@ -43,6 +43,26 @@ def by_trying(representations, targets, penalty, backward=False):
     return order[::-1] if backward else order
 
 
+def foretold_error(features, targets, penalty):
+    """The error that generalised cross-validation foretells, from the matrix that turns targets into fitted values."""
+    images = len(features)
+    fitted = features @ np.linalg.solve(features.T @ features + penalty * np.eye(features.shape[1]), features.T)
+    fitted += 1 / images
+    return np.square(targets - fitted @ targets).mean() / (1 - np.trace(fitted) / images) ** 2
+
+
+@pytest.mark.parametrize("images", [40, 12])  # more and fewer than neurons
+def test_harmless_drops_those_first_without_which_cross_validation_foretells_least(images):
+    generator = torch.Generator().manual_seed(images)
+    values = torch.randn(images, 14, generator=generator) @ torch.randn(14, 14, generator=generator) + 4
+    labels = torch.arange(images) % 3
+    exact, one_hot = values.double().numpy(), np.eye(3)[labels]
+    centred, penalty = exact - exact.mean(0), PENALTY * exact.var(0).mean() * images
+    without = [foretold_error(np.delete(centred, j, 1), one_hot, penalty) for j in range(14)]
+    assert (np.array(without) < foretold_error(centred, one_hot, penalty)).any()
+    assert order("harmless", layer_of(values, labels, 3), 0).tolist() == np.argsort(without)[::-1].tolist()
+
+
 @pytest.mark.parametrize("images", [40, 9])  # more and fewer than neurons
 def test_searches_take_what_trying_every_neuron_takes(monkeypatch, images):
     monkeypatch.setattr(searches, "BLOCK", 4)  # several blocks, and a last one that is not full
