@@ -189,7 +189,7 @@ class Inversion:
         if self.images > there:
             raise MisconfigurationException(f"--images is {self.images}; the test split of {task.name} has {there}.")
         sample = torch.randperm(there, generator=torch.Generator().manual_seed(0))[: self.images].tolist()
-        (batch,) = task.extraction_loader("test", [sample], None)
+        (batch,) = task.extraction_loader("test", [sample], None, len(sample))
         return [f"test{index}" for index in sample], batch.inputs
 
     def _check_settings(self, backbone: FrozenBackbone, file: Path, images: dict[str, Tensor]) -> None:

@@ -197,7 +197,8 @@ class FeatureStream(nn.Module):
             return self._sum(self.batches("train"), products)
         loader = self.task.clean_loader("train")
         shown = self.trainer.is_global_zero
-        with Progress(len(loader), "Extracting train, clean", "batch", shown, iterable=loader) as progress:
+        bar = Progress(len(loader), "Extracting train, clean", "batch", shown, iterable=loader)
+        with self.extractor.backbone.inference(), bar as progress:
             return self._sum(self._labelled(progress, "train"), products)
 
     def fit_standardisation(self) -> None:

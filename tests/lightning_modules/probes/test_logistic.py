@@ -1,6 +1,7 @@
 """Logistic regression through the Trainer, on real features, against scikit-learn."""
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -162,11 +163,13 @@ def test_memory_counts_a_factor_for_every_selection_and_seed():
     plan = Plan("random", [0.5], 3).probes({"layer": 100})
     weights, factors = 10 * (101 + 3 * 51), 100**2 + 3 * 50**2
     needed = 4 * (weights * (4 + Logistic.copies) + factors)
+    model = SimpleNamespace(probes=plan, solver=Logistic(), measures=[], refit=False, widths={"layer": 0})
+    model.coordinates = SimpleNamespace(fitted=False, source_widths={"layer": 0})
     for free, fits in ((needed, True), (needed - 1, False)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checks, "free_memory", lambda free=free: free)
             with contextlib.nullcontext() if fits else pytest.raises(MisconfigurationException, match="what logistic"):
-                checks.memory(plan, 10, Logistic(), {}, refit=False)
+                checks.memory(model, 10, 1)
 
 
 def test_a_probe_that_has_not_converged_is_named(fit):

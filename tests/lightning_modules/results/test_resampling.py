@@ -28,11 +28,11 @@ def test_images_vary_as_proportions_of_pairs_do():
 def test_graded_values_vary_as_their_paired_means_do():
     values = np.random.default_rng(0).random((2, 200)) ** [[1], [2]]
     draws = resample(values.astype(np.float32), probes(1, [0.5]))
-    difference, pairs = draws["net", "random", 0.5] - draws["net", "full", 1.0], values[1] - values[0]
+    difference, pairs = draws["net", "random", 32, 0.5] - draws["net", "full", 32, 1.0], values[1] - values[0]
     assert difference.mean() == pytest.approx(pairs.mean(), abs=0.003)
     assert difference.std() == pytest.approx(stats.sem(pairs), rel=0.05)
     same = resample(values[[0, 0]], probes(1, [0.5]))
-    assert np.ptp(same["net", "random", 0.5] / same["net", "full", 1.0]) < 1e-9
+    assert np.ptp(same["net", "random", 32, 0.5] / same["net", "full", 32, 1.0]) < 1e-9
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 10])
