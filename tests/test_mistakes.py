@@ -162,7 +162,7 @@ MISTAKES = {
     "step size 0": (["--model.solver.step_size=0"], "model.solver.step_size is 0; it must be at least 1"),
     "unknown solver": (
         ["--model.solver=Rigde"],
-        "--model.solver is 'Rigde'; did you mean Ridge? It must be one of Logistic, Ridge, SGD, Search, or the import",
+        "--model.solver is 'Rigde'; did you mean Ridge? It must be one of KNN, Logistic, Ridge, SGD, Search, or the",
     ),
     "task for a solver": (["--model.solver=datamodules.Digits"], "'datamodules.Digits', which is no Solver"),
     "unknown option of a solver": (["--model.solver.penalti=1"], "did you mean model.solver.penalty?"),

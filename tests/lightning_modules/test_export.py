@@ -87,7 +87,7 @@ def use(inputs, *folders):
 
 
 def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_project(run, cli, tmp_path):
-    wanted = {"random/0.1/1": "neurons", "pca/0.5/0": "components", "random_projection/0.1/1": "projection"}
+    wanted = {"random/0.1/1": "neurons", "random_projection/0.1/1": "projection"}
     wanted |= {"random_4bit/0.5/1": "few_bits", "pca_4bit/0.5/0": "components_in_few_bits"}
     for column, name in wanted.items():
         (selection, *few), fraction, seed = column.split("/")[0].split("_4"), *column.split("/")[1:]

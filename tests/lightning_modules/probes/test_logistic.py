@@ -49,7 +49,7 @@ def fit(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(fit):
     """A bank that was refitted on train and validation together."""
-    return fit(Logistic(PENALTIES), refit=True)
+    return fit(Logistic(PENALTIES), refit=True, seeds=1)
 
 
 def seen(model, task, index, split):
