@@ -67,3 +67,20 @@ class Shared(nn.Module):
 def test_a_batch_norm_that_cannot_be_folded_stays(kind):
     network = shaken(Shared(kind))
     assert fold(network, "") is network or norms(fold(network, "")) == ["bn"]
+
+
+class Tokens(nn.Module):
+    """A linear layer over tokens, and a batch norm of which each token is a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 5)
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.bn(self.linear(x[..., 0]))
+
+
+def test_a_batch_norm_over_another_axis_stays():
+    network = shaken(Tokens())
+    assert fold(network, "") is network
