@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_modules.backbones.frozen import FrozenBackbone
 from lightning_modules.features.cache import BATCH, FeatureCache, FeatureRows
-from lightning_modules.features.moments import Moments
+from lightning_modules.features.moments import Moments, by_layer
 from lightning_modules.progress import Progress
 
 PAUSE = 0.5  # Seconds before it is asked again what others have made
@@ -70,9 +70,10 @@ class Extractor:
             with self.backbone.inference(), Progress(total, description, "image", shown=rank == 0) as progress:
                 left = missing
                 while left:
-                    if not self._make(cache, left, split, view, progress):
+                    made = self._make(cache, left, split, view, progress)
+                    if not made:
                         time.sleep(PAUSE)  # others are at all that is left; a process that ends lets go of its own
-                    left = cache.missing(left)
+                    left = cache.missing([shard for shard in left if shard not in made])
         self.trainer.strategy.barrier()
         rows = cache.read(processes)
         state = "extracted" if len(missing) == len(share) else "completed" if missing else "found"
@@ -82,8 +83,10 @@ class Extractor:
         )
         return rows
 
-    def _make(self, cache: FeatureCache, shards: Sequence[range], split: str, view: int | None, progress: Any) -> int:
-        """Extract those of the shards that no other process is at, and return how many."""
+    def _make(
+        self, cache: FeatureCache, shards: Sequence[range], split: str, view: int | None, progress: Any
+    ) -> set[range]:
+        """Extract those of the shards that no other process is at, and return them."""
         claimed: deque[range] = deque()  # a loader's workers are ahead by some batches
 
         def batches() -> Iterator[list[int]]:
@@ -91,14 +94,16 @@ class Extractor:
                 claimed.append(shard)
                 yield from (list(shard[i : i + BATCH]) for i in range(0, len(shard), BATCH))
 
-        made, parts = 0, []
+        made: set[range] = set()
+        parts: list[Tensor] = []
         try:
             for batch in self.task.extraction_loader(split, batches(), view, BATCH):
                 parts.append(self.represent(batch.inputs, batch.indices, split).cpu())
                 progress.update(len(batch.indices))
                 if len(parts) == -(-len(claimed[0]) // BATCH):
-                    cache.write(claimed.popleft(), torch.cat(parts))
-                    made, parts = made + 1, []
+                    made.add(shard := claimed.popleft())
+                    cache.write(shard, torch.cat(parts))
+                    parts.clear()
         finally:
             cache.release()
         return made
@@ -115,9 +120,7 @@ class Extractor:
             features = torch.cat([self.backbone(part.to(device, non_blocking=True)) for part in parts])
         if not features.isfinite().all():
             bad = int(indices[int((~features.isfinite().all(1)).nonzero()[0])])
-            layers = dict(
-                zip(self.backbone.widths, features.split(list(self.backbone.widths.values()), 1), strict=True)
-            )
+            layers = by_layer(features, self.backbone.widths)
             layer = next(name for name, values in layers.items() if not values.isfinite().all())
             raise MisconfigurationException(
                 f"Layer {layer!r} of {self.backbone.label} is not finite for {self.task.images[split].name(bad)} of "
@@ -218,13 +221,14 @@ class FeatureStream(nn.Module):
             seen = self(batch, split)
             yield seen.inputs, seen.labels
 
-    def _by_layer(self, features: Tensor) -> dict[Any, Tensor]:
-        return dict(zip(self.widths, features.split(list(self.widths.values()), dim=1), strict=True))
-
     def _sum(
         self, batches: Iterable[tuple[Tensor, Tensor]], products: bool = True, parts: Parts | None = None
     ) -> dict[Any, Moments]:
-        outputs, device, parts = self.task.target.outputs, self.mean.device, parts or self._by_layer
+        outputs, device, parts = (
+            self.task.target.outputs,
+            self.mean.device,
+            parts or functools.partial(by_layer, widths=self.widths),
+        )
         widths = {name: part.shape[1] for name, part in parts(self.mean.unsqueeze(0)).items()}
         moments = {name: Moments(width, outputs, outer=products, device=device) for name, width in widths.items()}
         for inputs, labels in batches:

@@ -1,7 +1,7 @@
 """First and second moments of features, summed over a split in one pass and over processes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -117,6 +117,11 @@ class Moments:
     def cross(self) -> Tensor:
         """Centred X'Y with one-hot labels Y, shape (D, C), with zeros for neurons that never change."""
         return ((self._sum("totals") - self.counts.unsqueeze(1) * self.mean) * (self.variance > 0)).t()
+
+
+def by_layer(features: Tensor, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Split features, shape (B, sum of widths), into those of each layer, shape (B, D)."""
+    return dict(zip(widths, features.split(list(widths.values()), dim=1), strict=True))
 
 
 def rounding(terms: int) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.features.moments import Moments
+from lightning_modules.features.moments import Moments, by_layer
 from lightning_modules.subsets.bases import Ordering, Quantiser, levels
 from lightning_modules.subsets.plan import Probe, ProbeGroup, probe_groups
 from lightning_modules.subsets.selections import BASES, SELECTIONS, Layer, order
@@ -133,7 +133,7 @@ class Coordinates(nn.Module):
 
     def by_layer(self, features: Tensor) -> dict[str, Tensor]:
         """Split features, shape (B, sum of widths), into those of each layer, shape (B, D)."""
-        return dict(zip(self.widths, features.split(list(self.widths.values()), dim=1), strict=True))
+        return by_layer(features, self.widths)
 
     def ordering(self, group: ProbeGroup) -> Ordering:
         """Return a group's order, sizes and, over a layer, basis, as statistics of its `source` take them."""
