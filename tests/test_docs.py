@@ -84,6 +84,8 @@ def test_commands_are_found():
     verbs = {words[words.index("train.py") + 1] for words in OURS}
     assert verbs >= {"fit", "test", "sweep", "invert", "compare", "export"}
     assert len(OURS) > 50
+    named = {word for words in OURS for word in words}
+    assert [config.name for config in CONFIGS if config.name not in named] == ["sweep_wandb.yaml"]
 
 
 @pytest.mark.parametrize("words", OURS, ids=" ".join)

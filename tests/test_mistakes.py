@@ -16,15 +16,19 @@ import timm
 import torch
 import yaml
 from filelock import FileLock
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from datamodules import Digits
+from lightning_modules import RedundancyProbe
 from lightning_modules.checkpoints import FORMAT
 from lightning_modules.cli import run
 from lightning_modules.cli.parser import CONFIGS
+from lightning_modules.probes import KNN, SGD, Logistic, Ridge
 
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
-SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2")
+SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2", "--model.measures=[]")
 WEIGHTS = CONFIGS / "digits_0to4.safetensors"
 OVERLAY = "model.backbone.pretrained_cfg_overlay"
 PRETRAINING = ("--model=Pretraining", "--model.name=test_resnet", "--model.output=out.safetensors")
@@ -56,37 +60,15 @@ def half_written(folder):
 # What is wrong, the arguments over those of a short run of the quickstart, and what the line must say.
 MISTAKES = {
     # Subsets.
-    "fraction 0": (["--model.fractions=0"], "model.fractions has 0; a fraction must be in (0, 1]"),
-    "negative fraction": (["--model.fractions=[0.1,-0.2]"], "model.fractions has -0.2; a fraction must be in (0, 1]"),
-    "fraction above 1": (["--model.fractions=1.5"], "model.fractions has 1.5; a fraction must be in (0, 1]"),
-    "fraction that is no number": (["--model.fractions=.nan"], "model.fractions has nan", "(0, 1]"),
     "fraction as a word": (["--model.fractions=[0.1,few]"], "model.fractions is few", "a list of numbers"),
-    "fraction twice": (["--model.fractions=[0.1,0.1]"], "model.fractions lists 0.1 twice"),
-    "no fraction": (["--model.fractions=[]"], "model.fractions is empty"),
     "null for fractions": (["--model.fractions=null"], "model.fractions is null", "give it a value"),
-    "too many bits": (["--model.bits=[32,16]"], "model.bits has 16; it must be one of 32, 8, 4, 2, 1"),
-    "bits twice": (["--model.bits=[4,4]"], "model.bits lists 4 twice"),
-    "no bits": (["--model.bits=[]"], "model.bits is empty"),
-    "no neuron": (["--model.neurons=[2,0]"], "model.neurons has 0; a subset has at least 1 neuron"),
-    "neurons twice": (["--model.neurons=[2,2]"], "model.neurons lists 2 twice"),
     "more neurons than there are": (["--model.neurons=[2,385]"], "has 385, but layer penultimate has 384 neurons"),
-    "no seed": (["--model.seeds=[]"], "model.seeds is []"),
-    "zero seeds": (["--model.seeds=0"], "model.seeds is 0; give a number of seeds from 1"),
-    "negative number of seeds": (["--model.seeds=-3"], "model.seeds is -3; give a number of seeds from 1"),
-    "negative seed": (["--model.seeds=[0,-1]"], "model.seeds has -1; a seed must be 0 or more"),
-    "seed twice": (["--model.seeds=[4,4]"], "model.seeds lists 4 twice"),
     "broken number of seeds": (["--model.seeds=1.5"], "model.seeds is 1.5", "a whole number"),
     "seed as a word": (["--model.seeds=[a]"], "model.seeds is a", "a list of whole numbers"),
-    "more seeds than can be counted": (["--model.seeds=1000000000"], "model.seeds is 1000000000", "to 100,000"),
     "views of neighbours": (
         ["--model.solver=KNN", "--model.features=3"],
         "model.features is 3, but neighbours are looked for in the clean view; leave it clean",
     ),
-    "no voter": (
-        ["--model.solver=KNN", "--model.solver.neighbours=[5,0]"],
-        "neighbours is 0; it must be 1 or more",
-    ),
-    "no temperature": (["--model.solver=KNN", "--model.solver.temperature=0"], "temperature is 0; it must be above 0"),
     "bank larger than memory": (
         [
             "--model.seeds=10000",
@@ -95,11 +77,6 @@ MISTAKES = {
         "GB of memory (20001 probes x 2500 candidates",
         "use fewer fractions, seeds or candidates",
     ),
-    "full seed twice": (["--model.full_seeds=[0,0]"], "model.full_seeds lists 0 twice"),
-    "no full seed": (["--model.full_seeds=0"], "model.full_seeds is 0; give a number of seeds from 1"),
-    "unknown selection": (["--model.selection=randm"], "'randm'; it must be one of backward, column_subset"),
-    "selection twice": (["--model.selection=[first,first]"], "model.selection lists first twice"),
-    "no selection": (["--model.selection=[]"], "model.selection is empty"),
     # The backbone.
     "unknown timm name": (["--model.backbone.name=resnet27"], "'resnet27' is neither", "did you mean resnet26"),
     "unknown timm tag": (["--model.backbone.name=resnet18.nope"], "timm has no weights 'resnet18.nope'; there are"),
@@ -129,19 +106,8 @@ MISTAKES = {
     "two numbers for a size": ([f"--{OVERLAY}.input_size=[32,32]"], "[32, 32]; it must be channels (3"),
     "crop of more than all": ([f"--{OVERLAY}.crop_pct=1.5"], "crop_pct is 1.5; it must be above 0, at most 1"),
     # Training.
-    "no views": (["--model.features=0"], "model.features is 0", "clean, off or a number"),
     "unknown features": (["--model.features=cleen"], "model.features is cleen", "'clean'", "'off'"),
     "unknown epoch to keep": (["--model.solver.keep=bets"], "model.solver.keep is bets; it must be 'best' or 'last'"),
-    "learning rate 0": (["--model.solver.learning_rate=0"], "model.solver.learning_rate is 0; it must be above 0"),
-    "negative learning rate": (
-        ["--model.solver.learning_rate=[0.1,-1]"],
-        "model.solver.learning_rate is -1; it must be above 0",
-    ),
-    "learning rate that is no number": (
-        ["--model.solver.learning_rate=.nan"],
-        "model.solver.learning_rate is nan",
-        "above 0",
-    ),
     "learning rate as a word": (
         ["--model.solver.learning_rate=fast"],
         "model.solver.learning_rate is fast",
@@ -151,15 +117,6 @@ MISTAKES = {
         ["--model.solver.learning_rate=null"],
         "model.solver.learning_rate is null; it must be a number or a list of numbers",
     ),
-    "no learning rate": (["--model.solver.learning_rate=[]"], "model.solver.learning_rate", "at least one value"),
-    "learning rate twice": (["--model.solver.learning_rate=[0.1,0.1]"], "model.solver.learning_rate lists 0.1 twice"),
-    "negative weight decay": (
-        ["--model.solver.weight_decay=-1"],
-        "model.solver.weight_decay is -1; it must be 0 or more",
-    ),
-    "momentum 1": (["--model.solver.momentum=1"], "model.solver.momentum is 1; it must be from 0 to below 1"),
-    "gamma 0": (["--model.solver.gamma=0"], "model.solver.gamma is 0; it must be above 0"),
-    "step size 0": (["--model.solver.step_size=0"], "model.solver.step_size is 0; it must be at least 1"),
     "unknown solver": (
         ["--model.solver=Rigde"],
         "--model.solver is 'Rigde'; did you mean Ridge? It must be one of KNN, Logistic, Ridge, SGD, Search, or the",
@@ -173,11 +130,6 @@ MISTAKES = {
     "option of the solver given to the model": (
         ["--model.learning_rate=0.1"],
         "--model.learning_rate is an option of Pretraining; did you mean model.solver.learning_rate?",
-    ),
-    "negative penalty": (["--model.solver=Ridge", "--model.solver.penalty=-1"], "model.solver.penalty is -1; it must"),
-    "no penalty": (
-        ["--model.solver=Logistic", "--model.solver.penalty=0"],
-        "model.solver.penalty is 0; it must be above 0",
     ),
     "unknown measure": (["--model.measures=[CKAA]"], "'CKAA'; did you mean CKA? It must be one of Accuracy, CKA"),
     "no neighbour": (["--model.measures=Neighbours", "--model.measures.neighbours=0"], "neighbours is 0; it must be 1"),
@@ -214,18 +166,10 @@ MISTAKES = {
         "--data is 'nowhere.Task', which cannot be imported",
         "nowhere",
     ),
-    "batch size 0": (["--data.batch_size=0"], "data.batch_size is 0; it must be at least 1"),
     "broken batch size": (["--data.batch_size=1.5"], "data.batch_size is 1.5; it must be a whole number"),
     "batch size as a word": (["--data.batch_size=big"], "data.batch_size is big; it must be a whole number"),
     "null for a batch size": (["--data.batch_size=null"], "data.batch_size is null", "give it a value"),
-    "negative workers": (["--data.num_workers=-1"], "data.num_workers is -1; it must be at least 0"),
-    "negative data seed": (["--data.seed=-1"], "data.seed is -1; it must be 0 or more"),
     "negative seed of everything": (["--seed_everything=-1"], "seed_everything", "-1 is not in bounds"),
-    "unknown augmentation": (
-        ["--data.augmentation=papr"],
-        "data.augmentation is 'papr'; it must be one of none, paper",
-    ),
-    "one digit": (["--data.digits=[5]"], "data.digits is [5]", "at least two different digits"),
     "missing root": (
         ["--data=ImageFolder", "--data.root=nowhere"],
         "nowhere has no folder train/",
@@ -334,6 +278,59 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_what_would_be_right(cli, t
         assert part in error
     assert len(error) < 500
     assert not list(tmp_path.rglob("results.csv"))
+
+
+# What a class refuses, by whichever way it is asked, and what the error must say.
+VALUES = [
+    (RedundancyProbe, {"fractions": 0}, "model.fractions has 0; a fraction must be in (0, 1]"),
+    (RedundancyProbe, {"fractions": [0.1, -0.2]}, "model.fractions has -0.2; a fraction must be in (0, 1]"),
+    (RedundancyProbe, {"fractions": 1.5}, "model.fractions has 1.5; a fraction must be in (0, 1]"),
+    (RedundancyProbe, {"fractions": float("nan")}, "model.fractions has nan; a fraction must be in (0, 1]"),
+    (RedundancyProbe, {"fractions": [0.1, 0.1]}, "model.fractions lists 0.1 twice"),
+    (RedundancyProbe, {"fractions": []}, "model.fractions is empty"),
+    (RedundancyProbe, {"bits": [32, 16]}, "model.bits has 16; it must be one of 32, 8, 4, 2, 1"),
+    (RedundancyProbe, {"bits": [4, 4]}, "model.bits lists 4 twice"),
+    (RedundancyProbe, {"bits": []}, "model.bits is empty"),
+    (RedundancyProbe, {"neurons": [2, 0]}, "model.neurons has 0; a subset has at least 1 neuron"),
+    (RedundancyProbe, {"neurons": [2, 2]}, "model.neurons lists 2 twice"),
+    (RedundancyProbe, {"seeds": []}, "model.seeds is []"),
+    (RedundancyProbe, {"seeds": 0}, "model.seeds is 0; give a number of seeds from 1"),
+    (RedundancyProbe, {"seeds": -3}, "model.seeds is -3; give a number of seeds from 1"),
+    (RedundancyProbe, {"seeds": [0, -1]}, "model.seeds has -1; a seed must be 0 or more"),
+    (RedundancyProbe, {"seeds": [4, 4]}, "model.seeds lists 4 twice"),
+    (RedundancyProbe, {"seeds": 1000000000}, "model.seeds is 1000000000; give a number of seeds from 1 to 100,000"),
+    (KNN, {"neighbours": [5, 0]}, "model.solver.neighbours is 0; it must be 1 or more"),
+    (KNN, {"temperature": 0}, "temperature is 0; it must be above 0"),
+    (RedundancyProbe, {"full_seeds": [0, 0]}, "model.full_seeds lists 0 twice"),
+    (RedundancyProbe, {"full_seeds": 0}, "model.full_seeds is 0; give a number of seeds from 1"),
+    (RedundancyProbe, {"selection": "randm"}, "'randm'; it must be one of backward, column_subset"),
+    (RedundancyProbe, {"selection": ["first", "first"]}, "model.selection lists first twice"),
+    (RedundancyProbe, {"selection": []}, "model.selection is empty"),
+    (RedundancyProbe, {"features": 0}, "model.features is 0; it must be clean, off or a number"),
+    (SGD, {"learning_rate": 0}, "model.solver.learning_rate is 0; it must be above 0"),
+    (SGD, {"learning_rate": [0.1, -1]}, "model.solver.learning_rate is -1; it must be above 0"),
+    (SGD, {"learning_rate": float("nan")}, "model.solver.learning_rate is nan; it must be above 0"),
+    (SGD, {"learning_rate": []}, "model.solver.learning_rate is empty; give at least one value"),
+    (SGD, {"learning_rate": [0.1, 0.1]}, "model.solver.learning_rate lists 0.1 twice"),
+    (SGD, {"weight_decay": -1}, "model.solver.weight_decay is -1; it must be 0 or more"),
+    (SGD, {"momentum": 1}, "model.solver.momentum is 1; it must be from 0 to below 1"),
+    (SGD, {"gamma": 0}, "model.solver.gamma is 0; it must be above 0"),
+    (SGD, {"step_size": 0}, "model.solver.step_size is 0; it must be at least 1"),
+    (Ridge, {"penalty": -1}, "model.solver.penalty is -1; it must"),
+    (Logistic, {"penalty": 0}, "model.solver.penalty is 0; it must be above 0"),
+    (Digits, {"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
+    (Digits, {"num_workers": -1}, "data.num_workers is -1; it must be at least 0"),
+    (Digits, {"seed": -1}, "data.seed is -1; it must be 0 or more"),
+    (Digits, {"augmentation": "papr"}, "data.augmentation is 'papr'; it must be one of none, paper"),
+    (Digits, {"digits": [5]}, "data.digits is [5]; it must list at least two different digits"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "said"), VALUES, ids=[said for *_, said in VALUES])
+def test_a_value_that_cannot_be_is_refused_with_what_would_be_right(kind, settings, said):
+    required = {RedundancyProbe: {"backbone": None}, Digits: {"digits": [0, 1]}}.get(kind, {})
+    with pytest.raises(MisconfigurationException, match=re.escape(said)):
+        kind(**required | settings)
 
 
 VERBS = {

@@ -15,7 +15,7 @@ from lightning_modules import FrozenBackbone, RedundancyProbe
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
 SHORT = ("fit", "--config", "quickstart.yaml", *QUIET, "--trainer.max_epochs=3", "--model.seeds=2")
 SHORT += ("--model.fractions=[0.1,0.5]", "--data.batch_size=50", "--trainer.logger=false")
-SHORT += ("--model.refit=true",)
+SHORT += ("--model.refit=true", "--model.measures=[]")
 
 
 def shards(folder):
@@ -33,7 +33,7 @@ def one(start, tmp_path_factory):
 
 def assert_the_same_within_sampling_error(one, other):
     mine, theirs = (pd.read_csv(runs / "run" / "results.csv") for runs in (one, other))
-    measured = ["accuracy", "loss", "mean_class_accuracy", "epoch"]
+    measured = ["accuracy", "loss", "epoch"]
     pd.testing.assert_frame_equal(mine.drop(columns=measured), theirs.drop(columns=measured))
     np.testing.assert_allclose(mine["accuracy"], theirs["accuracy"], atol=0.012)  # two images of 179
     np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-3)
@@ -65,7 +65,7 @@ def test_two_nodes_fit_together(one, start, tmp_path):
     assert_the_same_within_sampling_error(one, tmp_path / "runs")
 
 
-@pytest.mark.parametrize(("processes", "batch_size"), [(1, 7), (2, 41), (3, 41), (3, 1000)])
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 7), (3, 41)])
 def test_a_checkpoint_counts_the_same_on_any_number_of_processes(quickstart, start, tmp_path, processes, batch_size):
     folder, _ = quickstart
     arguments = ("--config", str(folder / "config.yaml"), "--name=again", f"--data.batch_size={batch_size}", *QUIET)

@@ -13,6 +13,7 @@ PLAIN = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--dat
 # Larger images than the network was made for, so that extraction takes a while too.
 SLOW = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.backbone.pretrained_cfg_overlay.input_size=[3,64,64]")
 SLOW += ("--model.features=2", "--data.augmentation=paper", "--data.digits=[5,6,7]", "--trainer.max_epochs=20")
+SLOW += ("--model.fractions=[0.02,0.1,0.5]", "--model.seeds=2", "--model.measures=[]")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_any_number_of_processes_extract_together_and_go_on_where_one_is_killed(
 @pytest.mark.parametrize(("features", "refit"), [("off", "false"), ("clean", "true")])
 def test_a_finished_run_that_is_lengthened_ends_as_one_that_was_as_long(cli, tmp_path, features, refit):
     command = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.seeds=2", "--data.augmentation=paper")
-    command += ("--model.bits=[32,4]", "--model.fractions=[0.1,0.5]")
+    command += ("--model.bits=[32,4]", "--model.fractions=[0.1,0.5]", "--model.measures=[]")
     command += (f"--model.features={features}", f"--model.refit={refit}", "--data.digits=[5,6]")
     assert cli(*command, "--name=whole", "--trainer.max_epochs=4")[0] == 0
     assert cli(*command, "--name=longer", "--trainer.max_epochs=2")[0] == 0
@@ -99,7 +100,7 @@ def test_checkpoints_are_small_and_seldom_written(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(
         AtomicCheckpointIO, "save_checkpoint", lambda *given, **more: (writes.append(1), save(*given, **more))
     )
-    status, _, err = cli("fit", "--config", "quickstart.yaml", *PLAIN, "--name=run")
+    status, _, err = cli("fit", "--config", "quickstart.yaml", *PLAIN, "--name=run", "--model.measures=[]")
     assert status == 0, err
     folder = tmp_path / "runs" / "run"
     seconds = json.loads((folder / "summary.json").read_text())["seconds"]["fit"]

@@ -61,7 +61,7 @@ SWEEP = (
     *("--model.backbone.name=sweep_networks.network", "--model.backbone.weights=random", "--model.seeds=2"),
     *(f"--model.backbone.pretrained_cfg_overlay={PREPROCESSING}", "--model.fractions=[0.25,0.5]"),
     *("--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--trainer.logger=false"),
-    "--trainer.accelerator=cpu",
+    *("--trainer.accelerator=cpu", "--model.measures=[]"),
 )
 NAMES = [f"{task}_sweep_networks.network-random_random" for task in ("low", "high")]
 
