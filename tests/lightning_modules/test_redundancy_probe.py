@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import tempfile
 import zlib
 
 import numpy as np
@@ -24,12 +25,15 @@ from lightning_modules.probes.sgd import SGD
 
 OVERLAY = PretrainedCfgOverlay([3, 32, 32], [0.5] * 3, [0.5] * 3, "bilinear", 1.0)
 KWARGS = {"channels": [12, 24, 48, 96], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 8}
+FEATURES = tempfile.TemporaryDirectory()
+"""Where fits that look at the same images find what another has extracted."""
 
 
 def build(layer="penultimate", **changes):
     """Return the quickstart's model, with changes."""
     backbone = FrozenBackbone("resnet26", "digits_0to4.safetensors", KWARGS, OVERLAY, layer)
-    return RedundancyProbe(backbone, **{"fractions": [0.02, 0.1, 0.5], "seeds": 2, **changes})
+    settings = {"fractions": [0.02, 0.1, 0.5], "seeds": 2, "cache_dir": FEATURES.name}
+    return RedundancyProbe(backbone, **settings | changes)
 
 
 def fit(folder, model, epochs=3, data=None, **trainer):
@@ -66,8 +70,8 @@ def test_the_backbone_is_bit_identical_after_a_fit(tmp_path, features):
 
 
 def test_without_augmentation_features_kept_give_what_features_off_does(tmp_path):
-    once, _, _ = fit(tmp_path / "once", build(), data={"augmentation": "none"})
-    always, _, _ = fit(tmp_path / "always", build(features="off"), data={"augmentation": "none"})
+    once, _, _ = fit(tmp_path / "once", build(cache_dir=None), data={"augmentation": "none"})
+    always, _, _ = fit(tmp_path / "always", build(cache_dir=None, features="off"), data={"augmentation": "none"})
     torch.testing.assert_close(once.grid.banks[0].weight, always.grid.banks[0].weight, atol=1e-3, rtol=1e-3)
     assert (tmp_path / "once" / "feature_cache").is_dir()
     assert not (tmp_path / "always" / "feature_cache").exists()
