@@ -120,7 +120,7 @@ class Pretraining(LightningModule):
                 self.name, self.weights == "pretrained", self.kwargs, self.overlay, target.outputs
             )
             if self.file:
-                weight_files.load(self.network, self.file, self.classifier)
+                weight_files.load(self.network, self.file, self.classifier or [])
             normalisation = {key: self.preprocessing[key] for key in ("mean", "std")}  # of grey images, too
             self.network.pretrained_cfg = self.network.pretrained_cfg | normalisation
             self.objective.setup(self.network, target)

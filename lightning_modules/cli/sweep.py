@@ -95,16 +95,18 @@ class Sweep:
         runs, combinations = [], list(itertools.product(*self.vary.values()))
         for number, values in enumerate(combinations, 1):
             words = [value if isinstance(value, str) else json.dumps(value) for value in values]
-            varied = dict(zip(self.vary, words, strict=True))
-            configs = [*as_list(dict(zip(self.vary, values, strict=True)).get("config")), *self.configs]
+            varied, given = (dict(zip(self.vary, each, strict=True)) for each in (words, values))
+            configs = [*as_list(given.get("config")), *self.configs]
             flags = [f"--{key}={value}" for key, value in varied.items() if key != "config"]
             told = {key: f"{key.rpartition('.')[2]}={value}" for key, value in varied.items() if key != "config"}
-            apart = [each for key, each in told.items() if key not in LABELLED]
-            endings = [re.sub(r"[^\w.+=-]+", "-", "_".join(each)) for each in (apart, told.values())]
+            apart, all_told = (
+                re.sub(r"[^\w.+=-]+", "-", "_".join(each for key, each in told.items() if key not in left_out))
+                for left_out in (LABELLED, ())
+            )
             arguments = ["fit", *(f"--config={name}" for name in configs), "--name=null", "--overwrite=false", *flags]
             arguments += further
             name = f"{', '.join(words)} ({number} of {len(combinations)})"
-            runs.append(Planned(name, *endings, arguments, " ".join(arguments)))
+            runs.append(Planned(name, apart, all_told, arguments, " ".join(arguments)))
         return runs
 
     def compare(self, planned: Sequence[Planned]) -> int:
