@@ -1,9 +1,10 @@
-"""The LightningModule that makes backbones: trains a timm model on a task and writes its weights."""
+"""The LightningModule that trains a timm model on a task as a whole, also further, and writes its weights."""
 
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import timm
 import torch
 from lightning.pytorch import LightningModule
@@ -15,17 +16,19 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules import checks
-from lightning_modules.backbones import build, weights
+from lightning_modules.backbones import build
+from lightning_modules.backbones import weights as weight_files
 from lightning_modules.checkpoints import check_provenance
 from lightning_modules.files import atomic, writing
 from lightning_modules.objectives import CrossEntropy, Objective
+from lightning_modules.subsets.selections import FULL
 
 
 class Pretraining(LightningModule):
-    """Trains a timm model from scratch on a task and writes its weights, without the classifier, as safetensors.
+    """Trains a timm model on a task and writes its weights, without the classifier, as safetensors.
 
     Args:
-        name: A timm architecture.
+        name: A timm architecture; null where a file of `weights` that was made here says it.
         output: The file to write.
         kwargs: Passed on to the model's constructor.
         pretrained_cfg_overlay: Preprocessing, where it differs from the architecture's default.
@@ -36,15 +39,18 @@ class Pretraining(LightningModule):
         optimizer: `AdamW` or `SGD`.
         momentum: Of SGD.
         warmup_steps: Steps of the warm-up; null is a tenth of all.
+        weights: What the training starts from: `random`, or for full fine-tuning `pretrained`, those of timm, or a
+            file, as `model.backbone.weights` takes it. The classifier is always new.
 
     Raises:
-        MisconfigurationException: If timm has no such model, or a value is out of range.
+        MisconfigurationException: If timm has no such model, weights are absent or do not fit, or a value is out of
+            range.
     """
 
     def __init__(
         self,
-        name: str,
-        output: str,
+        name: str | None = None,
+        output: str = "pretrained.safetensors",
         kwargs: dict[str, Any] | None = None,
         pretrained_cfg_overlay: build.PretrainedCfgOverlay = build.PretrainedCfgOverlay(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
@@ -53,19 +59,23 @@ class Pretraining(LightningModule):
         optimizer: Literal["AdamW", "SGD"] = "AdamW",
         momentum: float = 0.9,
         warmup_steps: int | None = None,
+        weights: str = "random",
     ) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
             raise MisconfigurationException(f"model.momentum is {momentum:g}; it must be from 0 to below 1.")
         if warmup_steps is not None and warmup_steps < 0:
             raise MisconfigurationException(f"model.warmup_steps is {warmup_steps}; it must be 0 or more.")
-        if not timm.is_model(name.partition(".")[0]):
-            raise MisconfigurationException(f"model.name is {name!r}; timm has no such architecture.")
-        self.name = name
+        self.weights = weights
+        self.file = None if weights in ("pretrained", "random") else weight_files.find(weights)
+        made = weight_files.made(self.file) if self.file else {}
+        self.name, self.kwargs, self.overlay = build.completed(
+            name, kwargs, pretrained_cfg_overlay, weights, made, "model"
+        )
+        if not timm.is_model(self.name.partition(".")[0]):
+            raise MisconfigurationException(f"model.name is {self.name!r}; timm has no such architecture.")
         self.output = Path(output)
-        self.kwargs = kwargs or {}
-        self.overlay = pretrained_cfg_overlay
-        self.preprocessing = build.timm_preprocessing(name, pretrained_cfg_overlay, self.kwargs)
+        self.preprocessing = build.timm_preprocessing(self.name, self.overlay, self.kwargs)
         self.objective: Objective = CrossEntropy() if objective is None else objective
         self.objective_settings = repr(self.objective)  # taken before `setup`, which may add modules
         self.learning_rate = learning_rate
@@ -77,15 +87,16 @@ class Pretraining(LightningModule):
 
     @property
     def label(self) -> str:
-        """What a run of this model is called by default, after its task."""
-        return f"{self.name}_pretraining"
+        """What results call the network, and a run of it by default after its task: the file that it writes."""
+        return self.output.stem
 
     def describe(self, task: Any) -> dict[str, str]:
         """Return what a run with this task will do, part by part."""
         named = "AdamW" if self.optimizer == "AdamW" else f"SGD, momentum {self.momentum:g}"
         warmup = "warm-up" if self.warmup_steps is None else f"warm-up of {self.warmup_steps:,} steps"
         return {
-            "network": f"{build.as_call(self.name, self.kwargs)}, {build.describe_preprocessing(self.preprocessing)}",
+            "network": f"{build.as_call(self.name, self.kwargs)}, {self.weights} weights, "
+            f"{build.describe_preprocessing(self.preprocessing)}",
             "objective": self.objective_settings,
             "optimiser": f"{named}, learning rate up to {self.learning_rate:g} ({warmup}, then cosine), weight decay "
             f"{self.weight_decay:g}, batches of {task.batch_size:,}",
@@ -105,7 +116,11 @@ class Pretraining(LightningModule):
                 raise MisconfigurationException(
                     f"Pre-training needs images of one class each, which {task.label} has not."
                 )
-            self.network, _, self.classifier = build.build(self.name, False, self.kwargs, self.overlay, target.outputs)
+            self.network, _, self.classifier = build.build(
+                self.name, self.weights == "pretrained", self.kwargs, self.overlay, target.outputs
+            )
+            if self.file:
+                weight_files.load(self.network, self.file, self.classifier or [])
             normalisation = {key: self.preprocessing[key] for key in ("mean", "std")}  # of grey images, too
             self.network.pretrained_cfg = self.network.pretrained_cfg | normalisation
             self.objective.setup(self.network, target)
@@ -163,6 +178,7 @@ class Pretraining(LightningModule):
         task = self.trainer.datamodule  # type: ignore[attr-defined]
         return {
             "architecture": build.as_call(self.name, self.kwargs),
+            "weights": self.weights,
             "preprocessing": build.describe_preprocessing(self.preprocessing),
             "classes": list(task.target.classes),
             "objective": self.objective_settings,
@@ -181,12 +197,12 @@ class Pretraining(LightningModule):
         """Write the weights, without the classifier, and what made them, for `model.backbone.weights` to name."""
         if not self.trainer.is_global_zero:
             return
-        state = weights.without(self.network.state_dict(), self.classifier or [])
+        state = weight_files.without(self.network.state_dict(), self.classifier or [])
         state = {name: value.cpu().contiguous() for name, value in state.items()}
         with writing(self.output, "set --model.output"):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             with atomic(self.output) as file:
-                file.write_bytes(save(state, {weights.MADE: json.dumps(self._made(), default=str)}))
+                file.write_bytes(save(state, {weight_files.MADE: json.dumps(self._made(), default=str)}))
         rank_zero_info(f"Weights of {self.name} ({self.output.stat().st_size:,} bytes) written to {self.output}.")
 
     def _made(self) -> dict[str, Any]:
@@ -197,6 +213,7 @@ class Pretraining(LightningModule):
         return {
             "architecture": self.name,
             "kwargs": self.kwargs,
+            "weights": self.weights,
             "preprocessing": {key: self.preprocessing[key] for key in vars(self.overlay)},
             "objective": described["objective"],
             "optimiser": described["optimiser"],
@@ -205,3 +222,15 @@ class Pretraining(LightningModule):
             "epochs": self.trainer.current_epoch,
             **found,
         }
+
+    def results(self, evaluated: dict[str, float]) -> pd.DataFrame:
+        """Return a row for validation and for test as in results.csv, from what both logged; subsets it has none."""
+        task = self.trainer.datamodule  # type: ignore[attr-defined]
+        rows = []
+        for split in ("val", "test"):
+            images = len(task.images[split])
+            found = {key.partition("/")[2]: value for key, value in evaluated.items() if key.startswith(f"{split}/")}
+            row = {"task": task.label, "backbone": self.label, "selection": FULL, "fraction": 1.0, "seed": self.seed}
+            row |= {"split": split, "images": images, "view": task.view, "epoch": self.trainer.current_epoch}
+            rows.append(row | {key: round(value * images) / images for key, value in found.items()})
+        return pd.DataFrame(rows)

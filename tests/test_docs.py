@@ -42,8 +42,10 @@ def commands(text):
 
 
 def documented():
-    """Yield all commands of the pages, and of the comments of configurations, each once."""
+    """Yield all commands of the pages, also in tables, and of the comments of configurations, each once."""
     found = [command for page in PAGES for block in blocks(page, "sh") for command in commands(block)]
+    inline = [line for page in PAGES for line in re.findall(r"\| `(python train\.py .*?)`", page.read_text())]
+    found += [command for line in inline for command in commands(line)]
     for config in CONFIGS:
         shown = re.findall(r"^# {2,}((?:python|wandb) .*)", config.read_text(), re.MULTILINE)
         found += [command for line in shown for command in commands(line)]
@@ -250,6 +252,12 @@ def test_the_example_of_a_network_blurs_where_the_authors_do(made_up):
     conv.weight.data.fill_(1)
     rows = module.Blurred(conv)(maps)[0, 1].tolist()
     assert rows[1:4] == [[0, 1, 2, 1, 0], [0, 2, 4, 2, 0], [0, 1, 2, 1, 0]]
+    seen = []
+    with torch.device("meta"):
+        fixed = module.FixedWidthResNet50(width=8)
+        fixed.fc.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+        fixed(torch.zeros(2, 3, 64, 64))
+    assert seen == [(2, 8)]
 
 
 def test_the_example_of_an_objective_is_a_loss(made_up, tmp_path):

@@ -285,3 +285,42 @@ def test_the_command_lines_of_a_shipped_sweep_are_those_of_fit(cli, name, last):
     config = yaml.safe_load(out)
     assert (config["name"], config["overwrite"], config["data"]["init_args"]["batch_size"]) == (None, False, 7)
     assert all(word in out for word in last)
+
+
+def test_pre_trainings_are_swept_then_what_they_made_is_and_compared_with_training_as_a_whole(cli, tmp_path):
+    (tmp_path / "short.yaml").write_text(
+        "trainer: {max_epochs: 1}\nmodel: {class_path: Pretraining, init_args: {output: made.safetensors}}"
+    )
+    common = ("--data.digits=[0,1]", "--data.batch_size=256", "--trainer.enable_progress_bar=false")
+    common += ("--trainer.accelerator=cpu",)
+    vary = ("--vary.config=[[pretrain_digits.yaml,short.yaml]]", "--vary.seed_everything=[0,1]")
+    status, out, err = cli("sweep", *vary, "--output=made", *common)
+    assert status == 0, err
+    names = [f"made_seed_everything={seed}" for seed in (0, 1)]
+    accuracies = []
+    for name in names:
+        assert (tmp_path / f"{name}.safetensors").is_file()
+        config = yaml.safe_load((tmp_path / "runs" / f"digits_{name}" / "config.yaml").read_text())
+        assert config["model"]["init_args"]["output"] == f"{name}.safetensors"
+        rows = pd.read_csv(tmp_path / "runs" / f"digits_{name}" / "results.csv").set_index("split")
+        assert rows["backbone"].unique() == [name]
+        right = rows["accuracy"] * rows["images"]
+        assert right.tolist() == pytest.approx(right.round().tolist())
+        accuracies.append(rows.loc["test", "accuracy"])
+        assert re.search(rf"digits +{name} +{100 * accuracies[-1]:.2f}", out)
+    status, _, err = cli("sweep", *vary, "--output=made", *common)
+    assert status == 0, err
+    assert len(lines(err, "is kept")) == 2
+
+    probes = ("--data=Digits", "--model.solver=Ridge", "--model.fractions=0.5", "--model.seeds=1", *common)
+    probes += ("--model.measures=[]", "--trainer.logger=false", "--output=probed")
+    status, _, err = cli("sweep", "--vary.model.backbone.weights=made_*.safetensors", *probes)
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "probed" / "dr_table.csv")
+    assert table["backbone"].tolist() == [f"resnet26-{name}" for name in names]
+    status, out, err = cli("compare", "runs/*")
+    assert status == 0, err
+    assert "Networks trained as a whole, on test" in out
+    drawn = (tmp_path / "compare" / "curves.svg").read_text()
+    assert [name for name in names if f"whole: {name}" not in drawn] == []
+    assert pd.read_csv(tmp_path / "compare" / "dr_table.csv")["digits"].notna().all()

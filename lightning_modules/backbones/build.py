@@ -129,9 +129,16 @@ def timm_preprocessing(name: str, overlay: PretrainedCfgOverlay, kwargs: dict[st
 
 
 def completed(
-    name: str | None, kwargs: dict[str, Any] | None, overlay: PretrainedCfgOverlay, weights: str, made: dict[str, Any]
+    name: str | None,
+    kwargs: dict[str, Any] | None,
+    overlay: PretrainedCfgOverlay,
+    weights: str,
+    made: dict[str, Any],
+    option: str = "model.backbone",
 ) -> tuple[str, dict[str, Any], PretrainedCfgOverlay]:
     """Return name, kwargs and preprocessing; what is not given is what a file of weights says (`weights.made`).
+
+    `option` is what names of these arguments begin with in an error.
 
     Raises:
         MisconfigurationException: If the name is nowhere, or name or kwargs are given that contradict the file.
@@ -139,7 +146,7 @@ def completed(
     architecture = made.get("architecture", name)
     if architecture is None:
         raise MisconfigurationException(
-            f"model.backbone.name is null, and weights {weights} do not say what they are of; name the architecture."
+            f"{option}.name is null, and weights {weights} do not say what they are of; name the architecture."
         )
     if made:
         of, as_json = architecture.partition(".")[0], partial(json.dumps, sort_keys=True, default=str)
@@ -148,8 +155,8 @@ def completed(
             wrong = wrong or f"kwargs are {kwargs}"
         if wrong:
             raise MisconfigurationException(
-                f"model.backbone.{wrong}, but {weights} holds the weights of {as_call(of, made['kwargs'])}; leave it "
-                f"out, as with --model.backbone null --model.backbone.weights {weights}."
+                f"{option}.{wrong}, but {weights} holds the weights of {as_call(of, made['kwargs'])}; leave it out, as "
+                f"with --{option}.name null --{option}.kwargs null."
             )
     given = {key: value for key, value in vars(overlay).items() if value is not None}
     overlay = PretrainedCfgOverlay(**made.get("preprocessing", {}) | given)

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_modules import RedundancyProbe
+from lightning_modules import Pretraining, RedundancyProbe
 from lightning_modules.checkpoints import AtomicCheckpointIO, Checkpoints
 from lightning_modules.cli.errors import Classes, arguments
 from lightning_modules.cli.extraction import ExtractingTrainer
@@ -187,8 +187,13 @@ class CLI(LightningCLI):
         self.trainer.fit(**arguments)
         trained = time.perf_counter()
         probes = isinstance(self.model, RedundancyProbe)
+        evaluated: dict[str, float] = {}
         for evaluate in (self.trainer.validate, self.trainer.test):
-            evaluate(self.model, datamodule=self.datamodule, verbose=not probes, weights_only=True)
+            for found in evaluate(self.model, datamodule=self.datamodule, verbose=not probes, weights_only=True):
+                evaluated |= found
+        if isinstance(self.model, Pretraining) and self.trainer.is_global_zero:
+            with writing(self.folder.path, ADVICE), atomic(self.folder.results) as file:
+                self.model.results(evaluated).to_csv(file, index=False)
         if probes and self.trainer.is_global_zero:
             seconds = {"extraction": self.model.stream.extractor.seconds, "fit": trained - self.started}
             seconds |= {"evaluation": time.perf_counter() - trained}

@@ -1,5 +1,6 @@
 """Many runs by one command: every combination of what is varied, shared out over machines, and the comparison."""
 
+import glob
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from lightning_modules import FrozenBackbone
+from lightning_modules import FrozenBackbone, Pretraining
 from lightning_modules.cli.errors import Classes, nearest_class
 from lightning_modules.cli.folder import OccupiedFolder, RunFolder
 from lightning_modules.cli.parser import find_config, parse_apart
@@ -38,6 +39,7 @@ class Planned(NamedTuple):
 
     name: str  # what messages call it
     apart: str  # what is varied beside `LABELLED`: ends the run's name, tells apart what cannot stand in one table
+    varied: str  # what is varied beside configurations, which name their files: ends the name of a pre-training's
     arguments: list[str]
     command: str  # the same in one
 
@@ -50,7 +52,9 @@ class Sweep:
 
     Args:
         vary: What to run: options of fit, each with the list of its values, as `data: [DTD, SVHN]`; a value may be
-            settings, as `{name: resnet18, weights: random}` of model.backbone. Also as `--vary.data '[DTD, SVHN]'`.
+            settings, as `{name: resnet18, weights: random}` of model.backbone, of config a list of files, of which
+            later ones go over earlier ones, and of weights a pattern of files, as `made/*.safetensors`. Also as
+            `--vary.data '[DTD, SVHN]'`.
         configs: Configurations of every run, as fit takes them with --config; after a varied one.
         output: Folder of the comparison, and of runs.csv, which says where each run lies.
         delta: As compare takes it.
@@ -72,7 +76,10 @@ class Sweep:
     ) -> None:
         if not 0 < delta <= 1:
             raise MisconfigurationException(f"--delta is {delta:g}; it must be above 0, at most 1.")
-        self.vary = {key: list({repr(each): each for each in values}.values()) for key, values in _flat(vary).items()}
+        self.vary = {
+            key: list({repr(each): each for value in values for each in _matches(key, value)}.values())
+            for key, values in _flat(vary).items()
+        }
         empty = next((key for key, values in self.vary.items() if not values), None)
         if empty or not vary:
             raise MisconfigurationException(f"vary{f'.{empty}' if empty else ''} is empty; there is nothing to run.")
@@ -88,14 +95,18 @@ class Sweep:
         runs, combinations = [], list(itertools.product(*self.vary.values()))
         for number, values in enumerate(combinations, 1):
             words = [value if isinstance(value, str) else json.dumps(value) for value in values]
-            varied = dict(zip(self.vary, words, strict=True))
-            configs = [*([varied["config"]] if "config" in varied else []), *self.configs]
+            varied, given = (dict(zip(self.vary, each, strict=True)) for each in (words, values))
+            configs = [*as_list(given.get("config")), *self.configs]
             flags = [f"--{key}={value}" for key, value in varied.items() if key != "config"]
-            apart = "_".join(f"{key.rpartition('.')[2]}={varied[key]}" for key in varied if key not in LABELLED)
+            told = {key: f"{key.rpartition('.')[2]}={value}" for key, value in varied.items() if key != "config"}
+            apart, all_told = (
+                re.sub(r"[^\w.+=-]+", "-", "_".join(each for key, each in told.items() if key not in left_out))
+                for left_out in (LABELLED, ())
+            )
             arguments = ["fit", *(f"--config={name}" for name in configs), "--name=null", "--overwrite=false", *flags]
             arguments += further
             name = f"{', '.join(words)} ({number} of {len(combinations)})"
-            runs.append(Planned(name, re.sub(r"[^\w.+=-]+", "-", apart), arguments, " ".join(arguments)))
+            runs.append(Planned(name, apart, all_told, arguments, " ".join(arguments)))
         return runs
 
     def compare(self, planned: Sequence[Planned]) -> int:
@@ -113,7 +124,7 @@ class Sweep:
                 missing.append(run.name)
         for apart, groups in together.items():
             compared = compare([str(folder) for folder in groups], self.output / apart, *self.options)
-            if all(groups[folder] for folder in compared):
+            if compared and all(groups[folder] for folder in compared):
                 compare_groups({each: groups[each] for each in compared}, self.output / apart, *self.options[:2])
         if missing:
             rank_zero_info(f"{len(missing)} of {len(planned)} runs are not finished: {', '.join(missing)}.")
@@ -161,6 +172,15 @@ class SweptRun(CLI):
             raise found
         return found
 
+    def before_instantiate_classes(self) -> None:
+        """Let each pre-training write a file of its own, which names its run, too."""
+        super().before_instantiate_classes()
+        model = self.settings["model"]
+        if model["class_path"].endswith(f".{Pretraining.__name__}"):
+            output, self.suffix = Path(model["init_args"]["output"]), ""
+            ending = f"_{self.planned.varied}" * bool(self.planned.varied)
+            model["init_args"]["output"] = str(output.with_stem(output.stem + ending))
+
     def fit(self, **arguments: Any) -> None:
         """Note where the run lies, and do it."""
         if self.trainer.is_global_zero:
@@ -193,7 +213,7 @@ def sweep(args: Sequence[str], tasks: Classes) -> None:
     for name in asked.vary.get("data", []):
         if isinstance(name, str) and "." not in name and name not in offered:
             raise MisconfigurationException(f"vary.data holds {nearest_class(name, offered)}.")
-    for name in (*asked.configs, *asked.vary.get("config", [])):
+    for name in (*asked.configs, *itertools.chain.from_iterable(map(as_list, asked.vary.get("config", [])))):
         find_config(name)
     planned = asked.planned(further)
     mine = planned[asked.part - 1 :: asked.parts]
@@ -220,6 +240,12 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: as_list(value)}
     return flat
+
+
+def _matches(key: str, value: Any) -> list[Any]:
+    """Return a value itself, or the files of weights that it is a pattern of, where there are any."""
+    is_pattern = key == "model.backbone.weights" and isinstance(value, str) and "*" in value
+    return (sorted(glob.glob(value)) if is_pattern else []) or [value]  # noqa: PTH207 (may be absolute)
 
 
 def shard_of(given: str | None) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from lightning_modules.reporting.comparable import comparable
 from lightning_modules.reporting.report import write_table
 from lightning_modules.results.redundancy import MANY_DELTAS
 from lightning_modules.results.results import Results
-from lightning_modules.results.tables import by_series
+from lightning_modules.results.tables import Column, by_series
 from lightning_modules.subsets.selections import FULL
 
 REFERENCES = Path(__file__).with_name("reference")
@@ -42,7 +42,8 @@ def compare(
     Args:
         runs: Folders of runs, or patterns; each with a results.csv.
         output: Folder to write to: dr_table.csv, differences.csv, foretold.csv, results.csv (all rows), and the
-            pictures frontier, curves and redundancy, as PNG and SVG.
+            pictures frontier, curves and redundancy, as PNG and SVG. Networks that were trained as a whole (runs of
+            Pretraining) are lines in the curves of their task, and where there are no others results.csv alone.
         delta: Share of the full layer's metric that is to be kept.
         rule: How the fraction that is enough is found; nearest is that of the paper's table.
         reference: What others measured: curves to draw behind (resnet50_imagenet1k, resnet50_harder_tasks,
@@ -50,7 +51,7 @@ def compare(
         strict: Whether to refuse runs that are not comparable, rather than to leave some out.
 
     Returns:
-        The folders of the runs that were compared.
+        The folders of the runs of probes that were compared.
 
     Raises:
         MisconfigurationException: If there is nothing to compare, or with `strict` anything that is not comparable.
@@ -59,6 +60,18 @@ def compare(
         raise MisconfigurationException(f"--delta is {delta:g}; it must be above 0, at most 1.")
     read = comparable(_folders(runs), strict)
     joined = pd.concat({str(folder): run.tables["results"] for folder, run in read.items()}, names=["run", None])
+    joined = joined.reset_index("run").reset_index(drop=True)
+    headline = next(iter(read.values())).headline
+    whole = _whole(joined, headline)
+    if len(whole):
+        print(f"\nNetworks trained as a whole, on test\n\n{_words(whole)}")
+    read = {folder: run for folder, run in read.items() if (run.rows["selection"] != FULL).any()}
+    if not read:
+        with writing(output, ADVICE):
+            output.mkdir(parents=True, exist_ok=True)
+            write_table(joined, output / JOINED)
+        print(f"\n  {output / JOINED}")
+        return []
     cells = _cells(read, delta, rule)
     table, curves_behind = _table(cells), None
     if reference:
@@ -83,15 +96,14 @@ def compare(
     if len(foretold):
         print(f"Foretold from X'X, without labels: off by {foretold['error'].abs().mean():.2f} on average\n")
         print(f"{_words(foretold)}\n")
-    headline = next(iter(read.values())).headline
     with writing(output, ADVICE):
         output.mkdir(parents=True, exist_ok=True)
         write_table(table, output / TABLE)
         write_table(differences, output / DIFFERENCES)
         write_table(foretold, output / FORETOLD)
-        write_table(joined.reset_index("run"), output / JOINED)
+        write_table(joined, output / JOINED)
         written = figures.save(figures.frontier(cells, headline, delta), output / "frontier")
-        written += figures.save(figures.tasks(curves, headline, curves_behind, delta), output / "curves")
+        written += figures.save(figures.tasks(curves, headline, curves_behind, delta, whole), output / "curves")
         written += figures.save(figures.redundancies(by_delta), output / "redundancy")
     for file in (output / TABLE, output / DIFFERENCES, output / FORETOLD, output / JOINED, *written):
         print(f"  {file}")
@@ -159,6 +171,15 @@ def _folders(runs: list[str]) -> list[Path]:
     if not found:
         raise MisconfigurationException(f"None of {', '.join(runs)} has a {JOINED}; name folders of finished runs.")
     return list(found.values())
+
+
+def _whole(joined: pd.DataFrame, headline: Column) -> pd.DataFrame:
+    """Return networks that were trained as a whole, from rows of all runs: `task`, `backbone`, and test metrics."""
+    alone = joined.groupby("run")["selection"].transform(lambda names: (names == FULL).all())
+    rows = joined[alone & (joined["split"] == "test")]
+    names = [name for name in (headline.name, "robust_accuracy") if name in rows and rows[name].notna().any()]
+    values = (headline.scale * rows[names]).rename(columns={name: f"{name} ({headline.unit})" for name in names})
+    return rows[["task", "backbone"]].join(values)
 
 
 def _cells(read: Mapping[Path, Results], delta: float, rule: str) -> pd.DataFrame:

@@ -289,12 +289,17 @@ def short(value: float) -> str:
 
 
 def tasks(
-    curves: dict[tuple[str, str], pd.DataFrame], headline: Column, reference: pd.DataFrame | None, delta: float
+    curves: dict[tuple[str, str], pd.DataFrame],
+    headline: Column,
+    reference: pd.DataFrame | None,
+    delta: float,
+    whole: pd.DataFrame,
 ) -> Figure:
     """Draw tasks side by side: a panel for each, a line for each representation, reference curves behind them.
 
     Curves are rows as `Results.curve` returns them, by task and representation; of a reference, rows of `task`,
     `pretraining`, `fraction`, `accuracy_mean`, `accuracy_std`. Delta is marked where there is a single representation.
+    Networks that were trained as a whole, rows of `task`, `backbone` and the metric as shown, are horizontal lines.
     """
     names = list(dict.fromkeys(task for task, _ in curves))
     looks = styles(name for _, name in curves)
@@ -315,6 +320,8 @@ def tasks(
                     references(axes, rows, headline, delta, with_neurons=False)
                 rows = rows.drop_duplicates("fraction")
                 line(axes, rows, style, name, "mean", "std", scale=headline.scale)
+        for index, (_, name, value, *_) in enumerate(whole[whole["task"] == task].itertuples(index=False)):
+            axes.axhline(value, color="gray", linewidth=1, linestyle=LINES[index % len(LINES)], label=f"whole: {name}")
         fraction_axis(axes, pd.concat(extent))
         value_axis(axes, f"test {headline.heading}", task)
     legend(figure, grid)

@@ -116,11 +116,12 @@ def test_what_will_be_done_is_known_before_the_network_is_built():
     overlay = PretrainedCfgOverlay([3, 32, 32], crop_pct=1.0)
     model = Pretraining("test_resnet", "out/weights.safetensors", {"stem_type": "deep"}, overlay, learning_rate=0.01)
     assert model.network is None
-    assert model.label == "test_resnet_pretraining"
+    assert model.label == "weights"
     network = timm.create_model("test_resnet", pretrained_cfg_overlay=overlay.given())
     assert model.preprocessing == resolve_model_data_config(network)
     assert model.describe(Digits(batch_size=64)) == {
-        "network": "test_resnet(stem_type=deep), 3 x 32 x 32, bilinear, crop 1, mean 0.5 0.5 0.5, std 0.5 0.5 0.5",
+        "network": "test_resnet(stem_type=deep), random weights, 3 x 32 x 32, bilinear, crop 1, mean 0.5 0.5 0.5, "
+        "std 0.5 0.5 0.5",
         "objective": "CrossEntropy(label_smoothing=0.0)",
         "optimiser": "AdamW, learning rate up to 0.01 (warm-up, then cosine), weight decay 0.05, batches of 64",
         "output": "out/weights.safetensors",
@@ -171,6 +172,7 @@ def test_a_file_says_what_made_it_and_is_enough_for_a_backbone(tmp_path):
     assert made == {
         "architecture": "resnet18",
         "kwargs": SMALL,
+        "weights": "random",
         "preprocessing": vars(GREY),
         "objective": "Adversarial(eps=0.1, norm='Linf', steps=1, step_size=None, random_start=False)",
         "optimiser": model.describe(task)["optimiser"],
@@ -194,6 +196,21 @@ def test_a_file_says_what_made_it_and_is_enough_for_a_backbone(tmp_path):
     ):
         with pytest.raises(MisconfigurationException, match=re.escape(said)):
             FrozenBackbone(weights=str(output), **wrong)
+
+
+def test_a_training_starts_from_a_file_with_a_new_classifier(tmp_path):
+    first, second = (str(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
+    trained(first)
+    tuned = Pretraining(output=second, weights=first)
+    assert (tuned.name, tuned.kwargs, vars(tuned.overlay)) == ("resnet18", SMALL, vars(GREY))
+    model, _, _ = trained(second, digits=(0, 1), weights=first, learning_rate=0.0)
+    assert model.network.get_classifier().out_features == 2
+    before, after = load_file(first), load_file(second)
+    assert before.keys() == after.keys()
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    assert {name.rpartition(".")[2] for name in changed} == {"running_mean", "running_var", "num_batches_tracked"}
+    with pytest.raises(MisconfigurationException, match=f"model.name is resnet26, but {first} holds the weights of"):
+        Pretraining("resnet26", second, weights=first)
 
 
 def test_the_file_alone_is_enough_on_the_command_line(cli, tmp_path):
