@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ANSWERED = 0.9  # the share of the full layer's metric that the plain answer is about; the paper's
 NEEDED = ("task", "backbone", "selection", "fraction", "split")  # columns, beside that of the metric
 UNSTATED = {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None, "items": "images"}
+UNSTATED |= {"parts": "classes"}
 """What is predicted where no summary.json says it, as beside results of older versions and of others."""
 
 
@@ -36,7 +37,7 @@ class Results:
         measures: What was measured; of their columns it takes labels.
         target: What is predicted, see `datamodules.targets.Target`; of it the names of `UNSTATED` count.
         per_image: By split, which images each probe has right: boolean, shape (P, n), in the order of the rows of
-            `results`; or the metric of each image. There are no intervals without.
+            `results`; or the metric of each image, or what each adds to it. There are no intervals without.
 
     Raises:
         MisconfigurationException: If a layer has no full row.
@@ -129,7 +130,9 @@ class Results:
         """Return what each class loses, see `curves.class_losses`; no rows where there are no classes."""
         if "classes" not in self.tables:
             return pd.DataFrame()
-        return self._once(("class losses", split), lambda: curves.class_losses(self.tables["classes"], split))
+        return self._once(
+            ("class losses", split), lambda: curves.class_losses(self.tables["classes"], split, self.headline.name)
+        )
 
     def answers(self, layer: str) -> dict[float, dict[str, Any]]:
         """Return the plain answers of a layer by the share that is kept."""
