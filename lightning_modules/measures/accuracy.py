@@ -66,7 +66,7 @@ class ByClass(Measure):
             return {}
         points, parts = _lost(first) * headline.scale, results.target.parts
         shown = points[:PICTURE_CLASSES]
-        figure = Figure(figsize=(2.6 + 0.55 * shown.shape[1], 1.6 + 0.27 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(2.6 + 0.55 * shown.shape[1], 1.6 + 0.27 * max(5, len(shown))), layout="constrained")
         axes = figure.subplots()
         bound = max(headline.scale / 100, float(shown.abs().max(axis=None)))
         image = axes.imshow(shown, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto")

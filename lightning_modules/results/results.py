@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 ANSWERED = 0.9  # the share of the full layer's metric that the plain answer is about; the paper's
 NEEDED = ("task", "backbone", "selection", "fraction", "split")  # columns, beside that of the metric
 UNSTATED = {"metric": "accuracy", "label": "accuracy", "unit": "%", "chance": None, "items": "images"}
-UNSTATED |= {"parts": "classes"}
 """What is predicted where no summary.json says it, as beside results of older versions and of others."""
 
 

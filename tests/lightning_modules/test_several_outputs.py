@@ -1,14 +1,22 @@
 """Real fits of several labels and of numbers, against scikit-learn."""
 
+import json
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from made_up import tables
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, r2_score
 
 from datamodules import Embeddings
-from lightning_modules import RedundancyProbe, probes
+from datamodules.outputs import Regression
+from lightning_modules import RedundancyProbe, measures, probes
+from lightning_modules.results.results import Results
 
 WIDTH, LABELS, NUMBERS = 12, 4, 2
 
@@ -116,3 +124,69 @@ def test_sgd_comes_to_the_optimum_of_either_loss(files):
         for place in range(LABELS):
             probe = LogisticRegression(C=1 / (200 * 0.03), fit_intercept=False, tol=1e-8).fit(vectors, labels[:, place])
             np.testing.assert_allclose(weight[place], probe.coef_[0, :-1], atol=0.05)
+
+
+def test_a_run_says_r2_wherever_it_would_say_accuracy(cli, files, tmp_path):
+    arguments = ("--config", "embeddings.yaml", "--data.features", str(files / "vectors.npz"), "--name", "aged")
+    labels = ("--data.labels", str(files / "numbers.npy"), "--data.splits", str(files / "vectors.npz"))
+    small = ("--model.fractions", "0.5", "--model.seeds", "2", "--trainer.enable_progress_bar", "false")
+    status, out, err = cli("fit", *arguments, *labels, "--data.target", "regression", *small)
+    assert status == 0, err
+    assert "vectors_regression, none: test R² on 100 images" in out
+    assert "To keep 90 % of the R²" in out
+    run = tmp_path / "runs" / "aged"
+    for said in (out, err, (run / "report.html").read_text(), (run / "curve.svg").read_text()):
+        assert "accuracy" not in said.replace("mean_class_accuracy", "")
+    assert "Numbers that lose most" in (run / "report.html").read_text()
+    rows = pd.read_csv(run / "results.csv")
+    full = json.loads((run / "summary.json").read_text())["layers"][0]["full_r2"]
+    assert full == pytest.approx(rows["r2"][3], abs=1e-9)
+    status, _, err = cli("predict", "--config", str(run / "config.yaml"), "--ckpt_path", "last")
+    assert status == 0, err
+    which = ("--selection", "random", "--fraction", "0.5", "--seed", "1")
+    status, _, err = cli("export", "--run", str(run), *which, "--output", "kept")
+    assert status == 0, err
+    predicted = pd.read_csv(run / "predictions.csv")
+    said, wanted = (
+        predicted[name].str.split(";", expand=True).astype(float).to_numpy() for name in ("random/0.5/1", "label")
+    )
+    assert rows["r2"].iloc[-1] == pytest.approx(r2_score(wanted, said), abs=1e-5)
+    card, told = json.loads((tmp_path / "kept" / "card.json").read_text()), {}
+    vectors = torch.from_numpy(np.load(files / "vectors.npz")["features"][300:])
+    exec(card["use"][0], {"features": vectors, "subset": load_file(tmp_path / "kept" / "subset.safetensors")}, told)
+    np.testing.assert_allclose(told["numbers"], said, rtol=1e-4, atol=1e-2)
+
+
+def test_of_an_r2_below_zero_there_is_no_share_to_keep():
+    curve = {"random": {0.1: [-0.5, -0.6], 0.5: [-0.2, -0.1]}}
+    made = tables(curve, curve)["results"].rename(columns={"accuracy": "r2"})
+    made.loc[made["selection"] == "full", "r2"] = -0.1
+    per_image = {split: np.repeat(rows["r2"].to_numpy()[:, None], 50, 1) for split, rows in made.groupby("split")}
+    results = Results({"results": made}, [], Regression(["age"]), per_image)
+    assert results.curve("test")[["ratio", "ratio_low", "ratio_high"]].isna().all(axis=None)
+    assert (results.redundancy("test", [0.9])["redundancy"] == 0).all()
+    said = "To keep 90 % of the R²: there is none to keep, as the full layer's is -0.100 on 1,000 validation images or"
+    assert results.answers("penultimate")[0.9]["text"].startswith(said)
+
+
+def test_what_does_not_go_with_several_labels_or_numbers_is_refused(files):
+    for target, model, said in (
+        ("multilabel", {"solver": probes.KNN()}, "model.solver is KNN, but the task has 4 labels, which takes SGD, Lo"),
+        ("regression", {"solver": probes.Logistic()}, "the task has 2 numbers to predict, which takes SGD or Ridge."),
+        (
+            "multilabel",
+            {"selection": "fisher"},
+            "'fisher', which needs classes, but the task has 4 labels; take of",
+        ),
+        (
+            "multilabel",
+            {"measures": measures.Inequality()},
+            "lists Inequality, which needs classes; the task has 4",
+        ),
+        ("regression", {"measures": measures.Ensembles()}, "lists Ensembles, which needs classes; the task has 2 numb"),
+        ("regression", {"measures": measures.Robustness()}, "lists Robustness, which needs classes; the task has 2 nu"),
+        ("regression", {"solver": probes.SGD(5.0)}, "learning_rate is 5, with which the squared error of these featu"),
+    ):
+        with pytest.raises(MisconfigurationException) as error:
+            fit(files, target, **{"solver": None, **model})
+        assert said in str(error.value)
