@@ -223,8 +223,8 @@ class Task(LightningDataModule, ABC):
         train, least = images["train"], len(missing) + 1
         strata = self.target.strata(train.labels)
         labels, counts = strata.unique(return_counts=True)
-        by_class = isinstance(self.target, Multiclass) and any(isinstance(part, float) for part in missing.values())
-        if by_class and counts.min() < least:
+        shares = any(isinstance(part, float) for part in missing.values())
+        if isinstance(self.target, Multiclass) and shares and counts.min() < least:
             few = self.target.name(labels[counts < least]).tolist()
             raise MisconfigurationException(
                 f"Class {few[0]!r} of {self.name} has {int(counts[counts < least][0])} images in train; to cut "

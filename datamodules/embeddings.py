@@ -210,23 +210,27 @@ class Embeddings(Task):
             raise MisconfigurationException(
                 f"{part.file} holds vectors of {part.matrix.shape[1]} values, those of train have {self.width}."
             )
-        unknown = [] if isinstance(self.target, Outputs) else np.flatnonzero(~np.isin(part.labels, classes))
-        if len(unknown):
-            raise MisconfigurationException(
-                f"Label {part.labels[unknown[0]].item()!r} of {split} (row {part.rows[unknown[0]]} of {part.file}) "
-                f"never occurs in train; every class must."
-            )
+        if isinstance(self.target, Outputs):
+            labels = torch.from_numpy(part.labels).to(self.target.dtype)
+        else:
+            labels = torch.from_numpy(self._indices(split, part, classes))
         first, alike = part.matrix[part.rows[:1]].float(), split == "train"
         for _, vectors in finite(part.file, part.matrix, torch.from_numpy(part.rows)):
             alike = alike and bool((vectors == first).all())
         if alike:
             what = "value" if bool((first == first[0, 0]).all()) else "vector"
             raise MisconfigurationException(f"{part.file}: every {what} is the same, so nothing can be told from them.")
-        if isinstance(self.target, Outputs):
-            labels = torch.from_numpy(part.labels).to(self.target.dtype)
-        else:
-            labels = torch.from_numpy(np.searchsorted(classes, part.labels))
         return Vectors(part.matrix, torch.from_numpy(part.rows), labels)
+
+    def _indices(self, split: str, part: "_Part", classes: np.ndarray) -> np.ndarray:
+        """Return the places of a split's labels among the classes, shape (n,)."""
+        unknown = np.flatnonzero(~np.isin(part.labels, classes))
+        if len(unknown):
+            raise MisconfigurationException(
+                f"Label {part.labels[unknown[0]].item()!r} of {split} (row {part.rows[unknown[0]]} of {part.file}) "
+                f"never occurs in train; every class must."
+            )
+        return np.searchsorted(classes, part.labels)
 
 
 class _Part(NamedTuple):

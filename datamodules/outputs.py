@@ -1,5 +1,6 @@
 """Targets whose labels are a matrix, one column for each output of a probe: several labels at once, and numbers."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -26,10 +27,12 @@ class Outputs(Predicted):
     """
 
     dtype: ClassVar[torch.dtype]  # of the labels
+    doubt: ClassVar[float]  # loss of an output of which nothing is known
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
         self.outputs = len(self.names)
+        self.guess = self.outputs * self.doubt
 
     @abstractmethod
     def judge(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -83,6 +86,7 @@ class MultiLabel(Outputs):
     parts = "labels"
     solvers = ("SGD", "Logistic", "Ridge")
     curvature = 0.25
+    doubt = math.log(2)  # of a label that is as likely as not
     dtype = torch.float32
     chance = None
 
@@ -126,11 +130,6 @@ class MultiLabel(Outputs):
         """Return each probe's binary cross-entropy, summed over the batch and labels, shape (P,)."""
         wanted = labels.t().to(logits.dtype).expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum((1, 2))
-
-    @property
-    def guess(self) -> float:
-        """Loss of an image where every label is as likely as not."""
-        return self.outputs * float(np.log(2))
 
     def bends(self, logits: Tensor) -> Tensor:
         """Return the second derivative of the loss by each logit, shape (..., C, B)."""
@@ -196,6 +195,7 @@ class Regression(Outputs):
     solvers = ("SGD", "Ridge")
     curvature = 2.0
     quadratic = True
+    doubt = 1.0  # where the mean of train is told
     dtype = torch.float64
     chance = 0.0
     mean: Tensor
@@ -226,11 +226,6 @@ class Regression(Outputs):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return each probe's squared error of standardised numbers, summed over the batch and numbers, shape (P,)."""
         return self.squared_error(logits, labels)
-
-    @property
-    def guess(self) -> float:
-        """Loss of an image where the mean of train is told."""
-        return float(self.outputs)
 
     def bends(self, logits: Tensor) -> Tensor:
         """Return the second derivative of the loss by each output, which is always 2."""

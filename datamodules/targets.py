@@ -64,7 +64,7 @@ class Target(ABC):
 class Predicted(Target):
     """A target that the outputs of a probe predict."""
 
-    solvers = ("SGD", "Logistic", "Ridge", "KNN")
+    solvers: ClassVar[Sequence[str]] = ("SGD", "Logistic", "Ridge", "KNN")
     curvature: ClassVar[float]  # what the second derivatives of the loss by the logits never exceed
     quadratic: ClassVar[bool] = False  # whether they always are that
     guess: float  # training loss of an image of which nothing is known
