@@ -24,8 +24,9 @@ from datamodules.loading import (
     Rows,
     affordable,
 )
+from datamodules.outputs import TARGETS
 from datamodules.splits import Part, stratified_split
-from datamodules.targets import Multiclass, Predicted, SameClass, Target
+from datamodules.targets import Multiclass, SameClass, Target
 from datamodules.transforms import AUGMENTATIONS, VIEWS, Preprocessing
 
 SPLITS = ("train", "val", "test")
@@ -59,7 +60,7 @@ class Task(LightningDataModule, ABC):
         protocol: `full`, or `vtab1k`: a seeded stratified 800 images of train and 200 of val, and all of test.
         min_images: Classes that have fewer images in train, before splits are cut from it, are left out.
         target: What is asked of each image: `classes`, which it is of, or `retrieval`, the images of train that are of
-            the same one.
+            the same one; of one's own data also `multilabel`, which of several labels it has, or `regression`, numbers.
 
     Raises:
         MisconfigurationException: If an argument cannot be; the message names it.
@@ -72,6 +73,7 @@ class Task(LightningDataModule, ABC):
     cut: ClassVar[Mapping[str, Part]] = {"val": 0.2, "test": 0.2}
     """How much of train becomes a split that `load` does not return; see `splits.Part`."""
     vectors: ClassVar[bool] = False  # Whether the task holds vectors, which no backbone takes, and no images
+    targets: ClassVar[Sequence[str]] = ("classes", "retrieval")  # What can be asked of its images
     target: Target  # What is to be predicted; known after `setup`
     width: int | None = None  # D of the vectors, after `setup`; None for images
     preprocessing: Preprocessing
@@ -100,7 +102,7 @@ class Task(LightningDataModule, ABC):
             ("augmentation", augmentation, sorted(AUGMENTATIONS)),
             ("view", view, VIEWS),
             ("protocol", protocol, PROTOCOLS),
-            ("target", target, ("classes", "retrieval")),
+            ("target", target, self.targets),
         ):
             if value not in possible:
                 raise MisconfigurationException(f"data.{option} is {value!r}; it must be one of {', '.join(possible)}.")
@@ -114,6 +116,10 @@ class Task(LightningDataModule, ABC):
         for option, number in (("seed", seed), ("min_images", min_images)):
             if number < 0:
                 raise MisconfigurationException(f"data.{option} is {number}; it must be 0 or more.")
+        if min_images and target in TARGETS:
+            raise MisconfigurationException(
+                f"data.min_images is {min_images}, but data.target {target} has no classes to leave out; set it 0."
+            )
         self.root = Path(root).expanduser()
         self.batch_size = batch_size
         self.augmentation = augmentation
@@ -122,7 +128,7 @@ class Task(LightningDataModule, ABC):
         self.seed = seed
         self.protocol = protocol
         self.min_images = min_images
-        self.retrieves = target == "retrieval"
+        self.asked = target
         self.origins: dict[str, str] = {}
         """What put images into each split, as a run says it at its start; set in `load`, where there is more to say
         than that they were published so."""
@@ -140,7 +146,8 @@ class Task(LightningDataModule, ABC):
     @property
     def label(self) -> str:
         """What results call the task: its name, with the protocol and target where they are not the usual ones."""
-        return "_".join([self.name, *[self.protocol] * (self.protocol != "full"), *["retrieval"] * self.retrieves])
+        unusual = [self.protocol] * (self.protocol != "full") + [self.asked] * (self.asked != "classes")
+        return "_".join([self.name, *unusual])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits, the first time, and check them.
@@ -157,13 +164,14 @@ class Task(LightningDataModule, ABC):
                         f"The {split} split of {self.name} has {len(images[split])} images, fewer than the {size} of "
                         f"data.protocol {self.protocol}; take full."
                     )
-                sample = stratified_split(images[split].labels, [size], self.seed)[1]
+                sample = stratified_split(self.target.strata(images[split].labels), [size], self.seed)[1]
                 images[split] = images[split].subset(sample)
             for split in SPLITS:
                 if not len(images[split]):
                     raise MisconfigurationException(f"The {split} split of {self.name} has no images.")
                 self.target.check(images[split], split, self.name)
-            if self.retrieves:
+            self.target.fit(images["train"].labels)
+            if self.asked == "retrieval":
                 self.target = SameClass({split: images[split].labels for split in SPLITS})
             self.images = images
         processes = self.trainer.world_size if self.trainer else 1
@@ -213,16 +221,18 @@ class Task(LightningDataModule, ABC):
         if not missing:
             return dict(images)
         train, least = images["train"], len(missing) + 1
-        labels, counts = train.labels.unique(return_counts=True)
-        if any(isinstance(part, float) for part in missing.values()) and counts.min() < least:
-            few = cast(Predicted, self.target).name(labels[counts < least]).tolist()
+        strata = self.target.strata(train.labels)
+        labels, counts = strata.unique(return_counts=True)
+        shares = any(isinstance(part, float) for part in missing.values())
+        if isinstance(self.target, Multiclass) and shares and counts.min() < least:
+            few = self.target.name(labels[counts < least]).tolist()
             raise MisconfigurationException(
                 f"Class {few[0]!r} of {self.name} has {int(counts[counts < least][0])} images in train; to cut "
                 f"{' and '.join(missing)} from it, it needs at least {least}. --data.min_images {least} leaves such "
                 f"classes out: {', '.join(map(repr, few[:10]))}{', ...' if len(few) > 10 else ''}."
             )
         self.origins |= dict.fromkeys(missing, "cut from train")
-        pieces = stratified_split(train.labels, list(missing.values()), self.seed)
+        pieces = stratified_split(strata, list(missing.values()), self.seed)
         found = {**images, **dict(zip(("train", *missing), map(train.subset, pieces), strict=True))}
         return {split: found[split] for split in SPLITS}
 

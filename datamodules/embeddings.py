@@ -14,7 +14,8 @@ from torch import Tensor
 from datamodules.base import SPLITS, Task
 from datamodules.folders import SPLIT_NAMES
 from datamodules.images import Labelled
-from datamodules.readers import LABELS, SEVERAL, WORDS, check_file, open_arrays, read_labels, read_vectors
+from datamodules.outputs import TARGETS, Outputs, check_columns, of_columns
+from datamodules.readers import LABELS, SEVERAL, WORDS, check_file, open_arrays, read_columns, read_labels, read_vectors
 from datamodules.targets import Multiclass
 
 SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
@@ -75,13 +76,15 @@ class Embeddings(Task):
 
     Args:
         features: File of the vectors, shape (n, D), numbers of any type.
-        labels: File of the n labels, whole numbers or strings; null is the file of the vectors.
+        labels: File of the n labels, whole numbers or strings; for `target` multilabel or regression of numbers of
+            shape (n,) or (n, C). Null is the file of the vectors.
         splits: File of n words, `train`, `val` or `test`; null is the file of the labels, if it holds such words.
         root: Folder of one file per split, in place of the three files.
         feature_key: Name of the vectors in a file of several arrays; in a table a column of lists, or a pattern such as
             `dim_*` for one column per value. Null takes the array of a usual name (`features`, `embeddings`, `X`), or
             the only matrix, and says which.
-        label_key: Name of the labels there. Null takes the array of a usual name (`labels`, `target`, `y`), or the only
+        label_key: Name of the labels there; of several labels or numbers also a list of columns, or a pattern of them.
+            Null takes the array of a usual name (`labels`, `target`, `y`), or the only
             one beside the vectors that has a value for each, and says which.
         split_key: Name of the split words there, `split` in any case if it is there; null uses none.
         **kwargs: See `Task`.
@@ -91,6 +94,7 @@ class Embeddings(Task):
     """
 
     vectors: ClassVar = True
+    targets: ClassVar = (*Task.targets, *TARGETS)
 
     def __init__(
         self,
@@ -99,7 +103,7 @@ class Embeddings(Task):
         splits: str | None = None,
         root: str | None = None,
         feature_key: str | None = None,
-        label_key: str | None = None,
+        label_key: str | list[str] | None = None,
         split_key: str | None = "split",
         **kwargs: Any,
     ) -> None:
@@ -110,6 +114,7 @@ class Embeddings(Task):
             raise MisconfigurationException(
                 "data.labels and data.splits go with data.features; the files of data.root hold their own labels."
             )
+        check_columns("label_key", label_key, self.asked)
         self.feature_file = Path(features).expanduser() if features is not None else None
         self.label_file = Path(labels).expanduser() if labels else self.feature_file
         self.split_file = Path(splits).expanduser() if splits else None
@@ -140,6 +145,8 @@ class Embeddings(Task):
             self.origins = {split: f"file {part.file.name}" for split, part in parts.items()}
         classes = np.unique(parts["train"].labels)
         self.target = Multiclass([str(value) for value in classes.tolist()])
+        if self.asked in TARGETS:
+            self.target = of_columns(self.asked, {split: part.names for split, part in parts.items()})
         self.width = parts["train"].matrix.shape[1]
         return {split: self._checked(split, part, classes) for split, part in parts.items()}
 
@@ -166,8 +173,13 @@ class Embeddings(Task):
         """Return all rows of a file of vectors, with their labels."""
         name, matrix = read_vectors(file, self.feature_key)
         others = [*self._word_keys(label_file), *[name] * (file == label_file)]
-        labels = read_labels(label_file, self.label_key, LABELS, len(matrix), file, others)
-        return _Part(file, matrix, np.arange(len(matrix)), labels)
+        names: list[str] = []
+        if self.asked in TARGETS:
+            names, labels = read_columns(label_file, self.label_key, len(matrix), file, others)
+        else:
+            key = cast(str | None, self.label_key)  # lists were refused
+            labels = read_labels(label_file, key, LABELS, len(matrix), file, others)
+        return _Part(file, matrix, np.arange(len(matrix)), labels, names)
 
     def _word_keys(self, file: Path) -> list[str]:
         """Return the names of the arrays in a file that are split words."""
@@ -193,25 +205,32 @@ class Embeddings(Task):
         return {split: part._replace(rows=each, labels=part.labels[each]) for split, each in rows.items() if len(each)}
 
     def _checked(self, split: str, part: "_Part", classes: np.ndarray) -> Vectors:
-        """Return a split with class indices for labels; `classes` are the sorted labels of train."""
+        """Return a split with class indices, or several outputs, for labels; `classes` are the sorted ones of train."""
         if part.matrix.shape[1] != self.width:
             raise MisconfigurationException(
                 f"{part.file} holds vectors of {part.matrix.shape[1]} values, those of train have {self.width}."
             )
-        unknown = np.flatnonzero(~np.isin(part.labels, classes))
-        if len(unknown):
-            raise MisconfigurationException(
-                f"Label {part.labels[unknown[0]].item()!r} of {split} (row {part.rows[unknown[0]]} of {part.file}) "
-                f"never occurs in train; every class must."
-            )
+        if isinstance(self.target, Outputs):
+            labels = torch.from_numpy(part.labels).to(self.target.dtype)
+        else:
+            labels = torch.from_numpy(self._indices(split, part, classes))
         first, alike = part.matrix[part.rows[:1]].float(), split == "train"
         for _, vectors in finite(part.file, part.matrix, torch.from_numpy(part.rows)):
             alike = alike and bool((vectors == first).all())
         if alike:
             what = "value" if bool((first == first[0, 0]).all()) else "vector"
             raise MisconfigurationException(f"{part.file}: every {what} is the same, so nothing can be told from them.")
-        labels = torch.from_numpy(np.searchsorted(classes, part.labels))
         return Vectors(part.matrix, torch.from_numpy(part.rows), labels)
+
+    def _indices(self, split: str, part: "_Part", classes: np.ndarray) -> np.ndarray:
+        """Return the places of a split's labels among the classes, shape (n,)."""
+        unknown = np.flatnonzero(~np.isin(part.labels, classes))
+        if len(unknown):
+            raise MisconfigurationException(
+                f"Label {part.labels[unknown[0]].item()!r} of {split} (row {part.rows[unknown[0]]} of {part.file}) "
+                f"never occurs in train; every class must."
+            )
+        return np.searchsorted(classes, part.labels)
 
 
 class _Part(NamedTuple):
@@ -220,4 +239,5 @@ class _Part(NamedTuple):
     file: Path
     matrix: Tensor  # all vectors of the file, shape (m, D)
     rows: np.ndarray  # those of the split, shape (n,)
-    labels: np.ndarray  # whole numbers or strings, shape (n,)
+    labels: np.ndarray  # whole numbers or strings, shape (n,); of several outputs numbers, shape (n, C)
+    names: list[str]  # of these outputs

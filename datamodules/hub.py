@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from datamodules.base import Task
 from datamodules.folders import ENDINGS, SPLIT_NAMES, by_split, files_below
 from datamodules.images import FileImages, Images, as_labels, printable, reading
+from datamodules.outputs import TARGETS, check_columns, of_columns
 from datamodules.splits import Percent
 from datamodules.tables import Part, Table, read_table, read_tables
 from datamodules.targets import Multiclass
@@ -77,14 +79,18 @@ class HuggingFaceImages(Task):
     Args:
         name: A data set of the Hub, for example `zalando-datasets/fashion_mnist`, or a folder.
         image_column: Column of images; null is the one that holds some.
-        label_column: Column of labels, as `json.label` within JSON; null takes the first of the usual names.
+        label_column: Column of labels, as `json.label` within JSON; null takes the first of the usual names. For
+            `target` multilabel or regression a list of columns, or one that holds a number or a list in each row.
         **kwargs: See `Task`; downloads and a copy with random access go to `root`.
     """
 
+    targets: ClassVar = (*Task.targets, *TARGETS)
+
     def __init__(
-        self, name: str, image_column: str | None = None, label_column: str | None = None, **kwargs: Any
+        self, name: str, image_column: str | None = None, label_column: str | list[str] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        check_columns("label_column", label_column, self.asked)
         self.source = name
         self.image_column, self.label_column = image_column, label_column
         self.name = printable(Path(name).resolve().name) if Path(name).is_dir() else name.rpartition("/")[2]
@@ -108,21 +114,30 @@ class HuggingFaceImages(Task):
         if len(tables) == 1:
             (only,) = tables.values()
             named = {"train": only}
+        numbers = self.asked in TARGETS
         parts = {
-            split: read_table(table, split, self.image_column, self.label_column, self.source)
+            split: read_table(table, split, self.image_column, self.label_column, self.source, numbers=numbers)
             for split, table in named.items()
         }
+        if not tables and numbers:
+            raise MisconfigurationException(
+                f"{self.source} holds images by class, and data.target {self.asked} needs columns, as of a "
+                f"metadata.csv beside the images."
+            )
         if not tables:
             parts = _class_folders(Path(self.source))
         if "train" not in parts:
             raise MisconfigurationException(
                 f"{self.source} has the splits {', '.join(tables or parts)}; one of them must be train."
             )
+        self.origins = {split: part.origin for split, part in parts.items()}
+        if numbers:
+            self.target = target = of_columns(self.asked, {split: part.classes for split, part in parts.items()})
+            return {split: part.images(torch.tensor(part.labels, dtype=target.dtype)) for split, part in parts.items()}
         names = parts["train"].classes
         values = list(range(len(names))) if names else sorted(set(parts["train"].labels))
         classes = names or [printable(str(value)) for value in values]
         self.target = Multiclass(classes)
-        self.origins = {split: part.origin for split, part in parts.items()}
         indices = {value: label for label, value in enumerate(values)}
         images: dict[str, Images] = {}
         for split, part in parts.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 class Labelled(ABC):
     """A labelled, ordered set of images or vectors."""
 
-    labels: Tensor  # Class index of each, shape (n,), int64
+    labels: Tensor  # Class index of each, shape (n,), int64; of several outputs a row of numbers, shape (n, C)
 
     def __len__(self) -> int:
         return len(self.labels)

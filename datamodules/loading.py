@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     """What one process gets of one batch."""
 
     inputs: Tensor  # images, shape (b, 3, H, W), or features, shape (b, D)
-    labels: Tensor  # class indices, shape (b,)
+    labels: Tensor  # as the images of the split have them, class indices of shape (b,) or shape (b, C)
     indices: Tensor  # into the split, shape (b,)
     total: int  # images in the batch, over all processes; b summed over them
 

@@ -105,6 +105,11 @@ def read_labels(
         labels = np.char.decode(labels, "utf-8")
     if labels.dtype.kind not in "iubUf":
         raise MisconfigurationException(f"{source} is of type {labels.dtype}; it must be of whole numbers or strings.")
+    if wanted is LABELS and labels.ndim == 2 and len(labels) == number and labels.shape[1] > 1:
+        raise MisconfigurationException(
+            f"{source} has {labels.shape[1]} columns, and one class of several is asked for; set data.target "
+            f"multilabel, where they are 0 and 1, or regression."
+        )
     if labels.shape not in ((number,), (number, 1)):
         raise MisconfigurationException(
             f"{source} has shape {labels.shape}, {features} has {number:,} vectors; give one of the {wanted.what} for "
@@ -116,9 +121,45 @@ def read_labels(
         if len(wrong):
             raise MisconfigurationException(
                 f"{source} is {labels[wrong[0]]:g} in row {wrong[0]} (from 0); it must be a whole number or a string."
+                + " Numbers are predicted with data.target regression." * (wanted is LABELS)
             )
         labels = labels.astype(np.int64)
     return labels
+
+
+def read_columns(
+    file: Path, key: str | Sequence[str] | None, number: int, features: Path, others: Collection[str] = ()
+) -> tuple[list[str], np.ndarray]:
+    """Return the names and the values of several labels or numbers for each vector, shape (number, C), float64.
+
+    `key` is the name of a matrix or column, a pattern of columns or a list of these; None takes what `read_labels`
+    would, also of shape (number, C).
+    """
+
+    def fits(array: Any) -> bool:
+        return array.ndim in (1, 2) and len(array) == number
+
+    names: list[str] = []
+    columns: list[np.ndarray] = []
+    for each in [key] if key is None or isinstance(key, str) else key:
+        name, values = _find(file, each, LABELS, fits, others)
+        values = values.double().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        source = f"{name!r} of {file}" if name else str(file)
+        if values.dtype.kind not in NUMBERS:
+            raise MisconfigurationException(
+                f"{source} is of type {values.dtype}; it must be of numbers. Words are for data.target classes."
+            )
+        if not fits(values):
+            raise MisconfigurationException(
+                f"{source} has shape {values.shape}, {features} has {number:,} vectors; give a row for each."
+            )
+        matched = fnmatch.filter(open_arrays(file).columns, name)
+        if values.ndim == 1 or values.shape[1] == 1:
+            names.append(matched[0] if matched else name or "label")
+        else:
+            names += matched or [f"{name} {place}".strip() for place in range(values.shape[1])]
+        columns.append(values.reshape(number, -1).astype(np.float64))
+    return names, np.concatenate(columns, axis=1)
 
 
 def _is_matrix(array: Any) -> bool:

@@ -40,8 +40,8 @@ class Part(NamedTuple):
 
     origin: str  # what put it there
     labels: list[Any]
-    classes: list[str]  # what labels are called that are indices; empty where they say it themselves
-    images: Callable[[Tensor], Images]  # makes images from their class indices
+    classes: list[str]  # what labels are called that are indices, or rows of numbers; else they say it themselves
+    images: Callable[[Tensor], Images]  # makes images from their class indices, or rows of numbers
 
 
 @dataclass(eq=False)
@@ -187,9 +187,18 @@ def _check_samples(tar: Path) -> None:
             )
 
 
-def read_table(table: Table, split: str, image_column: str | None, label_column: str | None, source: str) -> Part:
+def read_table(
+    table: Table,
+    split: str,
+    image_column: str | None,
+    label_column: str | list[str] | None,
+    source: str,
+    *,
+    numbers: bool = False,
+) -> Part:
     """Return the labels and images of a split; columns given as None are found.
 
+    With `numbers` labels are rows of numbers, of a list of columns or of a single one, which may itself hold lists.
     A MisconfigurationException is raised if a column is not there, or a row has no label or no image; it is named.
     """
     import datasets
@@ -197,8 +206,9 @@ def read_table(table: Table, split: str, image_column: str | None, label_column:
     rows, kinds = table.rows, table.rows.features
     names = [name for name in kinds if not name.startswith("__")]
     there = f"{source} has the columns {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-    label, *keys = (label_column or "").split(".")
-    for option, column in (("image_column", image_column), ("label_column", label)):
+    listed = label_column if isinstance(label_column, list) else []
+    label, *keys = ("" if isinstance(label_column, list) else label_column or "").split(".")
+    for option, column in (("image_column", image_column), *(("label_column", each) for each in listed or [label])):
         if column and column not in kinds:
             raise MisconfigurationException(f"data.{option} is {column!r}; {there}.")
     encoded = [  # other libraries write images to Parquet as bytes and a path
@@ -207,7 +217,11 @@ def read_table(table: Table, split: str, image_column: str | None, label_column:
         if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
     ]
     image = image_column or (encoded[0] if encoded else "")
-    label = label or next((name for usual in LABEL_COLUMNS for name in names if name.lower() == usual), "")
+    label = (
+        label
+        or ", ".join(listed)
+        or next((name for usual in LABEL_COLUMNS for name in names if name.lower() == usual), "")
+    )
     if not label and "." in image and "__key__" in kinds:
         name, ending = f"{rows[0]['__key__']}.{image}".rsplit(".", 1)
         raise MisconfigurationException(
@@ -217,7 +231,10 @@ def read_table(table: Table, split: str, image_column: str | None, label_column:
     if not image or not label:
         option, what = ("label_column", "labels") if image else ("image_column", "images")
         raise MisconfigurationException(f"{there}, none of which is known to hold {what}; name it with data.{option}.")
-    labels, classes = _labels(rows, label, keys, source)
+    if numbers:
+        labels, classes = _numbers(rows, listed or [label], source)
+    else:
+        labels, classes = _labels(rows, label, keys, source)
     with reading(f"Column {image!r} of {source}", f"holds no images; {there}"):
         cells = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         encoded_cells = cells.with_format("arrow")[:][image]
@@ -253,9 +270,35 @@ def _labels(rows: "Dataset", column: str, keys: list[str], source: str) -> tuple
     if strange or not labels:
         raise MisconfigurationException(
             f"Column {column!r} of {source} holds {strange[0] if strange else 'nothing'!r:.60}; name the one that "
-            f"holds a label, or `{column}.key`, with data.label_column."
+            f"holds a label, or `{column}.key`, with data.label_column. Numbers are predicted with data.target "
+            f"regression, several labels with multilabel."
         )
     return labels, classes
+
+
+def _numbers(rows: "Dataset", columns: list[str], source: str) -> tuple[list[Any], list[str]]:
+    """Return the numbers of each row, None where one is missing, and what each is called.
+
+    A single column may hold lists: of numbers, as many in each row, or of those classes that an image has.
+    """
+    import datasets
+
+    kind, values = getattr(rows.features[columns[0]], "feature", None), [list(rows[name]) for name in columns]
+    found = [list(row) for row in zip(*values, strict=True)]
+    if len(columns) == 1 and any(isinstance(row[0], list) for row in found):
+        found, columns = [row[0] or [] for row in found], []
+    if isinstance(kind, datasets.ClassLabel):
+        return [[float(place in set(row)) for place in range(len(kind.names))] for row in found], list(kind.names)
+    names = columns or [str(place) for place in range(len(found[0]))]
+    for place, row in enumerate(found):
+        wrong = next((each for each in row if not isinstance(each, int | float | None)), None)
+        if wrong is not None or len(row) != len(names):
+            said = f"holds {len(row)} numbers, not {len(names)}" if wrong is None else f"holds {wrong!r:.60}"
+            raise MisconfigurationException(
+                f"Row {place} (from 0) of {source} {said}; name columns of numbers, or one of lists that are as long, "
+                f"with data.label_column. One class of several is data.target classes."
+            )
+    return [None if None in row else row for row in found], names
 
 
 def _label(value: Any, is_index: bool) -> Any:

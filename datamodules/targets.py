@@ -1,8 +1,9 @@
 """What a task asks for: how labels are checked and encoded, what a probe's outputs mean, and how they are scored."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ class Target(ABC):
     label: ClassVar[str]  # what the metric is called in text and pictures
     unit: ClassVar[str]  # unit that the metric is shown in; for "%" a share is shown times 100
     items: ClassVar[str] = "images"  # what validation and test hold, in text and pictures
+    parts: ClassVar[str] = "classes"  # what the metric is also told of, one by one, in text and pictures
+    solvers: ClassVar[Sequence[str]]  # those of this project's that find its probes
 
     @abstractmethod
     def check(self, images: Labelled, split: str, task: str) -> None:
@@ -38,21 +41,45 @@ class Target(ABC):
     def describe(self) -> str:
         """Return the target in two words, as `5 classes`."""
 
+    def strata(self, labels: Tensor) -> Tensor:
+        """Return what splits are stratified by, whole numbers of shape (n,)."""
+        return labels
+
+    def fit(self, labels: Tensor) -> None:  # noqa: B027 (most need not)
+        """Take what must be known of the labels of train, once they are checked."""
+
+    def matrix(self, labels: Tensor) -> Tensor:
+        """Return what least squares regresses on, shape (B, C), float64, from labels of shape (B, ...)."""
+        return labels.new_zeros(len(labels), 0, dtype=torch.float64)
+
     def scores(self, probes: int) -> Metric | None:
         """Return what scores so many probes while they are trained; None where nothing is predicted."""
         return None
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what probes share with others of the target, in plain types: what their outputs stand for, ..."""
+        return {"classes": list(self.classes)}
 
 
 class Predicted(Target):
     """A target that the outputs of a probe predict."""
 
+    solvers: ClassVar[Sequence[str]] = ("SGD", "Logistic", "Ridge", "KNN")
+    curvature: ClassVar[float]  # what the second derivatives of the loss by the logits never exceed
+    quadratic: ClassVar[bool] = False  # whether they always are that
+    guess: float  # training loss of an image of which nothing is known
+
     @abstractmethod
     def matrix(self, labels: Tensor) -> Tensor:
-        """Return what least squares regresses on, shape (B, C), float64, from labels of shape (B,)."""
+        """Return what least squares regresses on, shape (B, C), float64, from labels of shape (B, ...)."""
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return each probe's training loss summed over the batch, shape (P,), from logits of shape (P, C, B)."""
+
+    @abstractmethod
+    def bends(self, logits: Tensor) -> Tensor:
+        """Return the second derivative of the loss by each logit, shape (..., C, B)."""
 
     def squared_error(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return each probe's squared error to `matrix(labels)`, summed over the batch and outputs, shape (P,)."""
@@ -64,11 +91,11 @@ class Predicted(Target):
 
     @abstractmethod
     def decide(self, logits: Tensor) -> Tensor:
-        """Return each probe's decision for each image, shape (P, B), int64, from logits of shape (P, C, B)."""
+        """Return each probe's decision for each image, shape (P, B, ...), from logits of shape (P, C, B)."""
 
     @abstractmethod
     def name(self, decisions: Tensor) -> np.ndarray:
-        """Return what decisions or labels are called, strings in an array of the same shape."""
+        """Return what decisions or labels are called, strings in an array with a value for each image."""
 
 
 class Multiclass(Predicted):
@@ -78,11 +105,13 @@ class Multiclass(Predicted):
     measure = "Accuracy"
     label = "accuracy"
     unit = "%"
+    curvature = 0.5  # where two classes share the probability (Böhning, 1992)
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = list(classes)
         self.outputs = len(self.classes)
         self.chance = 1 / max(1, self.outputs)
+        self.guess = math.log(max(1, self.outputs))
 
     def check(self, images: Labelled, split: str, task: str) -> None:
         """Refuse fewer than two classes, labels that are no classes, and a train split of one class.
@@ -129,6 +158,11 @@ class Multiclass(Predicted):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return each probe's cross-entropy summed over the batch, shape (P,), from logits (P, C, B), labels (B,)."""
         return F.cross_entropy(logits, labels.expand(len(logits), -1), reduction="none").sum(1)
+
+    def bends(self, logits: Tensor) -> Tensor:
+        """Return p (1 - p) of the probability p of each class, shape (..., C, B)."""
+        shares = logits.softmax(-2)
+        return shares * (1 - shares)
 
     def scores(self, probes: int) -> Metric:
         """Return the metric that counts the accuracy of so many probes."""
@@ -181,6 +215,7 @@ class Sought(Target):
     label = "nDCG@10"
     unit = ""
     items = "queries"
+    solvers = ("Search",)
     ties: Tensor
     """Places of the m members of the gallery in an order of which, of equally similar ones, the last goes first."""
 

@@ -122,7 +122,7 @@ def provenance_of_probes(model: RedundancyProbe) -> dict[str, Any]:
     backbone = model.stream.extractor.provenance()
     return {
         "task": model.task.label,
-        "classes": list(model.target.classes),
+        **model.target.provenance(),
         "backbone": model.backbone.label,
         "layer": ", ".join(model.widths),
         "weights": backbone["weights"],

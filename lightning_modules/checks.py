@@ -61,13 +61,14 @@ def backbone(given: bool, vectors: bool) -> None:
 
 
 def selections(names: Sequence[str], target: Any) -> None:
-    """Refuse a selection that is fitted to classes where the task has none."""
+    """Refuse a selection that is fitted to classes, or to any labels, where the task has none."""
+    unmet = [what for what, there in (("classes", target.classes), ("labels", target.outputs)) if not there]
     for name in names:
-        if SELECTIONS[name].classes and not target.outputs:
-            others = ", ".join(each for each in OFFERED if not SELECTIONS[each].classes)
+        if needs := next((what for what in unmet if getattr(SELECTIONS[name], what)), None):
+            others = [each for each in OFFERED if not any(getattr(SELECTIONS[each], what) for what in unmet)]
             raise MisconfigurationException(
-                f"model.selection has {name!r}, which needs classes, but the task has {target.describe()}; take of "
-                f"{others}."
+                f"model.selection has {name!r}, which needs {needs}, but the task has {target.describe()}; take of "
+                f"{', '.join(others)}."
             )
 
 
@@ -140,7 +141,7 @@ def memory(model: Any, outputs: int, candidates: int) -> None:
     if needed > available:
         raise MisconfigurationException(
             f"The bank needs {needed / 1e9:,.1f} GB of memory ({len(probes)} probes x {candidates} candidates, "
-            f"{outputs} classes: {parameters:,} weights, with what {solver.name} works with), and "
+            f"{outputs} outputs: {parameters:,} weights, with what {solver.name} works with), and "
             f"{available / 1e9:,.1f} GB are free; use fewer fractions, seeds or candidates."
         )
     squared = model.coordinates.fitted or any(part.second_moments for part in (solver, *model.measures))

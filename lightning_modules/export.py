@@ -29,6 +29,7 @@ USE = {
     "levels": "codes = ((kept - subset['low']) / subset['step']).round().clamp(0, {most}); "
     "kept = subset['low'] + subset['step'] * codes",
     "logits": "logits = kept @ subset['weight'].T + subset['bias']",
+    "numbers": "numbers = kept @ subset['weight'].T + subset['bias']",
     "cosine": "kept = torch.nn.functional.normalize(kept)",
 }
 """What the card says of `subset = safetensors.torch.load_file('subset.safetensors')`."""
@@ -50,11 +51,12 @@ def export(
     """Write one subset of a finished run, with its probe, as files that need nothing of this project.
 
     `subset.safetensors` holds float32 `weight` (C, k) and `bias` (C,), for raw features: a standardisation is
-    folded in. Beside them are the `indices` (k,) of the neurons, or, where the coordinates are of another basis, its
-    `basis` (D, k) and `mean` (D,); for fewer than 32 bits `low` and `step` (k,) of the levels, of which codes of so
-    many bits are to be stored. A search has no `weight` and `bias`. `card.json` says what it is and how to use it,
-    `recipe.py` stores vectors so, and reads them back, with NumPy alone. For a timm backbone, `backbone.pt2` is a
-    torch.export program from preprocessed images (B, C, H, W), for any B, to the kept coordinates (B, k), float32.
+    folded in, and so are the units of numbers. Beside them are the `indices` (k,) of the neurons, or, where the
+    coordinates are of another basis, its `basis` (D, k) and `mean` (D,); for fewer than 32 bits `low` and `step` (k,)
+    of the levels, of which codes of so many bits are to be stored. A search has no `weight` and `bias`. `card.json`
+    says what it is and how to use it, `recipe.py` stores vectors so, and reads them back, with NumPy alone. For a timm
+    backbone, `backbone.pt2` is a torch.export program from preprocessed images (B, C, H, W), for any B, to the kept
+    coordinates (B, k), float32.
 
     Args:
         run: Folder of the run.
@@ -104,7 +106,8 @@ def export(
         metric = results.headline.name
         measured |= results.rows.query(its).set_index("split")[metric].to_dict()
     starts = ["neurons" if "indices" in tensors else "basis", *["program"] * bool(program)]
-    ends = ["logits"] if provenance["classes"] else ["cosine"] * (provenance.get("similarity") == "cosine")
+    predicted = "numbers" if "units" in provenance else "logits"
+    ends = [predicted] if provenance["classes"] else ["cosine"] * (provenance.get("similarity") == "cosine")
     ends = [*["levels"] * (probe.bits < 32), *ends]
     card = {
         **{name: provenance[name] for name in ("task", "classes", "backbone")},
@@ -182,6 +185,9 @@ def _tensors(
     measured.load_state_dict({name: state[name] for name in measured.state_dict()})
     grid.check_kept()
     weight, bias = (each.double() for each in grid.final_probe(index))
+    if units := provenance.get("units"):  # of numbers, which probes see standardised
+        spread, middle = (torch.tensor(units[name], dtype=torch.float64) for name in ("std", "mean"))
+        weight, bias = weight * spread.unsqueeze(1), bias * spread + middle
     scale = torch.stack([state["stream.mean"], state["stream.std"]]).double()
     mean, std = coordinates.by_layer(scale)[probes[index].layer]
     chosen = coordinates.subset(index).clone()  # not with the storage of the whole order

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lightning_modules.measures.inequality import class_inequality
 
-ACCURACY = SimpleNamespace(metric="accuracy", label="accuracy", unit="%", chance=None, items="images")
+ACCURACY = SimpleNamespace(metric="accuracy", label="accuracy", unit="%", chance=None, items="images", parts="classes")
 """The target of these runs."""
 FULL = {"full": {1.0: [0.9]}}
 

@@ -151,6 +151,22 @@ def test_two_processes_find_the_probes_of_one(start, tmp_path, solver, chosen):
     np.testing.assert_allclose(one["accuracy"], two["accuracy"], atol=0.006)  # one image of 179
 
 
+def test_two_processes_score_several_labels_as_one_does(start, tmp_path):
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(205, 12)).astype(np.float32)
+    labels = vectors @ random.normal(size=(12, 3)) + random.normal(size=(205, 3)) > 0.5
+    np.savez(tmp_path / "v.npz", features=vectors, labels=labels)
+    fit = ("fit", *QUIET, "--trainer.logger=false", "--trainer.max_epochs=2", "--model.backbone=null")
+    fit += ("--model.fractions=0.5", "--model.seeds=2", "--model.measures=[CKA,Neurons]", "--data=Embeddings")
+    fit += ("--data.features=v.npz", "--data.target=multilabel", "--data.batch_size=7")
+    runs = [start(*fit, f"--name={number}", cwd=tmp_path, processes=number) for number in (1, 2)]
+    for done in [process.wait() for run in runs for process in run]:
+        assert done.returncode == 0, done.stderr
+    for name in ("results", "classes", "neurons", "layers"):
+        one, two = (pd.read_csv(tmp_path / "runs" / number / f"{name}.csv") for number in ("1", "2"))
+        pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-5)
+
+
 def test_two_processes_search_as_one_does_without_a_solver_to_be_named(start, papers):
     search = ("fit", *QUIET, "--trainer.logger=false", "--model.backbone=null", "--model.selection=[random,pca]")
     search += ("--model.fractions=[0.2,0.5]", "--data=Retrieval", "--data.root=papers", "--data.batch_size=7")

@@ -153,9 +153,7 @@ class FeatureStream(nn.Module):
         """Return a batch of images or features of a split with inputs as the probes see them, (B, sum of widths)."""
         inputs = batch.inputs
         seen = self.represent(inputs, batch.indices, split) if inputs.ndim == 4 else self._standardised(inputs)
-        labels = batch.labels.to(self.mean.device)
-        labels = labels if self.task.target.outputs else torch.zeros_like(labels)  # where all are of one class
-        return batch._replace(inputs=seen, labels=labels)
+        return batch._replace(inputs=seen, labels=batch.labels.to(self.mean.device))
 
     def represent(self, images: Tensor, indices: Tensor, split: str) -> Tensor:
         """Return what the probes see, (B, sum of widths), of images (B, C, H, W), with gradients where they want them.
@@ -224,16 +222,19 @@ class FeatureStream(nn.Module):
     def _sum(
         self, batches: Iterable[tuple[Tensor, Tensor]], products: bool = True, parts: Parts | None = None
     ) -> dict[Any, Moments]:
-        outputs, device, parts = (
-            self.task.target.outputs,
+        target, device, parts = (
+            self.task.target,
             self.mean.device,
             parts or functools.partial(by_layer, widths=self.widths),
         )
         widths = {name: part.shape[1] for name, part in parts(self.mean.unsqueeze(0)).items()}
-        moments = {name: Moments(width, outputs, outer=products, device=device) for name, width in widths.items()}
+        moments = {
+            name: Moments(width, target.outputs, outer=products, device=device) for name, width in widths.items()
+        }
         for inputs, labels in batches:
+            targets = target.matrix(labels)
             for name, part in parts(inputs).items():
-                moments[name].update(part, labels)
+                moments[name].update(part, targets)
         for each in moments.values():
             each.reduce(self.reduce)
         return moments

@@ -16,26 +16,28 @@ class Moments:
     """Sums over images that give means, variances, principal components, CKA and ridge probes.
 
     Everything is summed in float64, so in any order of images, batches and processes it is the same to rounding: of D
-    neurons (`width`) over the images and over each of C classes, and with `outer` the D x D products of neurons, too,
-    which `scatter` needs.
+    neurons (`width`), of the C numbers that least squares regresses on (`outputs`, of classes their one-hot labels) and
+    of their products, and with `outer` the D x D products of neurons, too, which `scatter` needs.
     """
 
-    def __init__(self, width: int, classes: int, *, outer: bool = True, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, outputs: int, *, outer: bool = True, device: torch.device | str = "cpu") -> None:
         self.width = width
-        classes = max(1, classes)  # where there are none, all images are of one
         zeros = torch.zeros((), dtype=torch.float64, device=device)
         self.sums = {
-            "counts": zeros.new_zeros(classes),
-            "totals": zeros.new_zeros(classes, width),
+            "count": zeros.clone(),
+            "total": zeros.new_zeros(width),
+            "counts": zeros.new_zeros(outputs),
+            "squares": zeros.clone(),
+            "totals": zeros.new_zeros(outputs, width),
             "products": zeros.new_zeros((width, width) if outer else (width,)),
         }
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add images: features of shape (b, D), labels of shape (b,)."""
+    def update(self, features: Tensor, targets: Tensor) -> None:
+        """Add images: features of shape (b, D); targets of shape (b, C), or of classes their indices, shape (b,)."""
         device = self.sums["counts"].device
-        self._waiting.append((features.to(device), labels.to(device)))
-        if sum(len(labels) for _, labels in self._waiting) >= ROWS:
+        self._waiting.append((features.to(device), targets.to(device)))
+        if sum(len(targets) for _, targets in self._waiting) >= ROWS:
             self._flush()
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -52,15 +54,19 @@ class Moments:
 
     def _flush(self) -> None:
         if self._waiting:
-            features, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            features, targets = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             self._waiting = []
-            for rows, of_rows in zip(features.split(ROWS), labels.split(ROWS), strict=True):
-                self._add(rows.double(), of_rows)
+            if targets.ndim == 1:
+                targets = one_hot(targets.long(), len(self.sums["counts"]))
+            for rows, of_rows in zip(features.split(ROWS), targets.split(ROWS), strict=True):
+                self._add(rows.double(), of_rows.double())
 
-    def _add(self, rows: Tensor, labels: Tensor) -> None:
-        """Add float64 rows, shape (b, D)."""
-        targets = one_hot(labels.long(), len(self.sums["counts"])).double()
+    def _add(self, rows: Tensor, targets: Tensor) -> None:
+        """Add float64 rows, shape (b, D), and targets, shape (b, C)."""
+        self.sums["count"] += len(rows)
+        self.sums["total"] += rows.sum(0)
         self.sums["counts"] += targets.sum(0)
+        self.sums["squares"] += targets.square().sum()
         self.sums["totals"] += targets.t() @ rows  # a product, as adding by index is in no fixed order on a GPU
         products = self.sums["products"]
         if products.ndim == 1:
@@ -75,18 +81,28 @@ class Moments:
 
     @property
     def counts(self) -> Tensor:
-        """Images of each class, shape (C,), float64."""
+        """Sum of the targets, of classes the images of each, shape (C,), float64."""
         return self._sum("counts")
+
+    @property
+    def target_mean(self) -> Tensor:
+        """Mean of the targets, of classes the share of each, shape (C,)."""
+        return self.counts / self.count
+
+    @property
+    def target_squares(self) -> Tensor:
+        """Squares of the centred targets, summed over images and outputs, a float64 scalar."""
+        return self._sum("squares") - self.counts.square().sum() / self.count
 
     @property
     def count(self) -> Tensor:
         """Images, a float64 scalar."""
-        return self.counts.sum()
+        return self._sum("count")
 
     @property
     def mean(self) -> Tensor:
         """Mean of every neuron, shape (D,)."""
-        return self._sum("totals").sum(0) / self.count
+        return self._sum("total") / self.count
 
     @property
     def class_means(self) -> Tensor:
@@ -115,7 +131,7 @@ class Moments:
 
     @property
     def cross(self) -> Tensor:
-        """Centred X'Y with one-hot labels Y, shape (D, C), with zeros for neurons that never change."""
+        """Centred X'Y with the targets Y, shape (D, C), with zeros for neurons that never change."""
         return ((self._sum("totals") - self.counts.unsqueeze(1) * self.mean) * (self.variance > 0)).t()
 
 

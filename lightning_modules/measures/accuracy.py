@@ -38,7 +38,55 @@ class ClassCounts(Measure):
         self.images.index_add_(0, batch.labels, torch.ones_like(batch.labels))
 
 
-class Accuracy(ClassCounts):
+class ByClass(Measure):
+    """Shows what is told of every class, or label, or number, one by one: the table `classes`."""
+
+    table = "classes"
+
+    def shown(self, results: Results, split: str) -> dict[str, pd.DataFrame]:
+        """Return the classes that lose most and the points they lose, a column per fraction, by the first selection."""
+        headline, first = results.headline, _first_curve(results.class_losses(split))
+        if first.empty:
+            return {}
+        full = first.drop_duplicates("class").set_index("class")
+        lost = _lost(first)[:TABLE_CLASSES] * headline.scale
+        words = lost.map(f"{{:.{headline.digits}f}}".format).rename(columns="{:.3g}".format)
+        full_words = full[f"full_{headline.name}"].map(headline.words)
+        words.insert(0, headline._replace(label="full").heading, full_words)
+        words.insert(0, "test images", full["images"].astype(str))
+        heading = f"{results.target.parts.capitalize()} that lose most"
+        return {heading: words.reset_index().rename_axis(columns=None)}
+
+    def pictures(self, results: Results, split: str) -> dict[str, Picture]:
+        """Draw a heat map of the points that each class loses, by the first selection of the first layer."""
+        from lightning_modules.reporting import figures
+
+        headline, first = results.headline, _first_curve(results.class_losses(split))
+        if first.empty:
+            return {}
+        points, parts = _lost(first) * headline.scale, results.target.parts
+        shown = points[:PICTURE_CLASSES]
+        figure = Figure(figsize=(2.6 + 0.55 * shown.shape[1], 1.6 + 0.27 * max(5, len(shown))), layout="constrained")
+        axes = figure.subplots()
+        bound = max(headline.scale / 100, float(shown.abs().max(axis=None)))
+        image = axes.imshow(shown, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto")
+        for (row, column), value in np.ndenumerate(shown):
+            ink = "white" if abs(value) > 0.6 * bound else "black"
+            words = f"{value:z.{headline.digits - 1}f}"
+            axes.text(column, row, words, ha="center", va="center", fontsize=7, color=ink)
+        axes.set_xticks(range(shown.shape[1]), list(map(figures.short, shown)), fontsize=8, rotation=45)
+        axes.set_yticks(range(len(shown)), list(map(str, shown.index)), fontsize=8)
+        axes.set_xlabel(f"fraction of neurons ({by_series(first)['selection'].iloc[0]})")
+        what = "points" if headline.unit == "%" else headline.label
+        figure.colorbar(image, label=f"{what} lost to the full layer")
+        layer = f", {first['layer'].iloc[0]}" if len(results.layers) > 1 else ""
+        some = f", the {len(shown)} of {len(points)} {parts} that lose most" if len(shown) < len(points) else ""
+        figure.suptitle(f"{results.title}{layer}{some}", fontsize=10)
+        caption = f"What {parts} lose of the test {headline.label} to the full layer, mean over subsets; "
+        return {"classes": Picture(figure, f"{caption}those that lose most on top.")}
+
+
+class Accuracy(ByClass, ClassCounts):
     """Accuracy and mean loss of every probe, and which images it has right.
 
     Gives the table `classes`: images and right answers by probe and class. Always measured, at no cost to speak of but
@@ -49,7 +97,6 @@ class Accuracy(ClassCounts):
         Column("accuracy", "accuracy", "%", digits=1, logged=True),
         *map(Column, ("images", "loss", "gained", "lost")),
     )
-    table = "classes"
     loss: Tensor
     gained: Tensor
     lost: Tensor
@@ -108,47 +155,12 @@ class Accuracy(ClassCounts):
             right[:, indices] = of_batch.to(right)
         return self.context.reduce(right).bool()
 
-    def shown(self, results: Results, split: str) -> dict[str, pd.DataFrame]:
-        """Return the classes that lose most and the points they lose, a column per fraction, by the first selection."""
-        first, points = _points_lost(results.class_losses(split))
-        if first.empty:
-            return {}
-        full = first.drop_duplicates("class").set_index("class")
-        words = points[:TABLE_CLASSES].map("{:.1f}".format).rename(columns="{:.3g}".format)
-        words.insert(0, "full (%)", (100 * full["full_accuracy"]).map("{:.1f}".format))
-        words.insert(0, "test images", full["images"].astype(str))
-        return {"Classes that lose most": words.reset_index().rename_axis(columns=None)}
 
-    def pictures(self, results: Results, split: str) -> dict[str, Picture]:
-        """Draw a heat map of the points that each class loses, by the first selection of the first layer."""
-        from lightning_modules.reporting import figures
-
-        first, points = _points_lost(results.class_losses(split))
-        if first.empty:
-            return {}
-        shown = points[:PICTURE_CLASSES]
-        figure = Figure(figsize=(2.6 + 0.55 * shown.shape[1], 1.6 + 0.27 * len(shown)), layout="constrained")
-        axes = figure.subplots()
-        bound = max(1.0, float(shown.abs().max(axis=None)))
-        image = axes.imshow(shown, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto")
-        for (row, column), value in np.ndenumerate(shown):
-            ink = "white" if abs(value) > 0.6 * bound else "black"
-            axes.text(column, row, f"{value:z.0f}", ha="center", va="center", fontsize=7, color=ink)
-        axes.set_xticks(range(shown.shape[1]), list(map(figures.short, shown)), fontsize=8, rotation=45)
-        axes.set_yticks(range(len(shown)), list(map(str, shown.index)), fontsize=8)
-        axes.set_xlabel(f"fraction of neurons ({by_series(first)['selection'].iloc[0]})")
-        figure.colorbar(image, label="points lost to the full layer")
-        layer = f", {first['layer'].iloc[0]}" if len(results.layers) > 1 else ""
-        some = f", the {len(shown)} of {len(points)} classes that lose most" if len(shown) < len(points) else ""
-        figure.suptitle(f"{results.title}{layer}{some}", fontsize=10)
-        caption = "Points of test accuracy that each class loses to the full layer, mean over subsets; those that lose "
-        return {"classes": Picture(figure, f"{caption}most on top.")}
+def _first_curve(losses: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the first layer and curve."""
+    return losses if losses.empty else losses[(losses[SERIES] == losses.iloc[0][SERIES]).all(axis=1)]
 
 
-def _points_lost(losses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the first layer's and curve's rows, and their points lost: a row per class, a column per fraction."""
-    if losses.empty:
-        return losses, losses
-    first = losses[(losses[SERIES] == losses.iloc[0][SERIES]).all(axis=1)]
-    wide = first.pivot_table(index="class", columns="fraction", values="lost", sort=False)
-    return first, 100 * wide.sort_index(axis=1)
+def _lost(losses: pd.DataFrame) -> pd.DataFrame:
+    """Return what is lost: a row per class, a column per fraction."""
+    return losses.pivot_table(index="class", columns="fraction", values="lost", sort=False).sort_index(axis=1)

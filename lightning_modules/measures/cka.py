@@ -50,7 +50,7 @@ class CKA(LayerRanks):
         """Return empty sums of a layer."""
         coordinates = self.context.coordinates
         orderings = [coordinates.ordering(group) for group in coordinates.of_source(Space(layer))]
-        return DebiasedCKA(width, len(self.context.target.classes), orderings, device=self.context.device)
+        return DebiasedCKA(width, self.context.target.outputs, orderings, device=self.context.device)
 
 
 def linear_cka(moments: Moments, orderings: Sequence[Ordering]) -> list[tuple[Tensor, Tensor]]:
@@ -106,9 +106,9 @@ class DebiasedCKA(Moments):
     """
 
     def __init__(
-        self, width: int, classes: int, orderings: Sequence[Ordering], *, device: torch.device | str = "cpu"
+        self, width: int, outputs: int, orderings: Sequence[Ordering], *, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(width, classes, device=device)
+        super().__init__(width, outputs, device=device)
         # The full layer is one more subset, the last.
         self.orderings = [*orderings, Ordering(torch.arange(width), [width])]
         zeros = self.sums["counts"].new_zeros(sum(len(ordering.sizes) for ordering in self.orderings))
@@ -116,8 +116,8 @@ class DebiasedCKA(Moments):
         self.sums |= {name: zeros.clone() for name in ("norms", "norms_squared", "norms_with_full")}
         self.sums["weighted"] = zeros.new_zeros(width, len(zeros))
 
-    def _add(self, rows: Tensor, labels: Tensor) -> None:
-        super()._add(rows, labels)
+    def _add(self, rows: Tensor, targets: Tensor) -> None:
+        super()._add(rows, targets)
         subsets = zip(self.orderings, self._masks, strict=True)
         norms = torch.cat([ordering.coordinates(rows).square() @ masks for ordering, masks in subsets], 1)
         self.sums["norms"] += norms.sum(0)
@@ -132,7 +132,7 @@ class DebiasedCKA(Moments):
         """
         lower = self._sum("products").tril()
         products = lower + lower.tril(-1).t()
-        total = self.sums["totals"].sum(0)
+        total = self.sums["total"]
         from_full = products @ total  # X'X s_X
         norms_of_full, weighted_by_full = self.sums["norms"][-1], self.sums["weighted"][:, -1]
         of_full = total @ total - norms_of_full

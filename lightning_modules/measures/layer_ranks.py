@@ -33,8 +33,9 @@ class LayerRanks(Measure):
 
     def update(self, batch: Batch) -> None:
         """Add a batch."""
+        targets = self.context.target.matrix(batch.labels)
         for layer, part in self.context.coordinates.by_layer(batch.inputs).items():
-            self.sums[layer].update(part, batch.labels)
+            self.sums[layer].update(part, targets)
 
     def compute(self) -> Mapping[str, Tensor | pd.DataFrame]:
         """Sum over processes and return the table of layers.
@@ -53,7 +54,7 @@ class LayerRanks(Measure):
 
     def begin(self, layer: str, width: int) -> Moments:
         """Return empty sums of a layer."""
-        return Moments(width, len(self.context.target.classes), device=self.context.device)
+        return Moments(width, self.context.target.outputs, device=self.context.device)
 
 
 def effective_rank(moments: Moments, scatter: Tensor) -> float:

@@ -29,7 +29,7 @@ class Neurons(Measure):
     table = "neurons"
     second_moments = True
     needs_clean_features = True
-    needs_classes = True
+    needs_labels = True
 
     def update(self, batch: Batch) -> None:
         """Do nothing, as all follows from sums over the splits."""
@@ -45,7 +45,8 @@ class Neurons(Measure):
             train, val, test = (moments[layer] for moments in splits)
             found = dict(zip(("rise_val", "rise_test", "rise_in_half"), removals(train, val, test, seeds), strict=True))
             correlation, substitute = _substitutes(train)
-            columns = {"variance": train.variance, "fisher": fisher_ratio(train), **found}
+            ratio = {"fisher": fisher_ratio(train)} if self.context.target.classes else {}
+            columns = {"variance": train.variance, **ratio, **found}
             columns |= {"substitute": substitute, "correlation": correlation}
             values = {name: value.cpu().numpy() for name, value in columns.items()}
             tables.append(pd.DataFrame({"layer": layer, "neuron": range(width), "split": self.split, **values}))
@@ -127,7 +128,7 @@ def _error(train: Moments, judged: Moments) -> tuple[Tensor, Tensor]:
     Mean over images, with the bias that is the best one on train.
     """
     away = judged.mean - train.mean
-    more = judged.counts / judged.count - train.counts / train.count
+    more = judged.target_mean - train.target_mean
     return judged.scatter / judged.count + away.outer(away), judged.cross / judged.count + away.outer(more)
 
 

@@ -56,6 +56,7 @@ class Robustness(Measure):
     )
     panel = "accuracy under attack (%)"
     table = "transfer"
+    needs_classes = True
     unattacked: Tensor
     right: Tensor
     images: Tensor
@@ -88,11 +89,6 @@ class Robustness(Measure):
         if not isinstance(backbone, FrozenBackbone):
             raise MisconfigurationException(
                 "model.measures lists Robustness, which moves images, but the task holds vectors; leave it out."
-            )
-        if context.target.metric != "accuracy":
-            raise MisconfigurationException(
-                f"model.measures lists Robustness, which counts right classes, but the task is measured by "
-                f"{context.target.metric}; leave it out."
             )
         if any(probe.bits < 32 for probe in context.probes) or not context.solver.linear:
             which = "numbers of few bits" if context.solver.linear else "votes of neighbours"

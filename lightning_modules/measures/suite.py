@@ -13,7 +13,7 @@ from lightning_modules.measures.measure import Batch, Context, Measure
 
 
 class Suite(list[Measure]):
-    """Measures that see the same batches: one or a list, None is CKA and Inequality, and nothing in a search.
+    """Measures that see the same batches: one or a list, None is CKA and, of classes, Inequality; nothing in a search.
 
     Raises:
         MisconfigurationException: If two would write the same column or table.
@@ -39,15 +39,18 @@ class Suite(list[Measure]):
         """Put the measure of the target's own metric before the others; refuse what the run does not have."""
         named = target.measure  # a class, or the name of one of this project's
         kind = getattr(measures, named) if isinstance(named, str) else named
-        others = [] if self.is_default and not target.outputs else [each for each in self if type(each) is not kind]
+        others = [each for each in self if type(each) is not kind]
+        if self.is_default:
+            others = [each for each in others if target.classes or not each.needs_classes] if target.outputs else []
         self[:] = [kind(), *others]
         for measure in self:
             name = type(measure).__name__
             if measure.needs_clean_features and not self.clean:
                 raise MisconfigurationException(f"{name} needs model.features clean; set that, or leave {name} out.")
-            if measure.needs_classes and not target.outputs:
+            unmet = [what for what, there in (("classes", target.classes), ("labels", target.outputs)) if not there]
+            if needs := next((what for what in unmet if getattr(measure, f"needs_{what}")), None):
                 raise MisconfigurationException(
-                    f"model.measures lists {name}, which needs classes; the task has {target.describe()}, so leave it "
+                    f"model.measures lists {name}, which needs {needs}; the task has {target.describe()}, so leave it "
                     f"out."
                 )
 

@@ -37,7 +37,7 @@ class Grid(nn.Module):
         self.kept = nn.ModuleList(copy.deepcopy(bank).requires_grad_(False) for _ in candidates)
         self.refitted = bank.requires_grad_(False) if refit else None
         values = torch.tensor(candidates, dtype=torch.float64).unsqueeze(1).repeat(1, len(probes), 1)
-        self.register_buffer("kept_score", torch.full(values.shape[:2], -1.0, dtype=torch.float64))
+        self.register_buffer("kept_score", torch.full(values.shape[:2], -torch.inf, dtype=torch.float64))
         self.register_buffer("kept_epoch", torch.full(values.shape[:2], -1))
         self.register_buffer("hyperparameters", values)  # (K, P, H)
         self.register_buffer("is_refitted", torch.tensor(False))

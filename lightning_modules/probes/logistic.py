@@ -1,4 +1,4 @@
-"""Multinomial logistic regression to its optimum: L-BFGS on whitened coordinates, for all probes of a bank at once."""
+"""Logistic regression to its optimum: L-BFGS on whitened coordinates, for all probes of a bank at once."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Logistic(Solver):
-    """Softmax cross-entropy with a penalty on the squared weights, to its optimum: no epochs, no learning rate.
+    """Cross-entropy with a penalty on the squared weights, to its optimum: no epochs, no learning rate.
 
-    A probe minimises the sum of its losses over train + penalty / 2 * |W|^2; the bias is not penalised.
+    Softmax cross-entropy of classes, binary cross-entropy of several labels, each by itself. A probe minimises the sum
+    of its losses over train + penalty / 2 * |W|^2; the bias is not penalised.
 
     Args:
         penalty: 1 / C of scikit-learn's LogisticRegression. Of a list every probe goes from the largest to the smaller
@@ -76,7 +77,7 @@ class Logistic(Solver):
         return [(math.nan, math.nan)]
 
     def loss(self, target: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the target's loss, for several classes the cross-entropy."""
+        """Return the target's loss, a cross-entropy."""
         return target.loss(logits, labels)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ class _Objective:
         return excess
 
     def _curvatures(self, bank: ProbeBank) -> dict[str, float]:
-        """Return for each layer the mean of p (1 - p) over images and classes.
+        """Return for each layer the mean second derivative of the loss by a logit, of classes that of p (1 - p).
 
         By the full layer's probe, which every bank has, so that the steps of no other depend on its company.
         """
@@ -185,8 +186,7 @@ class _Objective:
             layers = coordinates.by_layer(inputs)
             for place, (layer, index) in enumerate(full.items()):
                 weight, bias = bank.get_probe(index)
-                shares = self.model.solver.probabilities(weight @ layers[layer].t() + bias.unsqueeze(1))
-                totals[place] += (shares * (1 - shares)).sum()
+                totals[place] += self.model.target.bends(weight @ layers[layer].t() + bias.unsqueeze(1)).sum()
         means = self.model.stream.reduce(totals) / (self.images * bank.classes)
         return dict(zip(full, means.clamp(min=NEARLY_NONE).tolist(), strict=True))
 
@@ -194,7 +194,7 @@ class _Objective:
 class _Whitened:
     """The objective on coordinates in which it curves about alike in all directions, for every subset of a bank.
 
-    The curvature of a class's loss is near s X'X, with s the mean of p (1 - p) and X centred. With L L' = s X'X +
+    The curvature of an output's loss is near s X'X, with s the mean of p (1 - p) and X centred. With L L' = s X'X +
     penalty I over a probe group's coordinates, and T the inverse of L, a step u stands for the weights u T. T is lower
     triangular, so its leading blocks serve the smaller subsets.
     """

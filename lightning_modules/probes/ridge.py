@@ -1,4 +1,4 @@
-"""Closed-form probes: ridge regression of the one-hot labels on any subset, from moments alone."""
+"""Closed-form probes: ridge regression of the labels on any subset, from moments alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 class Ridge(Solver):
     """Least squares with a penalty on the weights, in closed form from X'X and X'Y: no epochs, no learning rate.
 
-    `loss` in the results is the squared error, summed over classes. Costs 2 n D^2 operations for n images, and D^3 / 3
+    `loss` in the results is the squared error, summed over outputs. Costs 2 n D^2 operations for n images, and D^3 / 3
     for each penalty, selection and seed.
 
     Args:
@@ -95,7 +95,7 @@ class RidgeProbe(NamedTuple):
     weight: Tensor  # Shape (C, k), over the subset in its order
     bias: Tensor  # Shape (C,); not penalised
     penalty: float  # The chosen one
-    error: float  # Its squared error on validation, summed over classes, mean over images
+    error: float  # Its squared error on validation, summed over outputs, mean over images
 
 
 class _Split(NamedTuple):
@@ -104,7 +104,8 @@ class _Split(NamedTuple):
     scatter: Tensor  # (k, k)
     cross: Tensor  # (k, C)
     mean: Tensor  # (k,)
-    shares: Tensor  # mean of the one-hot labels, (C,)
+    shares: Tensor  # mean of the targets, of classes the share of each, (C,)
+    squares: Tensor  # of the centred targets, summed
     images: Tensor
 
     def errors(self, weights: Tensor, biases: Tensor) -> list[float]:
@@ -113,10 +114,9 @@ class _Split(NamedTuple):
         Each is the mean over images.
         """
         size = weights.shape[2]
-        labels = self.images * (1 - self.shares.square().sum())  # one-hot labels have length 1
         fitted = ((weights @ self.scatter[:size, :size] - 2 * self.cross[:size].t()) * weights).sum((1, 2))
         missed = self.shares - biases - weights @ self.mean[:size]
-        return ((labels + fitted) / self.images + missed.square().sum(1)).tolist()
+        return ((self.squares + fitted) / self.images + missed.square().sum(1)).tolist()
 
 
 def ridge_probes(
@@ -200,7 +200,8 @@ def _split(moments: Moments, scatter: Tensor, ordering: Ordering) -> _Split:
         ordering.square(scatter),
         ordering.coordinates(moments.cross.t()).t(),
         ordering.coordinates(moments.mean.unsqueeze(0)).squeeze(0),
-        moments.counts / moments.count,
+        moments.target_mean,
+        moments.target_squares,
         moments.count,
     )
 

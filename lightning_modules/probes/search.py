@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_modules import probes
 from lightning_modules.measures.similarities import SIMILARITIES
 from lightning_modules.probes.sgd import SGD
 from lightning_modules.probes.solver import Solver
@@ -59,13 +60,14 @@ class Search(Solver):
 
 
 def suited(solver: Solver, target: Any) -> Solver:
-    """Return the solver for a target, which is `Search` where nothing is predicted; refuse another that was named."""
-    searches = not target.outputs
-    if isinstance(solver, Search) == searches:
+    """Return the solver for a target, which is `Search` where nothing is predicted; refuse one that is not for it."""
+    name, searches = type(solver).__name__, not target.outputs
+    if name in target.solvers or not (searches or hasattr(probes, name)):  # or one of the user's own
         return solver
     if searches and type(solver) is SGD and vars(solver) == vars(SGD()):  # what is taken where none is named
         return Search()
-    right = "no solver; leave model.solver out, or name Search" if searches else "SGD, Logistic, Ridge or KNN"
+    *others, last = target.solvers
+    right = "no solver; leave model.solver out, or name Search" if searches else f"{', '.join(others)} or {last}"
     raise MisconfigurationException(
-        f"model.solver is {type(solver).__name__}, but the task has {target.describe()}, which takes {right}."
+        f"model.solver is {name}, but the task has {target.describe()}, which takes {right}."
     )

@@ -24,10 +24,11 @@ SAMPLE = 4096  # Training images that the curvature of the loss is bounded on
 
 
 class SGD(Solver):
-    """Softmax cross-entropy by SGD with momentum; the learning rate drops by a factor every few epochs.
+    """The target's loss by SGD with momentum; the learning rate drops by a factor every few epochs.
 
+    That is softmax cross-entropy of classes, binary cross-entropy of several labels, and the squared error of numbers.
     Where `learning_rate` or `weight_decay` is a list, every probe is trained with every combination and keeps the one
-    with the best validation accuracy.
+    with the best accuracy, or other metric of the target, on validation.
 
     Args:
         learning_rate: Learning rate; a list is swept.
@@ -35,7 +36,7 @@ class SGD(Solver):
         weight_decay: Weight decay, on weights and biases; a list is swept.
         step_size: Epochs between two drops of the learning rate.
         gamma: Factor of a drop.
-        keep: The weights each probe keeps: those of its `best` epoch by its own validation accuracy (ties go to the
+        keep: The weights each probe keeps: those of its `best` epoch by its own metric on validation (ties go to the
             earlier), or of the `last`.
 
     Raises:
@@ -101,14 +102,23 @@ class SGD(Solver):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def prepare(self, model: RedundancyProbe) -> None:
-        """Name the probes whose steps are too long for the loss: past 2 (1 + momentum) / curvature descent can fail."""
+        """Name the probes whose steps are too long for the loss: past 2 (1 + momentum) / curvature descent can fail.
+
+        Of a squared error it does fail, so that is a MisconfigurationException.
+        """
         sample: list[Tensor] = []
         for inputs, _ in model.stream.batches("train"):
             sample.append(model.coordinates.spaces(inputs).t())
             if sum(map(len, sample)) >= SAMPLE:
                 break
-        curvature = largest_curvature(torch.cat(sample), model.coordinates.masks())
+        curvature = model.target.curvature * largest_curvature(torch.cat(sample), model.coordinates.masks())
         steps, edge = max(self.learning_rate) * curvature, 2 * (1 + self.momentum)
+        if model.target.quadratic and model.stream.reduce(steps.max()) > edge * model.trainer.world_size:
+            raise MisconfigurationException(
+                f"model.solver.learning_rate is {max(self.learning_rate):g}, with which the squared error of these "
+                f"features grows without end; take {edge / float(curvature.max()) / 2:.1g} or less, "
+                f"set model.standardise, or take model.solver Ridge."
+            )
         if (steps > edge).any():
             rank_zero_info(
                 f"Learning rate x curvature can reach {steps.max():.3g}, past the edge of stability at {edge:.3g}, for "
@@ -135,7 +145,7 @@ class SGD(Solver):
         history = model.grid.of_chosen(torch.stack(model.train_losses, -1)).T
         last = history[-1]
         earlier = history[-1 - max(1, len(history) // 10)] if len(history) > 1 else last
-        diverged = ~last.isfinite() | (last > 1.05 * math.log(model.target.outputs))
+        diverged = ~last.isfinite() | (last > 1.05 * model.target.guess)
         falling = ~diverged & (last < 0.99 * earlier)
         remarks = []
         if diverged.any():
@@ -156,13 +166,12 @@ class SGD(Solver):
 
 
 def largest_curvature(features: Tensor, masks: Tensor, iterations: int = 30) -> Tensor:
-    """Return a bound on the curvature of each probe's softmax cross-entropy, by power iteration.
+    """Return the largest eigenvalue of each probe's second moments, by power iteration.
 
-    The Hessian of the loss at an input x with probabilities p is (diag(p) - p p') (x) x x'; the largest eigenvalue of
-    the first factor never exceeds 1/2 (reached where two classes share the probability; Böhning, 1992), so that of
-    the mean over inputs never exceeds half the largest eigenvalue of the second moments. The bias counts as a neuron
-    that is always one. From a sample of features, shape (n, D), and which neurons each probe sees, boolean of shape
-    (P, D); returns shape (P,).
+    The Hessian of a loss at an input x is H (x) x x' with the second derivatives H by the logits; where the largest
+    eigenvalue of H never exceeds c (of softmax cross-entropy 1/2), that of the mean over inputs never exceeds c times
+    this. The bias counts as a neuron that is always one. From a sample of features, shape (n, D), and which neurons
+    each probe sees, boolean of shape (P, D); returns shape (P,).
     """
     inputs = torch.cat([features, torch.ones_like(features[:, :1])], 1)
     seen = torch.cat([masks, torch.ones_like(masks[:, :1])], 1)
@@ -172,4 +181,4 @@ def largest_curvature(features: Tensor, masks: Tensor, iterations: int = 30) -> 
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
         vectors = (vectors @ inputs.t() @ inputs) / len(inputs) * seen
         eigenvalues = vectors.norm(dim=1)
-    return eigenvalues / 2
+    return eigenvalues

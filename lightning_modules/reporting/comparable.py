@@ -27,11 +27,12 @@ Facts = dict[str, tuple[str | None, Path]]
 """What runs state: values by what they are of, each with the run; None is of subsets that only one may measure."""
 
 
-def comparable(folders: Iterable[Path], strict: bool) -> dict[Path, Results]:
+def comparable(folders: Iterable[Path], strict: bool, solvers: bool = False) -> dict[Path, Results]:
     """Read runs, and return as many as are comparable with each other; a line says why each other is left out.
 
     Runs are comparable whose numbers mean the same, and that do not measure the same; what is not stated is no reason.
-    Of groups of one size, that of the earliest run is taken.
+    With `solvers` they may differ in their solver, and two that do, do not measure the same. Of groups of one size,
+    that of the earliest run is taken.
 
     Raises:
         MisconfigurationException: If no run is left, or any would be left out with `strict`.
@@ -42,7 +43,7 @@ def comparable(folders: Iterable[Path], strict: bool) -> dict[Path, Results]:
     for folder in folders:
         try:
             read[folder] = Results.read(folder)
-            facts[folder] = _facts(folder, read[folder])
+            facts[folder] = _facts(folder, read[folder], solvers)
         except MisconfigurationException as error:
             reasons[folder] = str(error)
     groups = [_group(first, facts) for first in facts]
@@ -76,17 +77,21 @@ def _conflict(stated: Facts, facts: Facts) -> str | None:
     return None
 
 
-def _facts(folder: Path, run: Results) -> Facts:
+def _facts(folder: Path, run: Results, solvers: bool) -> Facts:
     """Return what a run states that others must share, and the subsets that it measures."""
     test = run.rows[run.rows["split"] == "test"]
     if test.empty:
         raise MisconfigurationException(f"{folder / 'results.csv'} has no rows of the test split; finish the run.")
-    stated = _settings(folder) | {"metric": run.headline.name}
-    for column in test.columns.intersection(list(MUST_AGREE)):
+    free = {"solver", "keep", "similarity"} if solvers else set()
+    stated = {name: value for name, value in _settings(folder).items() if name not in free}
+    stated["metric"] = run.headline.name
+    for column in test.columns.intersection(list(MUST_AGREE.keys() - free)):
         for row in test[["task", "backbone", "layer", column]].dropna().drop_duplicates().to_dict("records"):
             stated[MUST_AGREE[column].format_map(row)] = row[column]
     subsets = by_series(test[test["selection"] != FULL])[["selection", "backbone", "layer", "task"]].drop_duplicates()
-    measured = map("{selection} subsets of {backbone}, layer {layer}, on {task}".format_map, subsets.to_dict("records"))
+    said = "{selection} subsets of {backbone}, layer {layer}, on {task}"
+    said += f", by {test['solver'].iloc[0]}" if solvers and "solver" in test else ""
+    measured = map(said.format_map, subsets.to_dict("records"))
     return {what: (str(value), folder) for what, value in stated.items()} | dict.fromkeys(measured, (None, folder))
 
 

@@ -34,6 +34,7 @@ def compare(
     rule: Literal["threshold", "nearest", "interpolated"] = "nearest",
     reference: str | None = None,
     strict: bool = False,
+    solvers: bool = False,
 ) -> list[Path]:
     """Compare finished runs: print their redundancies and whether these differ, and write tables and pictures.
 
@@ -49,6 +50,7 @@ def compare(
         reference: What others measured: curves to draw behind (resnet50_imagenet1k, resnet50_harder_tasks,
             resnet50_dropout), redundancies to print beside ours (dr_table, the paper's), or a CSV file of either form.
         strict: Whether to refuse runs that are not comparable, rather than to leave some out.
+        solvers: Whether to compare solvers, too, as representations of their own, rather than to ask for the same one.
 
     Returns:
         The folders of the runs of probes that were compared.
@@ -58,7 +60,7 @@ def compare(
     """
     if not 0 < delta <= 1:
         raise MisconfigurationException(f"--delta is {delta:g}; it must be above 0, at most 1.")
-    read = comparable(_folders(runs), strict)
+    read = comparable(_folders(runs), strict, solvers)
     joined = pd.concat({str(folder): run.tables["results"] for folder, run in read.items()}, names=["run", None])
     joined = joined.reset_index("run").reset_index(drop=True)
     headline = next(iter(read.values())).headline
@@ -183,7 +185,7 @@ def _whole(joined: pd.DataFrame, headline: Column) -> pd.DataFrame:
 
 
 def _cells(read: Mapping[Path, Results], delta: float, rule: str) -> pd.DataFrame:
-    """Return redundancies by run, layer and selection; `series` is what the three are called, as far as they differ."""
+    """Return redundancies by run, layer and selection; `series` is what these are called, as far as they differ."""
     tables = []
     for folder, run in read.items():
         means = run.curve("test")
@@ -191,9 +193,9 @@ def _cells(read: Mapping[Path, Results], delta: float, rule: str) -> pd.DataFram
         width = run.rows.groupby("layer")["width"].first() if "width" in run.rows else pd.Series(dtype=float)
         found = by_series(run.redundancy("test", (delta,)).query("rule == @rule"))
         found = found.assign(run=folder, full=found["layer"].map(full), width=found["layer"].map(width))
-        tables.append(found.assign(**run.rows[["backbone", "task"]].iloc[0]))
+        tables.append(found.assign(**run.rows.reindex(columns=["backbone", "task", "solver"]).iloc[0]))
     cells = pd.concat(tables, ignore_index=True)
-    several = [name for name in ("layer", "selection") if cells[name].nunique() > 1]
+    several = _differing(cells)
     return cells.assign(series=cells[["backbone", *several]].astype(str).agg(", ".join, axis=1))
 
 
@@ -221,9 +223,14 @@ def redundancy_differences(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "first", "second", "difference", "low", "high", "differ"])
 
 
+def _differing(cells: pd.DataFrame) -> list[str]:
+    """Return what else than the backbone tells representations apart."""
+    return [name for name in ("layer", "selection", "solver") if cells[name].nunique() > 1]
+
+
 def _table(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return redundancies with a row per backbone (layer and selection, where they differ), a column per task."""
-    keys = ["backbone", *(name for name in ("layer", "selection") if cells[name].nunique() > 1)]
+    """Return redundancies with a row per backbone (layer, selection, solver, where they differ), a column per task."""
+    keys = ["backbone", *_differing(cells)]
     keys += ["width"] if cells["width"].notna().all() else []
     table = cells.round({"redundancy": 9}).pivot_table(index=keys, columns="task", values="redundancy", sort=False)
     return table[list(cells["task"].unique())].reset_index().rename_axis(columns=None)
@@ -246,7 +253,7 @@ def _words(table: pd.DataFrame) -> str:
         words = [str(name), *(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values)]
         words = ["-" if word == "nan" else word for word in words]
         wide = max(map(len, words))
-        left = name in ("group", "backbone", "layer", "selection", "task", "first", "second", "differ")
+        left = name in ("group", "backbone", "layer", "selection", "solver", "task", "first", "second", "differ")
         columns.append([word.ljust(wide) if left else word.rjust(wide) for word in words])
     return "\n".join(map("  ".join, zip(*columns, strict=True)))
 

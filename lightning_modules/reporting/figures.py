@@ -255,9 +255,9 @@ def legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 
 def value_axis(axes: Axes, label: str, title: str = "") -> None:
-    """Let the y axis begin at zero, and name it and the panel."""
+    """Let the y axis begin at zero, or where values are below it as far down as up, and name it and the panel."""
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0.0, max(axes.dataLim.y0, -axes.dataLim.y1)))
     axes.set_title(title, fontsize=9, loc="left")
 
 

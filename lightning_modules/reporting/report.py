@@ -98,8 +98,9 @@ def _table(results: Results, curve: pd.DataFrame) -> list[str]:
         bar = "█" * round(30 * row.ratio) if math.isfinite(row.ratio) else ""  # a full layer may be never right
         low, high = getattr(row, "ratio_low", math.nan), getattr(row, "ratio_high", math.nan)
         between = "" if math.isnan(low) else f"({100 * max(0, low):.1f} to {100 * high:.1f})"
+        value = f"{headline.scale * row.mean:6.{digits}f}{unit}{spread:<7}"
         lines.append(
             f"{row.selection:<{wide}} {row.fraction:>8g} {row.neurons:>8}{f' {row.bytes:>8}' if store else ''}  "
-            f"{headline.scale * row.mean:6.{digits}f}{unit}{spread:<7}  {100 * row.ratio:6.1f} % {between:<16} {bar}"
+            f"{value:<{len(headline.label)}}  {100 * row.ratio:6.1f} % {between:<16} {bar}"
         )
     return lines

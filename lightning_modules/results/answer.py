@@ -35,6 +35,10 @@ def answer(results: "Results", layer: str, delta: float) -> dict[str, Any]:
     items, (tried, tested) = results.target.items, (f"{_images(results, split):,}" for split in ("val", "test"))
     tried, tested = f"{tried} validation {items}", f"{tested} test {items}"
     wish = f"To keep {100 * delta:g} % of the {headline.label}"
+    lowest = min(full["mean"], val.loc[val["selection"] == FULL, "mean"].iloc[0])
+    if not lowest > 0:
+        text = f"{wish}: there is none to keep, as the full layer's is {headline.words(lowest)} on {tried} or {tested}."
+        return {"text": text, "neurons": width, "certain": False}
     sure = pd.Series(False, subsets.index) if draws is None else _certain(subsets, draws, delta)
     smaller = subsets["bytes"] < whole
     promised = bool((sure & smaller).any())

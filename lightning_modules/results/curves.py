@@ -48,8 +48,8 @@ def curve(rows: pd.DataFrame, split: str, metric: str, columns: Sequence[Column]
         One row per layer, selection, bits and fraction; layers in their order, in each the full layer first, fractions
         ascending: `layer`, `selection`, `bits`, `fraction`, `neurons`, `bytes`, `mean` and `std` of the metric over
         seeds (population, as in the paper's tables; missing for a single seed), `seeds`, `ratio`, the mean over the
-        full layer's mean (missing if that is zero), `difference`, the mean less the full layer's, and for each column
-        its mean, and its spread as `<name>_std`.
+        full layer's mean (missing if that is not above zero), `difference`, the mean less the full layer's, and for
+        each column its mean, and its spread as `<name>_std`.
     """
     rows = rows[rows["split"] == split]
     groups = rows.groupby(CELL, sort=False)
@@ -58,7 +58,7 @@ def curve(rows: pd.DataFrame, split: str, metric: str, columns: Sequence[Column]
         table.insert(len(CELL), "neurons", groups["neurons"].first().to_numpy())
         table.insert(len(CELL) + 1, "bytes", stored_bytes(table["neurons"], table["bits"]))
     full = table[table["selection"] == FULL].set_index("layer")["mean"]
-    table["ratio"] = table["mean"] / table["layer"].map(full).replace(0, np.nan)
+    table["ratio"] = table["mean"] / table["layer"].map(full.where(full > 0))
     table["difference"] = table["mean"] - table["layer"].map(full)
     for name in (column.name for column in columns):
         if name in rows and rows[name].notna().any():
@@ -73,21 +73,24 @@ def _spread(values: pd.Series) -> float:
     return values.std(ddof=0) if len(values) > 1 else np.nan
 
 
-def class_losses(classes: pd.DataFrame, split: str) -> pd.DataFrame:
+def class_losses(classes: pd.DataFrame, split: str, metric: str = "accuracy") -> pd.DataFrame:
     """Return what each class loses at each fraction of a split, from rows as in `classes.csv`; most lost first.
 
     Returns:
         One row per layer, selection, bits, fraction and class with images: `layer`, `selection`, `bits`, `fraction`,
-        `class`, `images`, `accuracy` (mean over seeds), `full_accuracy`, and `lost`, the difference. Within a curve,
-        classes are ordered by `lost` averaged over its fractions, descending, and fractions ascend.
+        `class`, `images`, the metric (mean over seeds), the full layer's as `full_<metric>`, and `lost`, the
+        difference. Within a curve, classes are ordered by `lost` averaged over its fractions, descending, and fractions
+        ascend.
     """
     rows = classes[(classes["split"] == split) & (classes["images"] > 0)]
+    if "correct" in rows:
+        rows = rows.assign(**{metric: rows["correct"] / rows["images"]})
     keys = [*CELL, "class"]
-    means = rows.assign(accuracy=rows["correct"] / rows["images"]).groupby(keys, sort=False)
-    table = means.agg(images=("images", "first"), accuracy=("accuracy", "mean")).reset_index()
-    full = table[table["selection"] == FULL].set_index(["layer", "class"])["accuracy"].rename("full_accuracy")
+    means = rows.groupby(keys, sort=False)
+    table = means.agg(**{"images": ("images", "first"), metric: (metric, "mean")}).reset_index()
+    full = table[table["selection"] == FULL].set_index(["layer", "class"])[metric].rename(f"full_{metric}")
     table = table[table["selection"] != FULL].join(full, on=["layer", "class"])
-    table["lost"] = table["full_accuracy"] - table["accuracy"]
+    table["lost"] = table[f"full_{metric}"] - table[metric]
     groups = table.groupby(SERIES, sort=False).ngroup()
     average = table.groupby([*SERIES, "class"], sort=False)["lost"].transform("mean")
     order = {"group": groups, "lost": -average.round(12), "class": table["class"].astype(str)}

@@ -132,7 +132,8 @@ def redundancy(
     rows = rows[rows["split"] == split]
     table = []
     for (layer, selection, bits), group in rows[rows["selection"] != FULL].groupby(SERIES, sort=False):
-        full = rows.loc[(rows["layer"] == layer) & (rows["selection"] == FULL), metric].mean() or np.nan
+        full = rows.loc[(rows["layer"] == layer) & (rows["selection"] == FULL), metric].mean()
+        full = full if full > 0 else np.nan  # of an R^2 below 0 there is nothing to keep
         means = group.groupby("fraction")[metric].mean()
         grid, ratios = means.index.to_numpy(float), means.to_numpy() / full
         if draws is not None:
@@ -142,7 +143,8 @@ def redundancy(
         for delta in deltas:
             ranges: dict[str, tuple[float, float]] = {}
             if draws is not None:
-                ranges = sufficient_range(grid, drawn, drawn_full, delta)
+                nothing = dict.fromkeys(RULES, (1.0, 1.0))
+                ranges = sufficient_range(grid, drawn, drawn_full, delta) if full > 0 else nothing
             for rule in RULES:
                 enough = float(sufficient_fraction(grid, ratios, delta, rule))
                 least, most = ranges.get(rule, (np.nan, np.nan))

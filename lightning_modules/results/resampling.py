@@ -12,12 +12,14 @@ BLOCK = 4096  # images weighted at once
 
 
 def resample(correct: np.ndarray, probes: pd.DataFrame) -> pd.DataFrame:
-    """Draw the mean accuracy of each curve's fractions as other subsets and other images would have given it.
+    """Draw the mean metric of each curve's fractions as other subsets and other images would have given it.
 
     Images are weighted as in the Bayesian bootstrap (Rubin, 1981), alike for all probes, so that differences to the
     full layer are paired. Half an image is added to each of the four cells of full layer and subset, right or wrong (as
     Agresti and Min, 2005, do for paired proportions), so that an interval has a width where no image changed sides;
-    not so to other values than right and wrong, which change by degrees.
+    not so to other values than right and wrong, which change by degrees. A metric that is no mean over images, as
+    average precision and R^2, comes as what each image adds to it, the metric plus its influence: means of that with
+    other weights are the metric with these weights, to first order.
 
     Subsets are those of the seeds. A draw shifts the mean of S seeds, at all fractions together since subsets of a seed
     nest, by a multivariate t with S - 1 degrees of freedom and the covariance of that mean: the distribution that few
@@ -72,7 +74,8 @@ def with_limits(curve: pd.DataFrame, draws: pd.DataFrame) -> pd.DataFrame:
     limits = []
     for cell in curve[CELL].itertuples(index=False, name=None):
         full = draws[cell[0], FULL, 32, 1.0]
-        pair = [np.full_like(full, np.nan)] * 2 if cell[1] == FULL else [draws[cell] / full, draws[cell] - full]
+        shared = full if full.mean() > 0 else full * np.nan
+        pair = [np.full_like(full, np.nan)] * 2 if cell[1] == FULL else [draws[cell] / shared, draws[cell] - full]
         limits.append(np.quantile(pair, [0.025, 0.975], axis=1).T.ravel())
     names = ["ratio_low", "ratio_high", "difference_low", "difference_high"]
     return curve.assign(**dict(zip(names, np.transpose(limits), strict=True)))

@@ -36,7 +36,7 @@ class Results:
         measures: What was measured; of their columns it takes labels.
         target: What is predicted, see `datamodules.targets.Target`; of it the names of `UNSTATED` count.
         per_image: By split, which images each probe has right: boolean, shape (P, n), in the order of the rows of
-            `results`; or the metric of each image. There are no intervals without.
+            `results`; or the metric of each image, or what each adds to it. There are no intervals without.
 
     Raises:
         MisconfigurationException: If a layer has no full row.
@@ -129,7 +129,9 @@ class Results:
         """Return what each class loses, see `curves.class_losses`; no rows where there are no classes."""
         if "classes" not in self.tables:
             return pd.DataFrame()
-        return self._once(("class losses", split), lambda: curves.class_losses(self.tables["classes"], split))
+        return self._once(
+            ("class losses", split), lambda: curves.class_losses(self.tables["classes"], split, self.headline.name)
+        )
 
     def answers(self, layer: str) -> dict[float, dict[str, Any]]:
         """Return the plain answers of a layer by the share that is kept."""

@@ -131,7 +131,8 @@ class Predictions:
         if not target.outputs:
             raise MisconfigurationException(f"Nothing is predicted of {target.describe()}; take fit, validate or test.")
         self.probes, self.images, self.target = probes, images, target
-        self.decisions = torch.zeros((len(probes), len(images)), dtype=torch.int64, device=device)
+        one = target.decide(torch.zeros(1, target.outputs, 1, device=device))  # of one probe and image
+        self.decisions = one.new_zeros(len(probes), len(images), *one.shape[2:])
 
     def update(self, logits: Tensor, indices: Tensor) -> None:
         """Note what the probes decide, from logits of shape (P, C, B), for the images at `indices`, shape (B,)."""

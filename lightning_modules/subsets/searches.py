@@ -16,7 +16,7 @@ TIE = 1e-9  # scores that differ by a smaller share are equal, and the smaller i
 
 
 def greedy(layer: "Layer", seed: int) -> Tensor:
-    """Order neurons by forward selection: each next one lowers the ridge objective on the one-hot labels most.
+    """Order neurons by forward selection: each next one lowers the ridge objective on the labels most.
 
     The objective min |Y - X_S W|_F^2 + penalty |W|_F^2 of centred features X on the chosen neurons S; its decrease is
     exact. Neurons that never change are last.
@@ -60,8 +60,7 @@ def harmless(layer: "Layer", seed: int) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
     weight, diagonal = inverse @ cross, inverse.diagonal()
     (risen,) = rises(system, cross, [(scatter, cross)])
-    labels = count - moments.counts.square().sum() / count  # centred one-hot labels, squared and summed
-    residual = labels + ((scatter @ weight - 2 * cross) * weight).sum()
+    residual = moments.target_squares + ((scatter @ weight - 2 * cross) * weight).sum()
     freedom = len(system) - penalty * diagonal.sum()
     without = freedom - 1 + penalty * inverse.square().sum(0) / diagonal
     worth = (residual + risen) / (count - 1 - without).square() - residual / (count - 1 - freedom).square()

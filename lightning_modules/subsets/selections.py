@@ -48,7 +48,8 @@ class Selection(NamedTuple):
     """Whether order or basis are drawn from the subset seed; otherwise there is one probe per fraction."""
     basis: str | None = None  # The basis whose coordinates are ordered, of `BASES`; None for the layer's own neurons
     fitted: bool = False  # Whether order or basis are computed from the training split
-    classes: bool = False  # Whether they are computed from its classes, too
+    labels: bool = False  # Whether they are computed from what is to be predicted, too
+    classes: bool = False  # Whether that must be classes
 
 
 def random(layer: Layer, seed: int) -> Tensor:
@@ -139,16 +140,16 @@ SELECTIONS = {
     "pca_uncentred": Selection(first, basis="pca_uncentred", fitted=True),
     "pca_whitened": Selection(first, basis="pca_whitened", fitted=True),
     "pca_least": Selection(least, basis="pca", fitted=True),
-    "discriminant": Selection(first, basis="discriminant", fitted=True, classes=True),
+    "discriminant": Selection(first, basis="discriminant", fitted=True, labels=True, classes=True),
     "random_projection": Selection(first, seeded=True, basis="gaussian"),
     "orthogonal_projection": Selection(first, seeded=True, basis="orthogonal"),
     "positive_projection": Selection(first, seeded=True, basis="positive"),
     "variance": Selection(variance, fitted=True),
-    "fisher": Selection(fisher, fitted=True, classes=True),
-    "greedy": Selection(searches.greedy, fitted=True, classes=True),
-    "backward": Selection(searches.backward, fitted=True, classes=True),
+    "fisher": Selection(fisher, fitted=True, labels=True, classes=True),
+    "greedy": Selection(searches.greedy, fitted=True, labels=True),
+    "backward": Selection(searches.backward, fitted=True, labels=True),
     "column_subset": Selection(searches.column_subset, fitted=True),
-    "harmless": Selection(searches.harmless, fitted=True),
+    "harmless": Selection(searches.harmless, fitted=True, labels=True),
     FULL: Selection(first),
 }
 """Selections by name; the full layer comes by itself."""

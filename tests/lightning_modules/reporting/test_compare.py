@@ -193,6 +193,22 @@ def test_the_largest_group_that_is_comparable_is_taken_and_the_others_are_named(
     ]
 
 
+def test_solvers_are_compared_where_that_is_asked_for(cli, tmp_path):
+    for name, solver, more in (("a", "sgd", 0.0), ("b", "ridge", 0.05), ("c", "ridge", 0.0)):
+        table = write(tmp_path / name, solver=solver)
+        rows = table["fraction"] == 0.1
+        table.assign(accuracy=table["accuracy"] + more * rows).to_csv(tmp_path / name / "results.csv", index=False)
+    status, out, err = cli("compare", "a", "b", "c", "--solvers=true")
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
+    assert table[["backbone", "solver"]].to_numpy().tolist() == [["net", "sgd"], ["net", "ridge"]]
+    assert pd.read_csv(tmp_path / "compare" / "differences.csv")[["first", "second"]].to_numpy().tolist() == [
+        ["net, sgd", "net, ridge"]
+    ]
+    assert "Left out: c. b and c both measure random subsets of net, layer penultimate, on pets, by ridge" in out
+    assert "net, ridge" in (tmp_path / "compare" / "curves.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
