@@ -120,7 +120,8 @@ def export(
         measured |= results.rows.query(its).set_index("split")[metric].to_dict()
     starts = ["neurons" if "indices" in tensors else "basis", *["program"] * bool(program)]
     ends = ["logits"] if provenance["classes"] else ["cosine"] * (provenance.get("similarity") == "cosine")
-    ends = [*["levels"] * (probe.bits < 32), *ends]
+    levels = ["levels"] * (probe.bits < 32)
+    in_full = levels and provenance.get("quantised") == "stored"
     card = {
         **{name: provenance[name] for name in ("task", "classes", "backbone")},
         **probe._asdict(),
@@ -128,7 +129,8 @@ def export(
         "bytes": stored_bytes(probe.neurons, probe.bits),
         metric: measured,
         "preprocessing": backbone.preprocessing | VIEWS[provenance["data.view"]] if backbone else None,
-        "use": ["; ".join(USE[part] for part in (start, *ends)).format(most=2**probe.bits - 1) for start in starts],
+        "use": ["; ".join(USE[p] for p in (s, *levels, *ends)).format(most=2**probe.bits - 1) for s in starts],
+        **({"use_of_queries": "; ".join(USE[p] for p in (starts[0], *ends))} if in_full else {}),
         "formats": {name: FORMATS[name].use(kept) for name in wanted},
         "versions": {"python": platform.python_version()}
         | {library.__name__: library.__version__ for library in (torch, timm, safetensors)},

@@ -154,14 +154,20 @@ def test_every_form_gives_the_vectors_of_the_run_in_a_process_without_this_proje
     directions *= np.sign(directions[abs(directions).argmax(0), range(10)])
     coordinates = {"random": corpus[:, order], "pca_uncentred": (corpus @ directions).astype(np.float32)}
     wanted = {}
-    for similarity, taken in (
-        ("cosine", [("random", 32), ("random", 1), ("pca_uncentred", 4)]),
-        ("l2", [("random", 8), ("random", 2)]),
+    for compared, taken in (
+        ("cosine both", [("random", 32), ("random", 1), ("pca_uncentred", 4)]),
+        ("l2 stored", [("random", 8), ("random", 2)]),
     ):
         selections, numbers = (",".join(map(str, dict.fromkeys(each))) for each in zip(*taken, strict=True))
+        similarity, quantised_sides = compared.split()
         fit = ("fit", "--config", "retrieval_beir.yaml", "--trainer.logger=false", f"--name={similarity}")
         fit += (f"--model.selection=[{selections}]", "--model.fractions=0.5", "--model.seeds=[1]")
-        fit += (f"--model.solver.similarity={similarity}", f"--model.bits=[{numbers}]", "--trainer.accelerator=cpu")
+        fit += (
+            f"--model.solver.quantised={quantised_sides}",
+            f"--model.solver.similarity={similarity}",
+            f"--model.bits=[{numbers}]",
+            "--trainer.accelerator=cpu",
+        )
         status, _, err = cli(*fit, "--data.root=papers")
         assert status == 0, err
         for selection, bits in taken:
@@ -190,8 +196,11 @@ def test_every_form_gives_the_vectors_of_the_run_in_a_process_without_this_proje
             differ = abs(told[name] - kept).max(1) > 1e-5
             assert differ.sum() <= (card["bits"] < 32), (folder, name)  # a value between two levels may go either way
         assert ("rank them again by cosine" in card["formats"]["faiss"]) != exact
+        assert ("use_of_queries" in card) == (not cosine)
         if exact:
-            asked = coordinates["random"][:1].astype(float)  # a query in full
+            queries = {"features": torch.from_numpy(corpus), "subset": load_file(folder / "subset.safetensors")}
+            exec(card.get("use_of_queries", card["use"][0]), queries | {"torch": torch}, queries)
+            asked = queries["kept"][:1].double().numpy()
             alike = (asked @ kept.T if cosine else -np.square(asked - kept).sum(1)[None])[0]
             assert alike[told["found"][0]] == pytest.approx(np.sort(alike)[::-1][:10], rel=1e-4)
 
