@@ -8,8 +8,10 @@ from lightning_modules.measures.layer_ranks import LayerRanks
 from lightning_modules.measures.measure import Batch, Column, Context, Measure, Picture
 from lightning_modules.measures.neighbours import Neighbours
 from lightning_modules.measures.neurons import Neurons
+from lightning_modules.measures.product_quantisation import ProductQuantisation
 from lightning_modules.measures.ranking import Ranking
 from lightning_modules.measures.robustness import Robustness
 
 __all__ = ["CKA", "Accuracy", "Batch", "Column", "Context", "Ensembles"]
-__all__ += ["Inequality", "LayerRanks", "Measure", "Neighbours", "Neurons", "Picture", "Ranking", "Robustness"]
+__all__ += ["Inequality", "LayerRanks", "Measure", "Neighbours", "Neurons", "Picture", "ProductQuantisation"]
+__all__ += ["Ranking", "Robustness"]
