@@ -137,8 +137,8 @@ def export(
     }
     with writing(target, "name another folder with --output"):
         target.mkdir(parents=True, exist_ok=True)
-        for file in ("backbone.pt2", *(file for each in FORMATS.values() for file in each.files)):
-            (target / file).unlink(missing_ok=True)  # of an earlier export
+        for name in ("backbone.pt2", *(name for each in FORMATS.values() for name in each.files)):
+            (target / name).unlink(missing_ok=True)  # of an earlier export
         with atomic(target / "subset.safetensors") as file:
             safetensors.torch.save_file(tensors, file)
         if program:

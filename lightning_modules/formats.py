@@ -136,7 +136,7 @@ def _sentence_transformers(folder: Path, kept: Map) -> None:
     for module in listed:
         (folder / str(module["path"])).mkdir(parents=True, exist_ok=True)
     size, width = kept.weight.shape
-    dense = {"in_features": width, "out_features": size, "bias": True}
+    dense: dict[str, Any] = {"in_features": width, "out_features": size, "bias": True}
     dense["activation_function"] = "torch.nn.modules.linear.Identity"
     (folder / "0_Dense" / "config.json").write_text(json.dumps(dense, indent=2))
     linear = {"linear.weight": kept.weight, "linear.bias": kept.bias}
