@@ -13,8 +13,9 @@ from torch import Tensor
 
 from datamodules.base import SPLITS, Task
 from datamodules.folders import SPLIT_NAMES
+from datamodules.formats import SEVERAL, Matrix, open_arrays, parts_of
 from datamodules.images import Labelled
-from datamodules.readers import LABELS, SEVERAL, WORDS, check_file, open_arrays, read_labels, read_vectors
+from datamodules.readers import LABELS, WORDS, read_labels, read_vectors
 from datamodules.targets import Multiclass
 
 SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
@@ -26,7 +27,7 @@ CHUNK = 4096  # Rows that are checked or hashed at once, so that a file may be l
 class Vectors(Labelled):
     """Labelled rows of a matrix that are one split; copied only when they are read."""
 
-    matrix: Tensor  # all vectors of the file, shape (m, D), of one of the types `readers.INDEXED`
+    matrix: Matrix  # all vectors of the file, shape (m, D), of one of the types `formats.INDEXED`
     rows: Tensor  # those of this split, shape (n,)
     labels: Tensor
 
@@ -51,16 +52,16 @@ class Vectors(Labelled):
         return digest.hexdigest()
 
 
-def finite(file: Path, matrix: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def finite(file: Path, matrix: Matrix, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield rows of a file's matrix, some at once, with their vectors as float32; refuse what is not finite."""
     for some in rows.split(CHUNK):
-        vectors = matrix[some].float()
+        vectors = matrix.index_select(0, some).float()
         bad = (~vectors.isfinite()).nonzero()
         if len(bad):
             row, column = int(some[bad[0, 0]]), int(bad[0, 1])
             raise MisconfigurationException(
-                f"{file} holds {matrix[row, column].item()} in row {row}, column {column} (from 0); every value must "
-                f"be finite as float32."
+                f"{file} holds {matrix.index_select(0, some[bad[0, :1]])[0, column].item()} in row {row}, column "
+                f"{column} (from 0); every value must be finite as float32."
             )
         yield some, vectors
 
@@ -114,11 +115,13 @@ class Embeddings(Task):
         self.label_file = Path(labels).expanduser() if labels else self.feature_file
         self.split_file = Path(splits).expanduser() if splits else None
         self.feature_key, self.label_key, self.split_key = feature_key, label_key, split_key
-        self.name = self.feature_file.stem if self.feature_file else self.root.resolve().name
-        for file in (self.feature_file, self.label_file, self.split_file):
-            if file:
-                check_file(file)
-        if self.label_file and self.label_file == self.feature_file and self.label_file.suffix not in SEVERAL:
+        self.name = self.root.resolve().name
+        if self.feature_file:
+            named = self.feature_file.stem.replace("*", "").strip("_-.")
+            self.name = named or self.feature_file.resolve().parent.name
+        parts = {file: parts_of(file) for file in (self.feature_file, self.label_file, self.split_file) if file}
+        alone = self.label_file and self.label_file == self.feature_file and parts[self.label_file][0].suffix
+        if alone and alone not in SEVERAL:
             raise MisconfigurationException(
                 f"{self.label_file} holds one array; name the file of the labels with data.labels."
             )
@@ -204,7 +207,8 @@ class Embeddings(Task):
                 f"Label {part.labels[unknown[0]].item()!r} of {split} (row {part.rows[unknown[0]]} of {part.file}) "
                 f"never occurs in train; every class must."
             )
-        first, alike = part.matrix[part.rows[:1]].float(), split == "train"
+        first = part.matrix.index_select(0, torch.from_numpy(part.rows[:1])).float()
+        alike = split == "train"
         for _, vectors in finite(part.file, part.matrix, torch.from_numpy(part.rows)):
             alike = alike and bool((vectors == first).all())
         if alike:
@@ -218,6 +222,6 @@ class _Part(NamedTuple):
     """What files hold of one split, with labels as they are stored."""
 
     file: Path
-    matrix: Tensor  # all vectors of the file, shape (m, D)
+    matrix: Matrix  # all vectors of the file, shape (m, D)
     rows: np.ndarray  # those of the split, shape (n,)
     labels: np.ndarray  # whole numbers or strings, shape (n,)
