@@ -1,6 +1,7 @@
 """One's own vectors: representations that another program computed, with their labels, from files."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from datamodules.base import SPLITS, Task
 from datamodules.folders import SPLIT_NAMES
-from datamodules.formats import SEVERAL, Matrix, open_arrays, parts_of
-from datamodules.images import Labelled
+from datamodules.formats import READERS, SEVERAL, Matrix, open_arrays, parts_of
+from datamodules.images import Labelled, reading
 from datamodules.readers import LABELS, WORDS, read_labels, read_vectors
 from datamodules.targets import Multiclass
 
@@ -67,18 +68,21 @@ def finite(file: Path, matrix: Matrix, rows: Tensor) -> Iterator[tuple[Tensor, T
 
 
 class Embeddings(Task):
-    """Vectors and labels from NumPy, safetensors, torch, Parquet or text files; the model runs without a backbone.
+    """Vectors and labels from files of the formats `READERS`; the model runs without a backbone.
 
     Either `features` names a file, with `labels` and `splits` in it or in files of their own, row by row; or `root` is
     a folder with a file `train` (and `val` and `test`) that holds vectors and labels. Without given splits, `val` and
-    `test` are a seeded stratified fifth each. Classes are the sorted labels of train. A .npy, safetensors or torch file
-    is mapped, not read into memory; nothing pickled is loaded. The task is named after the file or folder.
+    `test` are a seeded stratified fifth each. Classes are the sorted labels of train. A .npy, safetensors or torch
+    file, and what lies in one piece in HDF5, is mapped, not read into memory; nothing pickled is loaded. The task is
+    named after the file or folder.
 
     Args:
-        features: File of the vectors, shape (n, D), numbers of any type.
+        features: File of the vectors, shape (n, D), numbers of any type; or a folder of parts of one, or a pattern of
+            their names with *, in the order of the numbers in them; or a table that lists files of a vector each.
         labels: File of the n labels, whole numbers or strings; null is the file of the vectors.
         splits: File of n words, `train`, `val` or `test`; null is the file of the labels, if it holds such words.
-        root: Folder of one file per split, in place of the three files.
+        root: Folder of one file per split, or a folder of its parts, in place of the three files; or the name of a data
+            set of the Hugging Face Hub that has such files.
         feature_key: Name of the vectors in a file of several arrays; in a table a column of lists, or a pattern such as
             `dim_*` for one column per value. Null takes the array of a usual name (`features`, `embeddings`, `X`), or
             the only matrix, and says which.
@@ -125,7 +129,17 @@ class Embeddings(Task):
             raise MisconfigurationException(
                 f"{self.label_file} holds one array; name the file of the labels with data.labels."
             )
-        if root is not None:
+        if root is not None and not self._on_hub:
+            self._split_files()
+
+    @property
+    def _on_hub(self) -> bool:
+        """Whether `root` is no folder, but may be the name of a data set of the Hub."""
+        return not self.root.is_dir() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(self.root)))
+
+    def prepare_data(self) -> None:
+        """Download a data set of the Hub, as far as it is not there yet."""
+        if not self.feature_file:
             self._split_files()
 
     def load(self) -> dict[str, Vectors]:
@@ -151,15 +165,25 @@ class Embeddings(Task):
         return [cast(Vectors, self.images[split])]
 
     def _split_files(self) -> dict[str, Path]:
-        """Return the file of each split in `root`; at least that of train."""
+        """Return the file of each split in `root`, or the pattern of its parts; at least that of train."""
         files: dict[str, Path] = {}
-        for path in sorted(self.root.glob("*")):
-            if path.suffix in SEVERAL and (split := SPLIT_OF.get(path.stem.lower())):
-                if split in files:
-                    raise MisconfigurationException(
-                        f"{self.root} holds {files[split].name} and {path.name}; leave one file for each split."
-                    )
-                files[split] = path
+        folder = self.root
+        if self._on_hub:
+            from huggingface_hub import snapshot_download
+
+            wanted = [f"*{ending}" for ending in READERS]
+            with reading(f"data.root is {self.root}, which", "is no folder and cannot be had from the Hub"):
+                folder = Path(snapshot_download(str(self.root), repo_type="dataset", allow_patterns=wanted))
+        for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
+            part = re.fullmatch(r"(.+)-\d+-of-\d+", path.stem)
+            file = path.with_name(f"{part[1]}-*-of-*{path.suffix}") if part else path
+            split = SPLIT_OF.get((part[1] if part else path.stem).lower())
+            if split is None or not (path.suffix in SEVERAL or path.is_dir()):
+                continue
+            if files.setdefault(split, file) != file:
+                raise MisconfigurationException(
+                    f"{self.root} holds {files[split].name} and {path.name}; leave one file for each split."
+                )
         if "train" not in files:
             names = ", ".join(f"train{ending}" for ending in SEVERAL)
             raise MisconfigurationException(f"{self.root} holds no file train ({names}).")

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import datasets
 import h5py
 import numpy as np
 import pandas as pd
@@ -365,6 +366,27 @@ def test_a_table_may_list_files_of_a_vector_each(tmp_path):
     assert f"{names[4]} holds 7 values, the first file has 12" in refused(features=str(tmp_path / "manifest.csv"))
     (tmp_path / names[4]).unlink()
     assert f"There is no file {tmp_path / names[4]}" in refused(features=str(tmp_path / "manifest.csv"))
+
+
+def test_splits_may_lie_in_shards_on_the_hub_or_where_datasets_saved_them(tmp_path, hub):
+    folder = tmp_path / "saved"
+    for split in ("train", "test"):
+        rows = rows_of(split)
+        rows = np.sort(np.concatenate([rows, rows_of("val")])) if split == "train" else rows
+        for place, some in enumerate(np.array_split(rows, 2)):
+            write(tmp_path, ".parquet", VECTORS[some], LABELS[some])
+            hub.files[f"data/{split}-0000{place}-of-00002.parquet"] = (tmp_path / "mine.parquet").read_bytes()
+        datasets.Dataset.from_dict({"embedding": VECTORS[rows], "label": LABELS[rows]}).save_to_disk(folder / split)
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for root, origin in (("lab/birds", "file test-*-of-*.parquet"), (str(folder), "file test")):
+        task = Embeddings(root=root)
+        task.prepare_data()
+        task.setup()
+        assert task.name == root.rpartition("/")[2]
+        assert sizes(task) == (64, 16, 20)
+        assert origin in task.describe()
+        assert np.array_equal(served(task, "test")[0].numpy(), VECTORS[rows_of("test")])
+    assert "data.root is lab/nowhere, which is no folder and cannot be had from the Hub" in refused(root="lab/nowhere")
 
 
 def test_hdf5_without_its_library_and_words_that_are_no_files_are_named(tmp_path, monkeypatch):
