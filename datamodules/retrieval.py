@@ -28,9 +28,10 @@ class Retrieval(Task):
 
     `root` holds vectors in `corpus.*` and `queries.*`, of any format that `Embeddings` reads, or as parts in folders
     `corpus` and `queries`; their ids, as an array or column beside the vectors, or as `_id` in `corpus.jsonl` and
-    `queries.jsonl`, a line for each vector in their order; and `qrels/<split>.tsv` with the columns `query-id`, `corpus-id` and `score` (from 1 on relevant). The corpus is the
-    train split: what bases and rankings are fitted to, and what is searched. Of several qrels the last of train, dev
-    and test is tested and the one before it validates; of a single one, a seeded half of the queries each.
+    `queries.jsonl`, a line for each vector in their order; and `qrels/<split>.tsv` with the columns `query-id`,
+    `corpus-id` and `score` (from 1 on relevant). The corpus is the train split: what bases and rankings are fitted to,
+    and what is searched. Of several qrels the last of train, dev and test is tested and the one before it validates; of
+    a single one, a seeded half of the queries each.
 
     Args:
         root: Folder of the files; it names the task.
