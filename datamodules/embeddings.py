@@ -1,6 +1,7 @@
 """One's own vectors: representations that another program computed, with their labels, from files."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from datamodules.base import SPLITS, Task
 from datamodules.folders import SPLIT_NAMES
-from datamodules.images import Labelled
+from datamodules.formats import READERS, SEVERAL, Matrix, open_arrays, parts_of
+from datamodules.images import Labelled, reading
 from datamodules.outputs import TARGETS, Outputs, check_columns, of_columns
-from datamodules.readers import LABELS, SEVERAL, WORDS, check_file, open_arrays, read_columns, read_labels, read_vectors
+from datamodules.readers import LABELS, WORDS, read_columns, read_labels, read_vectors
 from datamodules.targets import Multiclass
 
 SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
@@ -27,7 +29,7 @@ CHUNK = 4096  # Rows that are checked or hashed at once, so that a file may be l
 class Vectors(Labelled):
     """Labelled rows of a matrix that are one split; copied only when they are read."""
 
-    matrix: Tensor  # all vectors of the file, shape (m, D), of one of the types `readers.INDEXED`
+    matrix: Matrix  # all vectors of the file, shape (m, D), of one of the types `formats.INDEXED`
     rows: Tensor  # those of this split, shape (n,)
     labels: Tensor
 
@@ -52,34 +54,37 @@ class Vectors(Labelled):
         return digest.hexdigest()
 
 
-def finite(file: Path, matrix: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def finite(file: Path, matrix: Matrix, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield rows of a file's matrix, some at once, with their vectors as float32; refuse what is not finite."""
     for some in rows.split(CHUNK):
-        vectors = matrix[some].float()
+        vectors = matrix.index_select(0, some).float()
         bad = (~vectors.isfinite()).nonzero()
         if len(bad):
             row, column = int(some[bad[0, 0]]), int(bad[0, 1])
             raise MisconfigurationException(
-                f"{file} holds {matrix[row, column].item()} in row {row}, column {column} (from 0); every value must "
-                f"be finite as float32."
+                f"{file} holds {matrix.index_select(0, some[bad[0, :1]])[0, column].item()} in row {row}, column "
+                f"{column} (from 0); every value must be finite as float32."
             )
         yield some, vectors
 
 
 class Embeddings(Task):
-    """Vectors and labels from NumPy, safetensors, torch, Parquet or text files; the model runs without a backbone.
+    """Vectors and labels from files of the formats `READERS`; the model runs without a backbone.
 
     Either `features` names a file, with `labels` and `splits` in it or in files of their own, row by row; or `root` is
     a folder with a file `train` (and `val` and `test`) that holds vectors and labels. Without given splits, `val` and
-    `test` are a seeded stratified fifth each. Classes are the sorted labels of train. A .npy, safetensors or torch file
-    is mapped, not read into memory; nothing pickled is loaded. The task is named after the file or folder.
+    `test` are a seeded stratified fifth each. Classes are the sorted labels of train. A .npy, safetensors or torch
+    file, and what lies in one piece in HDF5, is mapped, not read into memory; nothing pickled is loaded. The task is
+    named after the file or folder.
 
     Args:
-        features: File of the vectors, shape (n, D), numbers of any type.
+        features: File of the vectors, shape (n, D), numbers of any type; or a folder of parts of one, or a pattern of
+            their names with *, in the order of the numbers in them; or a table that lists files of a vector each.
         labels: File of the n labels, whole numbers or strings; for `target` multilabel or regression of numbers of
             shape (n,) or (n, C). Null is the file of the vectors.
         splits: File of n words, `train`, `val` or `test`; null is the file of the labels, if it holds such words.
-        root: Folder of one file per split, in place of the three files.
+        root: Folder of one file per split, or a folder of its parts, in place of the three files; or the name of a data
+            set of the Hugging Face Hub that has such files.
         feature_key: Name of the vectors in a file of several arrays; in a table a column of lists, or a pattern such as
             `dim_*` for one column per value. Null takes the array of a usual name (`features`, `embeddings`, `X`), or
             the only matrix, and says which.
@@ -119,15 +124,27 @@ class Embeddings(Task):
         self.label_file = Path(labels).expanduser() if labels else self.feature_file
         self.split_file = Path(splits).expanduser() if splits else None
         self.feature_key, self.label_key, self.split_key = feature_key, label_key, split_key
-        self.name = self.feature_file.stem if self.feature_file else self.root.resolve().name
-        for file in (self.feature_file, self.label_file, self.split_file):
-            if file:
-                check_file(file)
-        if self.label_file and self.label_file == self.feature_file and self.label_file.suffix not in SEVERAL:
+        self.name = self.root.resolve().name
+        if self.feature_file:
+            named = self.feature_file.stem.replace("*", "").strip("_-.")
+            self.name = named or self.feature_file.resolve().parent.name
+        parts = {file: parts_of(file) for file in (self.feature_file, self.label_file, self.split_file) if file}
+        alone = self.label_file and self.label_file == self.feature_file and parts[self.label_file][0].suffix
+        if alone and alone not in SEVERAL:
             raise MisconfigurationException(
                 f"{self.label_file} holds one array; name the file of the labels with data.labels."
             )
-        if root is not None:
+        if root is not None and not self._on_hub:
+            self._split_files()
+
+    @property
+    def _on_hub(self) -> bool:
+        """Whether `root` is no folder, but may be the name of a data set of the Hub."""
+        return not self.root.is_dir() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(self.root)))
+
+    def prepare_data(self) -> None:
+        """Download a data set of the Hub, as far as it is not there yet."""
+        if not self.feature_file:
             self._split_files()
 
     def load(self) -> dict[str, Vectors]:
@@ -155,15 +172,25 @@ class Embeddings(Task):
         return [cast(Vectors, self.images[split])]
 
     def _split_files(self) -> dict[str, Path]:
-        """Return the file of each split in `root`; at least that of train."""
+        """Return the file of each split in `root`, or the pattern of its parts; at least that of train."""
         files: dict[str, Path] = {}
-        for path in sorted(self.root.glob("*")):
-            if path.suffix in SEVERAL and (split := SPLIT_OF.get(path.stem.lower())):
-                if split in files:
-                    raise MisconfigurationException(
-                        f"{self.root} holds {files[split].name} and {path.name}; leave one file for each split."
-                    )
-                files[split] = path
+        folder = self.root
+        if self._on_hub:
+            from huggingface_hub import snapshot_download
+
+            wanted = [f"*{ending}" for ending in READERS]
+            with reading(f"data.root is {self.root}, which", "is no folder and cannot be had from the Hub"):
+                folder = Path(snapshot_download(str(self.root), repo_type="dataset", allow_patterns=wanted))
+        for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
+            part = re.fullmatch(r"(.+)-\d+-of-\d+", path.stem)
+            file = path.with_name(f"{part[1]}-*-of-*{path.suffix}") if part else path
+            split = SPLIT_OF.get((part[1] if part else path.stem).lower())
+            if split is None or not (path.suffix in SEVERAL or path.is_dir()):
+                continue
+            if files.setdefault(split, file) != file:
+                raise MisconfigurationException(
+                    f"{self.root} holds {files[split].name} and {path.name}; leave one file for each split."
+                )
         if "train" not in files:
             names = ", ".join(f"train{ending}" for ending in SEVERAL)
             raise MisconfigurationException(f"{self.root} holds no file train ({names}).")
@@ -214,7 +241,8 @@ class Embeddings(Task):
             labels = torch.from_numpy(part.labels).to(self.target.dtype)
         else:
             labels = torch.from_numpy(self._indices(split, part, classes))
-        first, alike = part.matrix[part.rows[:1]].float(), split == "train"
+        first = part.matrix.index_select(0, torch.from_numpy(part.rows[:1])).float()
+        alike = split == "train"
         for _, vectors in finite(part.file, part.matrix, torch.from_numpy(part.rows)):
             alike = alike and bool((vectors == first).all())
         if alike:
@@ -237,7 +265,7 @@ class _Part(NamedTuple):
     """What files hold of one split, with labels as they are stored."""
 
     file: Path
-    matrix: Tensor  # all vectors of the file, shape (m, D)
+    matrix: Matrix  # all vectors of the file, shape (m, D)
     rows: np.ndarray  # those of the split, shape (n,)
     labels: np.ndarray  # whole numbers or strings, shape (n,); of several outputs numbers, shape (n, C)
     names: list[str]  # of these outputs

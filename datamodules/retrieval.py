@@ -13,8 +13,9 @@ from torch import Tensor
 
 from datamodules.base import SPLITS, Task
 from datamodules.embeddings import SPLIT_OF, Vectors, finite
+from datamodules.formats import READERS, Matrix, open_arrays
 from datamodules.images import reading
-from datamodules.readers import READERS, Wanted, open_arrays, read_labels, read_vectors
+from datamodules.readers import Wanted, read_labels, read_vectors
 from datamodules.targets import Judgements, Relevance
 
 IDS = Wanted("ids", "data.id_key", ("_id", "id", "ids", "doc_id", "docid", "corpus-id", "query_id", "qid", "query-id"))
@@ -25,11 +26,12 @@ Grades = dict[int, dict[int, int]]  # by the places of query and document
 class Retrieval(Task):
     """Vectors of documents and queries in BEIR's layout, with judgements; the model runs without a backbone.
 
-    `root` holds vectors in `corpus.*` and `queries.*`, of any format that `Embeddings` reads; their ids, as an array or
-    column beside the vectors, or as `_id` in `corpus.jsonl` and `queries.jsonl`, a line for each vector in their order;
-    and `qrels/<split>.tsv` with the columns `query-id`, `corpus-id` and `score` (from 1 on relevant). The corpus is the
-    train split: what bases and rankings are fitted to, and what is searched. Of several qrels the last of train, dev
-    and test is tested and the one before it validates; of a single one, a seeded half of the queries each.
+    `root` holds vectors in `corpus.*` and `queries.*`, of any format that `Embeddings` reads, or as parts in folders
+    `corpus` and `queries`; their ids, as an array or column beside the vectors, or as `_id` in `corpus.jsonl` and
+    `queries.jsonl`, a line for each vector in their order; and `qrels/<split>.tsv` with the columns `query-id`,
+    `corpus-id` and `score` (from 1 on relevant). The corpus is the train split: what bases and rankings are fitted to,
+    and what is searched. Of several qrels the last of train, dev and test is tested and the one before it validates; of
+    a single one, a seeded half of the queries each.
 
     Args:
         root: Folder of the files; it names the task.
@@ -107,6 +109,9 @@ class Retrieval(Task):
     def _vector_file(self, part: str) -> Path:
         """Return the file of the vectors of the corpus or the queries."""
         found = [path for path in sorted(self.root.glob(f"{part}.*")) if path.suffix in FORMATS]
+        found += [folder for folder in [self.root / part] if folder.is_dir()]
+        if not found and _has_vectors(self.root / f"{part}.jsonl"):
+            found = [self.root / f"{part}.jsonl"]
         if len(found) != 1:
             names = " and ".join(path.name for path in found) or f"no vectors {part}.* ({', '.join(FORMATS)})"
             raise MisconfigurationException(f"{self.root} holds {names}; it must hold one such file.")
@@ -170,8 +175,16 @@ class _Part(NamedTuple):
     """The corpus or the queries."""
 
     file: Path
-    matrix: Tensor  # shape (n, D)
+    matrix: Matrix  # shape (n, D)
     names: list[str]  # ids of the n rows
+
+
+def _has_vectors(file: Path) -> bool:
+    """Return whether the first of some JSON lines has a list, which may be a vector; false of what is no such file."""
+    if not file.is_file():
+        return False
+    with reading(file, "is no file of JSON lines"), file.open(encoding="utf-8") as lines:
+        return any(isinstance(value, list) for value in json.loads(next(lines, "{}")).values())
 
 
 def _listed(file: Path) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_modules.backbones.frozen import FrozenBackbone, PretrainedCfgOverlay
 from lightning_modules.checkpoints import read
 from lightning_modules.files import atomic, one_line, writing
+from lightning_modules.formats import FORMATS, installed, kept_map
 from lightning_modules.probes.grid import Grid
 from lightning_modules.results.results import Results
 from lightning_modules.subsets.coordinates import Coordinates
@@ -47,6 +48,7 @@ def export(
     seed: int = 0,
     layer: str | None = None,
     bits: int | None = None,
+    formats: str | list[str] | None = None,
 ) -> None:
     """Write one subset of a finished run, with its probe, as files that need nothing of this project.
 
@@ -58,6 +60,10 @@ def export(
     backbone, `backbone.pt2` is a torch.export program from preprocessed images (B, C, H, W), for any B, to the kept
     coordinates (B, k), float32.
 
+    Forms that other libraries read are written where `formats` names them: `faiss`, an empty trained index,
+    `index.faiss`, and its transform alone, `transform.faiss`; `onnx`, a graph from features to what is kept,
+    `kept.onnx`; `sentence_transformers`, a folder of modules that follow those of an embedding model.
+
     Args:
         run: Folder of the run.
         selection: Selection of the subset, or full.
@@ -66,10 +72,18 @@ def export(
         seed: Subset seed.
         layer: Layer of the subset; null is the only one of the run.
         bits: Bits of each stored number; null is the only number of the run.
+        formats: Further forms, one or a list of faiss, onnx and sentence_transformers.
 
     Raises:
-        MisconfigurationException: If the run has no such probe, or its backbone is not to be had any more.
+        MisconfigurationException: If the run has no such probe, its backbone is not to be had any more, or a form is
+            unknown or needs a library that is not installed.
     """
+    wanted = [formats] if isinstance(formats, str) else formats or []
+    for name in wanted:
+        if name not in FORMATS:
+            raise MisconfigurationException(f"--formats has {name!r}; it must be one of {', '.join(FORMATS)}.")
+        if library := FORMATS[name].library:
+            installed(library, f"--formats {name}")
     folder, target = Path(run).expanduser(), Path(output).expanduser()
     files = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
     for file in files:
@@ -99,6 +113,7 @@ def export(
         )
     tensors = _tensors(probes, index, widths, checkpoint["state_dict"], provenance)
     program = _program(backbone, tensors) if backbone and backbone.is_timm else None
+    kept = kept_map(tensors, widths[probe.layer], probe.bits, provenance.get("similarity"))
     metric, measured = "accuracy", {"val": None, "test": None}  # null where a run did not come so far
     if (folder / "results.csv").is_file():
         results = Results.read(folder)
@@ -108,7 +123,8 @@ def export(
     starts = ["neurons" if "indices" in tensors else "basis", *["program"] * bool(program)]
     predicted = "numbers" if "units" in provenance else "logits"
     ends = [predicted] if provenance["classes"] else ["cosine"] * (provenance.get("similarity") == "cosine")
-    ends = [*["levels"] * (probe.bits < 32), *ends]
+    levels = ["levels"] * (probe.bits < 32)
+    in_full = levels and provenance.get("quantised") == "stored"
     card = {
         **{name: provenance[name] for name in ("task", "classes", "backbone")},
         **probe._asdict(),
@@ -116,13 +132,16 @@ def export(
         "bytes": stored_bytes(probe.neurons, probe.bits),
         metric: measured,
         "preprocessing": backbone.preprocessing | VIEWS[provenance["data.view"]] if backbone else None,
-        "use": ["; ".join(USE[part] for part in (start, *ends)).format(most=2**probe.bits - 1) for start in starts],
+        "use": ["; ".join(USE[p] for p in (s, *levels, *ends)).format(most=2**probe.bits - 1) for s in starts],
+        **({"use_of_queries": "; ".join(USE[p] for p in (starts[0], *ends))} if in_full else {}),
+        "formats": {name: FORMATS[name].use(kept) for name in wanted},
         "versions": {"python": platform.python_version()}
         | {library.__name__: library.__version__ for library in (torch, timm, safetensors)},
     }
     with writing(target, "name another folder with --output"):
         target.mkdir(parents=True, exist_ok=True)
-        (target / "backbone.pt2").unlink(missing_ok=True)  # of an earlier export
+        for name in ("backbone.pt2", *(name for each in FORMATS.values() for name in each.files)):
+            (target / name).unlink(missing_ok=True)  # of an earlier export
         with atomic(target / "subset.safetensors") as file:
             safetensors.torch.save_file(tensors, file)
         if program:
@@ -132,11 +151,14 @@ def export(
             file.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         with atomic(target / RECIPE) as file:
             file.write_bytes(Path(__file__).with_name(RECIPE).read_bytes())
+        for name in wanted:
+            FORMATS[name].write(target, kept)
     print(
         target / "subset.safetensors",
         target / "card.json",
         target / RECIPE,
         *[target / "backbone.pt2"] * bool(program),
+        *(target / file for name in wanted for file in FORMATS[name].files),
         sep="\n",
     )
 

@@ -25,7 +25,7 @@ def read(stored: np.ndarray, folder: Path = FOLDER) -> np.ndarray:
     subset, bits = load_file(folder / "subset.safetensors"), json.loads((folder / "card.json").read_text())["bits"]
     if bits == 32:
         return stored.view(np.float32)
-    size = subset["weight"].shape[1]
+    size = len(subset["low"])
     places = np.unpackbits(stored, axis=1, count=size * bits).reshape(len(stored), size, bits)
     codes = np.packbits(np.pad(places, [(0, 0), (0, 0), (8 - bits, 0)]), axis=2)[:, :, 0]
     return subset["low"] + subset["step"] * codes

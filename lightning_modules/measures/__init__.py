@@ -9,9 +9,10 @@ from lightning_modules.measures.measure import Batch, Column, Context, Measure, 
 from lightning_modules.measures.neighbours import Neighbours
 from lightning_modules.measures.neurons import Neurons
 from lightning_modules.measures.outputs import R2, MeanAveragePrecision
+from lightning_modules.measures.product_quantisation import ProductQuantisation
 from lightning_modules.measures.ranking import Ranking
 from lightning_modules.measures.robustness import Robustness
 
-__all__ = ["CKA", "R2", "Accuracy", "Batch", "Column", "Context", "Ensembles"]
-__all__ += ["Inequality", "LayerRanks", "MeanAveragePrecision", "Measure", "Neighbours", "Neurons", "Picture"]
+__all__ = ["CKA", "R2", "Accuracy", "Batch", "Column", "Context", "Ensembles", "Inequality", "LayerRanks"]
+__all__ += ["MeanAveragePrecision", "Measure", "Neighbours", "Neurons", "Picture", "ProductQuantisation"]
 __all__ += ["Ranking", "Robustness"]

@@ -102,17 +102,17 @@ class Ranking(Measure):
         best = torch.full(shape, NOTHING, device=queries.device)
         sizes = [group.sizes[-1] for group in groups]
 
-        def seen(features: Tensor) -> list[Tensor]:
+        def seen(features: Tensor, quantised: bool) -> list[Tensor]:
             """Return what the largest probe of each group sees, shape (B, k)."""
-            return [part.t() for part in coordinates(features.double()).split(sizes)]
+            return [part.t() for part in coordinates(features.double(), quantised).split(sizes)]
 
-        asked = seen(queries)
+        asked = seen(queries, self.context.solver.quantised == "both")
         block = max(1, min(DOCUMENTS, COORDINATES // sum(sizes)))
         starts, shown = range(0, len(ties), block), rank_zero_only.rank == 0  # type: ignore[attr-defined]
         for start in Progress(len(starts), "Searching", "block", shown, iterable=starts):
             features = self.context.features("train", start, start + block)
             assert features is not None  # as features are clean
-            places, stored = ties[start : start + block], seen(features)
+            places, stored = ties[start : start + block], seen(features, True)
             for rows in (slice(first, first + QUERIES) for first in range(0, len(queries), QUERIES)):
                 full: dict[str, Tensor] = {}  # similarities by layer; its group comes first
                 for group, mine, theirs in zip(groups, asked, stored, strict=True):

@@ -15,27 +15,36 @@ from lightning_modules.probes.solver import Solver
 if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
 
+SIDES = ("both", "stored")  # of a search, that few bits are for
+
 
 class Search(Solver):
     """Exact search through the documents of train: there is nothing to find, and probes have no weights.
 
     Args:
         similarity: `cosine`, of what is left after dropping, `dot`, the inner product, or `l2`, the distance.
+        quantised: What `model.bits` takes to few bits: `both` documents and queries, or what is `stored`, the documents
+            alone.
 
     Raises:
-        MisconfigurationException: If there is no such similarity.
+        MisconfigurationException: If there is no such similarity, or another word for what is quantised.
     """
 
     name = "search"
     trains = False
     columns = ()
 
-    def __init__(self, similarity: Literal["cosine", "dot", "l2"] = "cosine") -> None:
-        if similarity not in SIMILARITIES:
-            raise MisconfigurationException(
-                f"model.solver.similarity is {similarity!r}; it must be one of {', '.join(SIMILARITIES)}."
-            )
-        self.similarity = similarity
+    def __init__(
+        self,
+        similarity: Literal["cosine", "dot", "l2"] = "cosine",
+        quantised: Literal["both", "stored"] = "both",
+    ) -> None:
+        for name, value, known in (("similarity", similarity, SIMILARITIES), ("quantised", quantised, SIDES)):
+            if value not in known:
+                raise MisconfigurationException(
+                    f"model.solver.{name} is {value!r}; it must be one of {', '.join(known)}."
+                )
+        self.similarity, self.quantised = similarity, quantised
 
     def candidates(self) -> list[tuple[float, ...]]:
         """Return one candidate: there is nothing to choose."""
@@ -55,8 +64,8 @@ class Search(Solver):
         raise NotImplementedError
 
     def provenance(self) -> dict[str, Any]:
-        """Return the solver and the similarity."""
-        return {"solver": self.name, "similarity": self.similarity}
+        """Return the solver, the similarity and what is in few bits."""
+        return {"solver": self.name, "similarity": self.similarity, "quantised": self.quantised}
 
 
 def suited(solver: Solver, target: Any) -> Solver:

@@ -21,7 +21,13 @@ MUST_AGREE = {
     "width": "width of {backbone}, layer {layer}",
 }
 """Columns of results.csv that must be the same in all runs, and of what they are."""
-SETTINGS = ("standardise", "refit", "solver.init_args.keep", "solver.init_args.similarity")
+SETTINGS = (
+    "standardise",
+    "refit",
+    "solver.init_args.keep",
+    "solver.init_args.similarity",
+    "solver.init_args.quantised",
+)
 """Keys of config.yaml, below model.init_args, that must be, too."""
 Facts = dict[str, tuple[str | None, Path]]
 """What runs state: values by what they are of, each with the run; None is of subsets that only one may measure."""

@@ -151,7 +151,7 @@ def stores(results: Results, split: str) -> dict[str, Picture]:
     means = means.assign(store=[f"{bits} bit{'s' * (bits > 1)} a number" for bits in means["bits"]])
     few = means[means["selection"] != FULL].groupby(["layer", "selection"], sort=False)
     figure, flat = panels(len(few), results.title)
-    looks = styles(means["store"])
+    looks, others = styles(means["store"]), results.table("product_quantisation", split)
     for axes, ((layer, selection), rows) in zip(flat, few, strict=True):
         full = means[(means["layer"] == layer) & (means["selection"] == FULL)]
         rows = pd.concat([rows, full]).sort_values("neurons")
@@ -162,9 +162,13 @@ def stores(results: Results, split: str) -> dict[str, Picture]:
         axes.step(best["bytes"], headline.scale * best["mean"], where="post", label="Pareto frontier", **options)
         for store, style in looks.items():
             line(axes, rows[rows["store"] == store], style, store, "mean", "std", "bytes", headline.scale)
+        if len(others):
+            grey: Style = {"color": "gray", "linestyle": ":", "marker": "x"}
+            of_layer = others[others["layer"] == layer].sort_values("bytes")
+            line(axes, of_layer, grey, "product quantisation", headline.name, "", "bytes", headline.scale)
         logarithmic_axis(axes, rows["bytes"], "bytes of a vector")
-        of_layer = f"layer {layer}, " if len(results.layers) > 1 else ""
-        value_axis(axes, f"{split} {headline.heading}", f"{of_layer}{seeds_label(selection, rows)}")
+        which = f"layer {layer}, " if len(results.layers) > 1 else ""
+        value_axis(axes, f"{split} {headline.heading}", f"{which}{seeds_label(selection, rows)}")
     legend(figure, flat)
     caption = (
         f"{headline.label.capitalize()} on the {split} split against the bytes that a vector takes, by the bits of "

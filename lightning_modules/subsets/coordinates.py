@@ -82,15 +82,16 @@ class Coordinates(nn.Module):
             getattr(self, f"low_{place}").copy_(low)
             getattr(self, f"step_{place}").copy_(step)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, quantised: bool = True) -> Tensor:
         """Return the coordinates of all groups, shape (R, B), of features of shape (B, sum of widths).
 
-        The groups come in the order of `groups`, each with as many rows as its largest subset has coordinates.
+        The groups come in the order of `groups`, each with as many rows as its largest subset has coordinates; without
+        `quantised` those in few bits are as they were before.
         """
         with torch.autocast(features.device.type, enabled=False):
-            return self.spaces(features).index_select(0, self.rows)
+            return self.spaces(features, quantised).index_select(0, self.rows)
 
-    def spaces(self, features: Tensor) -> Tensor:
+    def spaces(self, features: Tensor, quantised: bool = True) -> Tensor:
         """Return all neurons, then the coordinates of every basis, and of both in few bits, shape (M, B)."""
         columns = features.new_empty(features.shape[::-1])
         columns.t().copy_(features)  # in half the time of `contiguous`
@@ -100,7 +101,8 @@ class Coordinates(nn.Module):
             matrix, centre = (part.to(columns.dtype) for part in self._basis(space) or ())
             found[space] = matrix.t() @ (layers[space.layer].t() - centre.unsqueeze(1))
         for place, space in enumerate(self._quantised):
-            found[space] = self._quantiser(place)(found[space._replace(bits=32)].t()).t()
+            exact = found[space._replace(bits=32)]
+            found[space] = self._quantiser(place)(exact.t()).t() if quantised else exact
         return torch.cat([columns, *list(found.values())[len(layers) :]]) if len(found) > len(layers) else columns
 
     @property

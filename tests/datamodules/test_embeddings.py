@@ -1,10 +1,14 @@
 """One's own vectors: every format gives the same task, and what does not fit is named."""
 
 import json
+import sys
 
+import datasets
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import torch
@@ -37,6 +41,21 @@ def write(folder, ending, vectors=VECTORS, labels=LABELS, **more):
     elif ending in (".safetensors", ".pt"):
         save = save_file if ending == ".safetensors" else torch.save
         save({"features": torch.from_numpy(vectors), "labels": torch.from_numpy(labels)}, file)
+    elif ending in (".h5", "compressed.hdf5"):
+        with h5py.File(file, "w") as content:
+            content.create_dataset("of/features", data=vectors, compression="gzip" if "c" in ending else None)
+            content.create_dataset("labels", data=labels)
+    elif ending in (".arrow", ".feather"):
+        table = pyarrow.Table.from_pandas(pd.DataFrame({"features": list(vectors), "labels": labels, **more}))
+        if ending == ".feather":
+            pyarrow.feather.write_feather(table, file)
+        else:
+            with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
+                stream.write_table(table, max_chunksize=32)
+    elif ending == ".jsonl":
+        pd.DataFrame({"features": list(vectors), "labels": labels}).to_json(
+            file, orient="records", lines=True, double_precision=15
+        )
     elif ending in (".csv", ".tsv"):  # an index of rows is what pandas leaves
         table = pd.DataFrame(vectors).add_prefix("dim_").assign(labels=labels, **more)
         table.to_csv(file, sep="," if ending == ".csv" else "\t")
@@ -60,7 +79,11 @@ def refused(**arguments):
 # What is served
 
 
-@pytest.mark.parametrize("ending", [".npz", ".safetensors", ".parquet", ".npy", "columns", ".pt", ".csv", ".tsv"])
+FORMATS = [".npz", ".safetensors", ".parquet", ".npy", "columns", ".pt", ".csv", ".tsv"]
+FORMATS += [".h5", "compressed.hdf5", ".arrow", ".feather", ".jsonl"]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
 def test_every_format_serves_the_same_vectors_labels_and_splits(tmp_path, ending):
     if ending == ".npy":
         np.save(tmp_path / "mine.npy", VECTORS)
@@ -73,7 +96,8 @@ def test_every_format_serves_the_same_vectors_labels_and_splits(tmp_path, ending
     else:
         arguments = {"features": write(tmp_path, ending)}
     task = set_up(**arguments, batch_size=32)
-    assert (task.name, task.target.classes, task.width, task.vectors) == ("mine", ["3", "7"], 12, True)
+    name = "minecompressed" if ending == "compressed.hdf5" else "mine"
+    assert (task.name, task.target.classes, task.width, task.vectors) == (name, ["3", "7"], 12, True)
     seen = []
     for split, counts in {"train": [24, 36], "val": [8, 12], "test": [8, 12]}.items():
         vectors, labels = served(task, split)
@@ -286,11 +310,110 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path):
     assert "valid.npz and validation.csv" in refused(root=str(root))
 
 
-def test_a_npy_file_is_mapped_and_not_read(tmp_path):
-    np.save(tmp_path / "v.npy", VECTORS)
+def in_parts(folder, names="img_emb_{}.npy"):
+    """Write vectors and labels in twelve parts of different sizes, as clip-retrieval leaves them."""
+    folder.mkdir()
+    for place, rows in enumerate(np.split(np.arange(100), range(3, 36, 3))):
+        np.save(folder / names.format(place), VECTORS[rows])
+        table = pd.DataFrame({"label": LABELS[rows], "split": WORDS[rows], "caption": ["a pet"] * len(rows)})
+        table.to_parquet(folder / f"metadata_{place}.parquet")
+
+
+def test_parts_are_one_matrix_in_the_order_of_their_numbers(tmp_path, caplog):
+    in_parts(tmp_path / "pets")
+    features, labels = (str(tmp_path / "pets" / name) for name in ("img_emb_*.npy", "metadata_*.parquet"))
+    task = set_up(features=features, labels=labels, label_key="label")
+    assert (task.name, task.width) == ("img_emb", 12)
+    for split in ("train", "val", "test"):
+        vectors, of_split = served(task, split)
+        assert np.array_equal(vectors.numpy(), VECTORS[task.images[split].rows.numpy()])
+        assert np.array_equal(task.images[split].rows.numpy(), rows_of(split))
+        assert [task.target.classes[label] for label in of_split] == [str(label) for label in LABELS[rows_of(split)]]
+    (tmp_path / "vectors").mkdir()
+    for place in range(12):
+        (tmp_path / "pets" / f"img_emb_{place}.npy").rename(tmp_path / "vectors" / f"img_emb_{place}.npy")
+    folders = set_up(features=str(tmp_path / "vectors"), labels=str(tmp_path / "pets"), label_key="label")
+    assert folders.name == "vectors"
+    assert folders.images["test"].digest() == task.images["test"].digest()
+
+
+def test_parts_that_do_not_fit_are_named(tmp_path):
+    in_parts(tmp_path / "pets")
+    labels = {"labels": str(tmp_path / "pets" / "metadata_*.parquet"), "label_key": "label"}
+    assert "holds files of several formats (.npy, .parquet); name one kind" in refused(
+        features=str(tmp_path / "pets"), **labels
+    )
+    assert "holds no files of vectors" in refused(features=str(tmp_path / "pets" / "text_*.npy"), **labels)
+    np.save(tmp_path / "pets" / "img_emb_5.npy", VECTORS[:3, :7])
+    message = refused(features=str(tmp_path / "pets" / "img_emb_*.npy"), **labels)
+    assert "img_emb_5.npy holds rows of shape (7,), those of" in message
+    (tmp_path / "pets" / "img_emb_5.npy").write_bytes(b"torn")
+    assert "img_emb_5.npy cannot be read" in refused(features=str(tmp_path / "pets" / "img_emb_*.npy"), **labels)
+
+
+def test_a_table_may_list_files_of_a_vector_each(tmp_path):
+    (tmp_path / "embeddings").mkdir()
+    names = [f"embeddings/{row}.pt" for row in range(100)]
+    for row, name in enumerate(names):  # as eva writes them: one row, alone or in a list
+        vector = torch.from_numpy(VECTORS[row])
+        torch.save([vector] if row % 2 else vector.unsqueeze(0), tmp_path / name)
+    table = pd.DataFrame({"origin": names, "embeddings": names, "target": LABELS, "split": WORDS})
+    table.to_csv(tmp_path / "manifest.csv", index=False)
+    task = set_up(features=str(tmp_path / "manifest.csv"))
+    for split in ("train", "val", "test"):
+        assert np.array_equal(served(task, split)[0].numpy(), VECTORS[rows_of(split)])
+    torch.save(torch.zeros(7), tmp_path / names[4])
+    assert f"{names[4]} holds 7 values, the first file has 12" in refused(features=str(tmp_path / "manifest.csv"))
+    (tmp_path / names[4]).unlink()
+    assert f"There is no file {tmp_path / names[4]}" in refused(features=str(tmp_path / "manifest.csv"))
+
+
+def test_splits_may_lie_in_shards_on_the_hub_or_where_datasets_saved_them(tmp_path, hub):
+    folder = tmp_path / "saved"
+    for split in ("train", "test"):
+        rows = rows_of(split)
+        rows = np.sort(np.concatenate([rows, rows_of("val")])) if split == "train" else rows
+        for place, some in enumerate(np.array_split(rows, 2)):
+            write(tmp_path, ".parquet", VECTORS[some], LABELS[some])
+            hub.files[f"data/{split}-0000{place}-of-00002.parquet"] = (tmp_path / "mine.parquet").read_bytes()
+        datasets.Dataset.from_dict({"embedding": VECTORS[rows], "label": LABELS[rows]}).save_to_disk(folder / split)
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for root, origin in (("lab/birds", "file test-*-of-*.parquet"), (str(folder), "file test")):
+        task = Embeddings(root=root)
+        task.prepare_data()
+        task.setup()
+        assert task.name == root.rpartition("/")[2]
+        assert sizes(task) == (64, 16, 20)
+        assert origin in task.describe()
+        assert np.array_equal(served(task, "test")[0].numpy(), VECTORS[rows_of("test")])
+    assert "data.root is lab/nowhere, which is no folder and cannot be had from the Hub" in refused(root="lab/nowhere")
+
+
+def test_hdf5_without_its_library_and_words_that_are_no_files_are_named(tmp_path, monkeypatch):
+    file = write(tmp_path, ".h5")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert "mine.h5 needs h5py, which is not installed; `pip install 'diffused-redundancy[hdf5]'`" in refused(
+        features=file
+    )
+    pd.DataFrame({"embeddings": ["a pet"] * 100, "label": LABELS}).to_csv(tmp_path / "w.csv", index=False)
+    assert "The vectors of" in (message := refused(features=str(tmp_path / "w.csv")))
+    assert "are words, 'a pet' first" in message
+
+
+@pytest.mark.parametrize("kind", ["npy", "parts", "hdf5"])
+def test_files_that_can_be_are_mapped_and_not_read(tmp_path, kind):
     np.save(tmp_path / "l.npy", LABELS)
-    task = set_up(features=str(tmp_path / "v.npy"), labels=str(tmp_path / "l.npy"))
-    np.lib.format.open_memmap(tmp_path / "v.npy", "r+")[:] = 5
+    names = {"npy": ["v.npy"], "parts": ["v_0.npy", "v_1.npy"]}.get(kind, [])
+    for name, rows in zip(names, np.array_split(VECTORS, len(names) or 1), strict=False):
+        np.save(tmp_path / name, rows)
+    file = write(tmp_path, ".h5") if kind == "hdf5" else str(tmp_path / ("v.npy" if kind == "npy" else "v_*.npy"))
+    task = set_up(features=file, labels=str(tmp_path / "l.npy"))
+    for name in names:
+        np.lib.format.open_memmap(tmp_path / name, "r+")[:] = 5
+    if kind == "hdf5":
+        with h5py.File(file) as content:
+            offset = content["of/features"].id.get_offset()
+        np.memmap(file, np.float32, "r+", offset, VECTORS.shape)[:] = 5
     assert (served(task, "test")[0] == 5).all()
 
 
@@ -326,7 +449,10 @@ def test_wrong_arguments_and_files_are_named(tmp_path):
         ({"root": str(tmp_path), "labels": file}, ["data.labels"]),
         ({"root": str(tmp_path / "empty")}, ["empty", "train.npz"]),
         ({"features": "nowhere.npz"}, ["nowhere.npz"]),
-        ({"features": "vectors.mat"}, ["vectors.mat", ".npy, .npz, .safetensors, .pt, .pth, .parquet, .csv, .tsv"]),
+        (
+            {"features": "vectors.mat"},
+            ["vectors.mat", ".npy, .npz, .safetensors, .pt, .pth, .h5, .hdf5, .parquet, .arrow"],
+        ),
         ({"features": vectors}, ["v.npy", "data.labels"]),
         ({"features": file, "feature_key": "x"}, ["'x'", "features, labels, split", "data.feature_key"]),
         ({"features": file, "label_key": "y"}, ["'y'", "features, labels, split", "data.label_key"]),
@@ -398,7 +524,7 @@ def test_pickles_are_never_loaded_and_torn_files_are_named(tmp_path):
     ):
         assert "cannot be read" in refused(**arguments)
     assert not (tmp_path / "exploded").exists()
-    for ending in (".npz", ".safetensors", ".parquet", ".pt"):
+    for ending in (".npz", ".safetensors", ".parquet", ".pt", ".feather", ".h5"):
         file = tmp_path / f"mine{ending}"
         write(tmp_path, ending)
         file.write_bytes(file.read_bytes()[:-100])

@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -103,7 +104,7 @@ def test_of_several_files_of_judgements_the_last_is_tested_and_the_one_before_va
     assert judgements(task, "test") == parts[test]
 
 
-@pytest.mark.parametrize("ending", [".parquet", ".npz", ".csv"])
+@pytest.mark.parametrize("ending", [".parquet", ".npz", ".csv", ".jsonl", ".h5", "parts"])
 def test_ids_beside_the_vectors_may_come_in_any_order(tmp_path, ending):
     task = set_up(write(tmp_path / "rows"))
     folder = write(tmp_path / "columns")
@@ -114,6 +115,17 @@ def test_ids_beside_the_vectors_may_come_in_any_order(tmp_path, ending):
             left.unlink()
         if ending == ".npz":
             np.savez(folder / f"{part}.npz", ids=names, embeddings=values[order])
+        elif ending == ".jsonl":
+            lines = (json.dumps({"_id": n, "embedding": v.tolist()}) for n, v in zip(names, values[order], strict=True))
+            (folder / f"{part}.jsonl").write_text("\n".join(lines))
+        elif ending == ".h5":
+            with h5py.File(folder / f"{part}.h5", "w") as content:
+                content["embeddings"], content["ids"] = values[order], [name.encode() for name in names.tolist()]
+        elif ending == "parts":
+            (folder / part).mkdir()
+            for place, rows in enumerate(np.array_split(order, 12 if len(order) > 12 else 3)):
+                table = pd.DataFrame({"id": np.array(NAMES[part])[rows], "vector": list(values[rows])})
+                table.to_parquet(folder / part / f"part_{place}.parquet")
         elif ending == ".csv":
             pd.DataFrame(values[order]).add_prefix("dim_").assign(_id=names).to_csv(folder / f"{part}.csv", index=False)
         else:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from evaluation import quantised
 from safetensors.torch import load_file
 
 import train
@@ -43,6 +45,30 @@ found["ours"] = [name for name in sys.modules if name.split(".")[0] in ours]
 print(json.dumps(found))
 """
 """A program that uses what a card says, and says which modules that took."""
+
+
+FORMS = """
+import json, os, sys
+import faiss, numpy as np, onnxruntime, torch
+from sentence_transformers import SentenceTransformer
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    features, told = np.load("features.npy"), {}
+    for name, use in json.load(open("card.json"))["formats"].items():
+        exec(use)
+        if name == "faiss":  # sa_decode of the whole index would also turn back
+            store, transform = faiss.downcast_index(index.index), faiss.read_VectorTransform("transform.faiss")
+            kept = store.sa_decode(store.sa_encode(transform.apply(features)))
+            told["found"], told["bytes"] = found[1], store.code_size
+        told[name] = np.asarray(kept.detach() if isinstance(kept, torch.Tensor) else kept)
+    SentenceTransformer(modules=list(model)).save("again", create_model_card=False)
+    again = SentenceTransformer("again", trust_remote_code=True)
+    told["again"] = again({"sentence_embedding": torch.from_numpy(features)})["sentence_embedding"].detach().numpy()
+    np.savez("told.npz", **told)
+ours = ("lightning_modules", "datamodules", "train")
+assert not [name for name in sys.modules if name.split(".")[0] in ours]
+"""
+"""A program that uses the further forms as their cards say."""
 
 
 class Run(NamedTuple):
@@ -122,6 +148,72 @@ def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_
         assert card["preprocessing"]["crop_mode"] == "squash"
 
 
+def test_every_form_gives_the_vectors_of_the_run_in_a_process_without_this_project(cli, papers, tmp_path):
+    corpus, order = np.load(papers / "corpus.npz")["vectors"], torch.randperm(20, generator=torch.manual_seed(1))[:10]
+    directions = np.linalg.eigh(np.cov(corpus.T.astype(float)))[1][:, :-11:-1]
+    directions *= np.sign(directions[abs(directions).argmax(0), range(10)])
+    coordinates = {"random": corpus[:, order], "pca_uncentred": (corpus @ directions).astype(np.float32)}
+    wanted = {}
+    for compared, taken in (
+        ("cosine both", [("random", 32), ("random", 1), ("pca_uncentred", 4)]),
+        ("l2 stored", [("random", 8), ("random", 2)]),
+    ):
+        selections, numbers = (",".join(map(str, dict.fromkeys(each))) for each in zip(*taken, strict=True))
+        similarity, quantised_sides = compared.split()
+        fit = ("fit", "--config", "retrieval_beir.yaml", "--trainer.logger=false", f"--name={similarity}")
+        fit += (f"--model.selection=[{selections}]", "--model.fractions=0.5", "--model.seeds=[1]")
+        fit += (
+            f"--model.solver.quantised={quantised_sides}",
+            f"--model.solver.similarity={similarity}",
+            f"--model.bits=[{numbers}]",
+            "--trainer.accelerator=cpu",
+        )
+        status, _, err = cli(*fit, "--data.root=papers")
+        assert status == 0, err
+        for selection, bits in taken:
+            folder = tmp_path / f"{similarity}_{selection}_{bits}"
+            asked = ("--selection", selection, "--bits", str(bits), "--fraction", "0.5", "--output", folder.name)
+            asked += ("--seed", "1" if selection == "random" else "0")
+            forms = ("--formats", "[faiss,onnx,sentence_transformers]")
+            status, out, err = cli("export", "--run", f"runs/{similarity}", *asked, *forms)
+            assert status == 0, err
+            assert [name for name in out.split() if not (tmp_path / name).is_file()] == []
+            np.save(folder / "features.npy", corpus)
+            kept = coordinates[selection]
+            kept = quantised(kept, kept, bits) if bits < 32 else kept
+            wanted[folder] = kept / np.linalg.norm(kept, axis=1, keepdims=True) if similarity == "cosine" else kept
+    variables = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", FORMS, *map(str, wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for folder, kept in wanted.items():
+        told, card = dict(np.load(folder / "told.npz")), json.loads((folder / "card.json").read_text())
+        cosine, exact = folder.name.startswith("cosine"), card["bits"] == 32 or folder.name.startswith("l2")
+        assert told["bytes"] == card["bytes"]
+        if cosine:  # FAISS stores them before they are brought back to length 1
+            told["faiss"] /= np.linalg.norm(told["faiss"], axis=1, keepdims=True)
+        for name in ("faiss", "onnx", "sentence_transformers", "again"):
+            differ = abs(told[name] - kept).max(1) > 1e-5
+            assert differ.sum() <= (card["bits"] < 32), (folder, name)  # a value between two levels may go either way
+        assert ("rank them again by cosine" in card["formats"]["faiss"]) != exact
+        assert ("use_of_queries" in card) == (not cosine)
+        if exact:
+            queries = {"features": torch.from_numpy(corpus), "subset": load_file(folder / "subset.safetensors")}
+            exec(card.get("use_of_queries", card["use"][0]), queries | {"torch": torch}, queries)
+            asked = queries["kept"][:1].double().numpy()
+            alike = (asked @ kept.T if cosine else -np.square(asked - kept).sum(1)[None])[0]
+            assert alike[told["found"][0]] == pytest.approx(np.sort(alike)[::-1][:10], rel=1e-4)
+
+
+def test_a_form_whose_library_is_not_there_is_refused_before_anything_is_written(run, cli, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    asked = ("--selection", "random", "--fraction", "0.1", "--bits", "32", "--output", "out")
+    status, _, err = cli("export", "--run", str(run.folder), *asked, "--formats", "faiss")
+    assert status == 2
+    assert "--formats faiss needs faiss, which is not installed; `pip install 'diffused-redundancy[faiss]'`" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_exported_neurons_are_the_papers_for_that_seed(run, cli, tmp_path):
     cli(
         *("export", "--run", str(run.folder), "--selection", "random", "--fraction", "0.1", "--seed", "1"),
@@ -142,6 +234,7 @@ def test_exported_neurons_are_the_papers_for_that_seed(run, cli, tmp_path):
         ({"seed": "7"}, ["7", "0, 1"]),
         ({"selection": "pca", "seed": "1"}, ["1", "has 0"]),
         ({"layer": "stem"}, ["stem", "penultimate"]),
+        ({"formats": "gguf"}, ["--formats has 'gguf'", "faiss, onnx, sentence_transformers"]),
         ({"run": "nowhere"}, ["nowhere", "config.yaml"]),
         ({"output": "/proc/nowhere"}, ["/proc/nowhere"]),
     ],

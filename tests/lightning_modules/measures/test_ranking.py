@@ -148,3 +148,8 @@ def test_in_few_bits_the_levels_are_searched():
     few = search(quantised(corpus, corpus, 2), quantised(queries, corpus, 2), probes[:1])
     assert all_in_few == pytest.approx(few.item(), abs=1e-9)
     assert all_in_few != exact
+    one_sided = Search("cosine", quantised="stored")  # queries as they are
+    documents_in_few = search(corpus, queries, probes, coordinates=coordinates, solver=one_sided)[-1].item()
+    few = search(quantised(corpus, corpus, 2), queries, probes[:1])
+    assert documents_in_few == pytest.approx(few.item(), abs=1e-9)
+    assert documents_in_few not in (exact, all_in_few)

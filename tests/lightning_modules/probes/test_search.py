@@ -27,23 +27,35 @@ CRANFIELD = {
 """nDCG@10 on 7, 19, 38, 76, 192 and 307 of 384 neurons over all queries, as pytrec_eval measured it."""
 
 
-def test_cranfield_has_the_published_figures():
+def on_cranfield(*by, **arguments):
+    """Return the metrics of a search over all 225 queries, by these columns."""
     folder = SHARED / "data" / "cranfield_minilm"
     if not folder.is_dir():
         pytest.skip("The shared data are not beside this checkout.")
-    model = RedundancyProbe(None, neurons=[7, 19, 38, 76, 192, 307], selection=list(CRANFIELD))
+    model = RedundancyProbe(None, **arguments)
     trainer = Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu")
     trainer.fit(model, datamodule=Retrieval(str(folder)))
     for evaluate in (trainer.validate, trainer.test):
         evaluate(model, datamodule=trainer.datamodule, verbose=False)
     rows = model.results().tables["results"]
-    sums = rows[METRICS].mul(rows["images"], axis=0).groupby([rows["selection"], rows["neurons"], rows["seed"]]).sum()
-    means = sums / 225
+    return rows[METRICS].mul(rows["images"], axis=0).groupby([rows[name] for name in by]).sum() / 225
+
+
+def test_cranfield_has_the_published_figures():
+    sizes = [7, 19, 38, 76, 192, 307]
+    means = on_cranfield("selection", "neurons", "seed", neurons=sizes, selection=list(CRANFIELD))
     full = means.loc["full"].iloc[0]
     assert full[["ndcg@10", "recall@10", "recall@100", "map@100"]].round(4).tolist() == [0.5062, 0.4567, 0.7883, 0.4191]
     by_seed = means["ndcg@10"].round(4)  # and so are the means over seeds of the published table
     for selection, figures in CRANFIELD.items():
         assert by_seed[selection].groupby("neurons").mean().map("{:.4f}".format).tolist() == figures.split()
+
+
+def test_cranfield_in_few_bits_has_what_numpy_finds_with_the_query_in_full_and_without():
+    for quantised, figures in (("stored", [0.4845, 0.4996, 0.5058]), ("both", [0.4535, 0.5016, 0.5070])):
+        solver = Search(quantised=quantised)
+        means = on_cranfield("bits", neurons=384, selection="first", bits=[4, 2, 1], solver=solver)["ndcg@10"]
+        assert means[[1, 2, 4]].round(4).tolist() == pytest.approx(figures, abs=1e-9)
 
 
 RUN = ("fit", "--config", "retrieval_beir.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
@@ -120,3 +132,5 @@ def test_what_a_search_does_not_go_with_is_refused(papers, tmp_path):
         RedundancyProbe(None, solver=Search()).describe(classes)
     with pytest.raises(MisconfigurationException, match=r"similarity is 'angle'; it must be one of cosine, dot, l2"):
         Search("angle")
+    with pytest.raises(MisconfigurationException, match=r"quantised is 'queries'; it must be one of both, stored"):
+        Search(quantised="queries")
