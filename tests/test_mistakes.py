@@ -202,6 +202,11 @@ MISTAKES = {
         [*PRETRAINING, "--model.name=deit_tiny_distilled_patch16_224", "--model.objective=DeCov"],
         "DeCov, which needs one linear classifier; VisionTransformerDistilled has tuple",
     ),
+    "pre-training of no architecture": (
+        ["--model=Pretraining"],
+        "model.name is null, and weights random do not say what they are of; name the architecture",
+    ),
+    "pre-training from no file": ([*PRETRAINING, "--model.weights=nowhere.pth"], "no file of weights 'nowhere.pth'"),
     "momentum of 1": ([*PRETRAINING, "--model.momentum=1"], "model.momentum is 1; it must be from 0 to below 1"),
     "negative warm-up": ([*PRETRAINING, "--model.warmup_steps=-1"], "model.warmup_steps is -1; it must be 0 or more"),
     "neither true nor false": (["--model.standardise=maybe"], "model.standardise is maybe", "true or false"),
