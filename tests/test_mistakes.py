@@ -290,6 +290,8 @@ VALUES = [
     (SGD, {"step_size": 0}, "model.solver.step_size is 0; it must be at least 1"),
     (Ridge, {"penalty": -1}, "model.solver.penalty is -1; it must"),
     (Logistic, {"penalty": 0}, "model.solver.penalty is 0; it must be above 0"),
+    (Pretraining, {"weights": "nowhere.pth"}, "no file of weights 'nowhere.pth'"),
+    (Pretraining, {"name": None}, "model.name is null, and weights random do not say what they are of"),
     (Digits, {"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
     (Digits, {"num_workers": -1}, "data.num_workers is -1; it must be at least 0"),
     (Digits, {"seed": -1}, "data.seed is -1; it must be 0 or more"),

@@ -40,8 +40,8 @@ def find(path: str) -> Path:
         if candidate.is_file():
             return candidate
     raise MisconfigurationException(
-        f"There is no file of weights {path!r}; model.backbone.weights takes a file, hf-hub:<owner>/<name>/<file>, "
-        f"'pretrained' or 'random'."
+        f"There is no file of weights {path!r}; name a file or hf-hub:<owner>/<name>/<file>, or say 'pretrained' or "
+        f"'random'."
     )
 
 
