@@ -120,6 +120,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "P":
         image = image.convert("RGBA")  # the same colours; PIL warns on the direct way if the palette has transparency
+    if image.mode == "RGB":
+        image.load()
+        return image  # PIL would copy it
     return image.convert("RGB")
 
 

@@ -175,6 +175,7 @@ def test_a_run_begins_with_what_it_will_do_as_resolved(cli, tmp_path, monkeypatc
     assert block["own code"] == "own_callbacks.Silent"
     assert block["folder"] == "runs/debug"
     assert err.index("task ") < err.index("Features of train")
+    assert re.search(r"extracted in \S+; delete it to clear them\. [\d,]+ images/s; the backbone waited", err)
     assert err.count("\nfolder ") == 1
 
 

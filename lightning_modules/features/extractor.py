@@ -39,6 +39,7 @@ class Extractor:
         self.directory = Path(cache_dir or Path(trainer.default_root_dir) / "feature_cache").expanduser()
         self.features = features
         self.seconds = 0.0  # Spent on extraction so far
+        self.waited = 0.0  # Of these, seconds in which the backbone waited for images
         # What features depend on beside precision; computed once, as it reads all weights, and maybe all images.
         self.provenance = functools.cache(backbone.provenance)
         self.digest = functools.cache(lambda split: task.images[split].digest())
@@ -64,6 +65,7 @@ class Extractor:
         cache = FeatureCache(self.directory, provenance, len(self.task.images[split]))
         share = cache.shards[rank::processes]
         missing = cache.missing(share)
+        waited, pace = self.waited, ""
         if missing:
             description = f"Extracting {split}" + ("" if view is None else f", view {view + 1} of {self.features}")
             total = sum(map(len, missing))
@@ -74,12 +76,18 @@ class Extractor:
                     if not made:
                         time.sleep(PAUSE)  # others are at all that is left; a process that ends lets go of its own
                     left = cache.missing([shard for shard in left if shard not in made])
+            seconds = time.monotonic() - progress.began
+            here = " in this process" if processes > 1 else ""
+            pace = (
+                f" {progress.done / seconds:,.0f} images/s{here}; the backbone waited for images "
+                f"{100 * (self.waited - waited) / seconds:.0f} % of the time."
+            )
         self.trainer.strategy.barrier()
         rows = cache.read(processes)
         state = "extracted" if len(missing) == len(share) else "completed" if missing else "found"
         rank_zero_info(
             f"Features of {split}, {provenance['view']}: {len(rows):,} x {rows.shape[1]:,} "
-            f"({4 * len(rows) * rows.shape[1] / 1e6:,.1f} MB) {state} in {cache.folder}; delete it to clear them."
+            f"({4 * len(rows) * rows.shape[1] / 1e6:,.1f} MB) {state} in {cache.folder}; delete it to clear them.{pace}"
         )
         return rows
 
@@ -97,13 +105,16 @@ class Extractor:
         made: set[range] = set()
         parts: list[Tensor] = []
         try:
+            asked = time.perf_counter()
             for batch in self.task.extraction_loader(split, batches(), view, BATCH):
+                self.waited += time.perf_counter() - asked
                 parts.append(self.represent(batch.inputs, batch.indices, split).cpu())
                 progress.update(len(batch.indices))
                 if len(parts) == -(-len(claimed[0]) // BATCH):
                     made.add(shard := claimed.popleft())
                     cache.write(shard, torch.cat(parts))
                     parts.clear()
+                asked = time.perf_counter()
         finally:
             cache.release()
         return made
