@@ -167,14 +167,18 @@ def _better(best: Tensor, values: Tensor, full: Tensor, places: Tensor) -> Tenso
         full: The same by the full layer.
         places: Of the documents among the ids, shape (m,).
     """
-    good = values >= _as_values(best[0, :, -1:])
+    depth, worst = best.shape[2], best[0, :, -1:]
+    least = _as_values(worst)
+    if depth < values.shape[1] and (worst == NOTHING).any():  # where all would be good, as many as are kept
+        least = torch.maximum(least, values.topk(depth).values[:, -1:])
+    good = values >= least
     rows, columns = good.nonzero(as_tuple=True)
     counts = good.sum(1)
     more = best.new_full((*best.shape[:2], int(counts.max())), NOTHING)
     ranks = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    more[:, rows, ranks] = _as_keys(torch.stack([values[good], full[good]])) + places[columns]
+    more[:, rows, ranks] = _as_keys(torch.stack([values[rows, columns], full[rows, columns]])) + places[columns]
     joined = torch.cat([best, more], 2)
-    return joined.gather(2, joined[0].topk(best.shape[2]).indices.expand(2, -1, -1))
+    return joined.gather(2, joined[0].topk(depth).indices.expand(2, -1, -1))
 
 
 def ranking_metrics(gains: Tensor, ideal: Tensor, relevant: Tensor) -> dict[str, Tensor]:

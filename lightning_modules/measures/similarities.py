@@ -25,8 +25,10 @@ def similarities(queries: Tensor, stored: Tensor, sizes: Sequence[int], kind: st
         stored_lengths += columns.square().sum(1)
         start = size
         if kind == "cosine":
-            yield products / (lengths * stored_lengths).sqrt().clamp(min=torch.finfo(products.dtype).tiny)
+            shortest = torch.finfo(products.dtype).tiny
+            scale, stored_scale = (each.clamp(min=shortest).rsqrt() for each in (lengths, stored_lengths))
+            yield (products * scale).mul_(stored_scale)
         elif kind == "l2":
-            yield 2 * products - lengths - stored_lengths
+            yield products.mul(2).sub_(lengths).sub_(stored_lengths)
         else:
             yield products.clone()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_modules.checks import free_memory
 from lightning_modules.measures.measure import Column
 from lightning_modules.measures.neighbours import DECIMALS
 from lightning_modules.measures.similarities import similarities
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
 
 BLOCK = 4096  # training vectors that are compared at once
+KEPT = 0.25  # share of the free memory that coordinates of train may fill; more are computed for every batch
 LEAST = 1e-6  # share of the votes that a class is given at least, so that no loss is infinite
+_kept: WeakKeyDictionary[RedundancyProbe, list[Sequence[Tensor]]] = WeakKeyDictionary()  # what `_stored` yields
 
 
 class KNN(Solver):
@@ -57,6 +62,7 @@ class KNN(Solver):
     def prepare(self, model: RedundancyProbe) -> None:
         """Choose how many neighbours vote for each probe, on validation."""
         images = len(model.task.images["train"])
+        _kept.pop(model, None)
         if max(self.neighbours) > images:
             raise MisconfigurationException(
                 f"model.solver.neighbours is {max(self.neighbours)}, but train has {images:,} images; give at most as "
@@ -103,18 +109,36 @@ class KNN(Solver):
         queries = model.coordinates(inputs.double()).split(sizes)
         best: list[Tensor] = [torch.empty(len(inputs), 0, dtype=torch.int64, device=inputs.device)] * len(model.probes)
         last = images - 1
-        for start in range(0, images, BLOCK):
-            block = model.stream.everything("train", start, start + BLOCK)
-            assert block is not None  # as features are clean
-            ties = torch.arange(last, last - len(block), -1, device=inputs.device)
-            last -= len(block)
-            stored = model.coordinates(block.double()).split(sizes)
+        for stored in self._stored(model, sizes):
+            count = stored[0].shape[1]
+            ties = torch.arange(last, last - count, -1, device=inputs.device)
+            last -= count
             for group, ours, theirs in zip(groups, queries, stored, strict=True):
                 cosines = similarities(ours.t(), theirs.t(), group.sizes, "cosine")
                 for index, values in zip(group.probes, cosines, strict=True):
                     keys = torch.cat([best[index], (values * 10**DECIMALS).round().long() * images + ties], 1)
                     best[index] = keys.topk(min(max(self.neighbours), keys.shape[1]), dim=1).values
         return torch.stack(best)
+
+    def _stored(self, model: RedundancyProbe, sizes: list[int]) -> Iterator[Sequence[Tensor]]:
+        """Yield blocks of train as the largest probe of each group sees it, each (k, block), float64.
+
+        They are kept for the batches to come where memory holds them all.
+        """
+        if model in _kept:
+            yield from _kept[model]
+            return
+        images, blocks = len(model.task.images["train"]), []
+        keep = 8 * images * sum(sizes) * model.trainer.world_size <= KEPT * free_memory()
+        for start in range(0, images, BLOCK):
+            features = model.stream.everything("train", start, start + BLOCK)
+            assert features is not None  # as features are clean
+            stored = model.coordinates(features.double()).split(sizes)
+            if keep:
+                blocks.append(stored)
+            yield stored
+        if keep:
+            _kept[model] = blocks
 
     def _votes(self, model: RedundancyProbe, nearest: Tensor, count: int) -> Tensor:
         """Return the votes of so many of the nearest, by keys of shape (P, B, k), for every class, shape (P, C, B)."""

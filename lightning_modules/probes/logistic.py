@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_modules.checks import free_memory
-from lightning_modules.features.moments import Moments, rounding
 from lightning_modules.measures.measure import Column
 from lightning_modules.probes import lbfgs
-from lightning_modules.probes.bank import ProbeBank, Stack
-from lightning_modules.probes.lbfgs import Algebra
+from lightning_modules.probes.penalised import Objective, in_memory
 from lightning_modules.probes.solver import Solver
-from lightning_modules.subsets.coordinates import Space
-from lightning_modules.subsets.plan import describe, probe_groups, references
+from lightning_modules.subsets.plan import describe
 
 if TYPE_CHECKING:
     from lightning_modules.redundancy_probe import RedundancyProbe
 
 PENALTIES = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4)
-ROWS = 512  # in a batch from memory, at least, so that small batches cost no more than large ones
-KEPT = 0.25  # share of the free memory that features may fill; more are read again in every pass
-ROUND = 5  # steps after which probes that have converged are left out
-NEARLY_NONE = 1e-6  # curvature of a loss that is at least assumed
-
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Logistic(Solver):
@@ -87,8 +76,8 @@ class Logistic(Solver):
     def prepare(self, model: RedundancyProbe) -> None:
         """Solve every probe on train for one penalty after the other, and keep the one that validation chooses."""
         moments = model.stream.moments("train", model.coordinates.sources)
-        objective = _Objective(model, moments, lambda: model.stream.all_views("train"))
-        val = _in_memory(model, lambda: model.stream.batches("val"), len(model.task.images["val"]))
+        objective = Objective(model, moments, lambda: model.stream.all_views("train"))
+        val = in_memory(model, lambda: model.stream.batches("val"), len(model.task.images["val"]))
         grid, bank = model.grid, model.grid.banks[0]
         best = torch.full_like(grid.kept_score[0], math.inf)
         active = best > 0
@@ -113,7 +102,7 @@ class Logistic(Solver):
         """Solve every probe on train and validation together, with the penalty that was chosen."""
         train, val = (model.stream.moments(split, model.coordinates.sources) for split in ("train", "val"))
         both = {source: train[source] + val[source] for source in train}
-        objective = _Objective(model, both, lambda: itertools.chain(*map(model.stream.batches, ("train", "val"))))
+        objective = Objective(model, both, lambda: itertools.chain(*map(model.stream.batches, ("train", "val"))))
         bank, found = model.grid.banks[0], model.grid.hyperparameters[0]
         bank.copy_probes(model.grid.kept[0], found[:, 0] > 0)  # to start from
         for penalty in found[:, 0].unique().tolist():
@@ -137,174 +126,3 @@ class Logistic(Solver):
     def provenance(self) -> dict[str, Any]:
         """Return the solver: its penalties are chosen anew only by a fit."""
         return {"solver": self.name}
-
-
-class _Objective:
-    """The objective of every probe of a run, over the images of all processes."""
-
-    def __init__(self, model: RedundancyProbe, moments: Mapping[Space, Moments], read: Batches) -> None:
-        self.model = model
-        self.images = float(next(iter(moments.values())).count)
-        self.batches = _in_memory(model, read, self.images)
-        self.means = {source: each.mean.unsqueeze(0) for source, each in moments.items()}
-        self.scatters = {source: each.scatter for source, each in moments.items()}
-
-    def minimise(self, bank: ProbeBank, penalty: float, active: Tensor, tolerance: float, limit: int) -> Tensor:
-        """Move the active probes of a bank, boolean of shape (P,), to their optima from where they are.
-
-        After every so many steps, those that have converged are left out.
-
-        Returns:
-            By what share of its value each objective is estimated to exceed its optimum, shape (P,).
-        """
-        excess = torch.full(active.shape, math.inf, dtype=torch.float64, device=active.device)
-        members = active.nonzero().squeeze(1)
-        with torch.no_grad():
-            part = _Whitened(self, Algebra(bank).part(members)[0], penalty, self._curvatures(bank))
-            state = lbfgs.begin(part.evaluate, part.algebra)
-            for done in range(0, limit, ROUND):
-                lbfgs.advance(part.evaluate, part.algebra, state, tolerance, min(ROUND, limit - done))
-                excess[members] = state.excess
-                for index, probe in zip(members.tolist(), part.probes(state.here), strict=True):
-                    bank.set_probe(index, *probe)
-                going = (state.excess > tolerance).nonzero().squeeze(1)
-                if not len(going):
-                    break
-                if len(going) < len(members):
-                    members, state = members[going], state.part(going, part.narrow(going))
-        return excess
-
-    def _curvatures(self, bank: ProbeBank) -> dict[str, float]:
-        """Return for each layer the mean second derivative of the loss by a logit, of classes that of p (1 - p).
-
-        By the full layer's probe, which every bank has, so that the steps of no other depend on its company.
-        """
-        coordinates = self.model.coordinates
-        full = dict(zip(coordinates.widths, references(bank.probes).unique().tolist(), strict=True))
-        totals = torch.zeros(len(full), dtype=torch.float64, device=bank.weight.device)
-        for inputs, _ in self.batches():
-            layers = coordinates.by_layer(inputs)
-            for place, (layer, index) in enumerate(full.items()):
-                weight, bias = bank.get_probe(index)
-                totals[place] += self.model.target.bends(weight @ layers[layer].t() + bias.unsqueeze(1)).sum()
-        means = self.model.stream.reduce(totals) / (self.images * bank.classes)
-        return dict(zip(full, means.clamp(min=NEARLY_NONE).tolist(), strict=True))
-
-
-class _Whitened:
-    """The objective on coordinates in which it curves about alike in all directions, for every subset of a bank.
-
-    The curvature of an output's loss is near s X'X, with s the mean of p (1 - p) and X centred. With L L' = s X'X +
-    penalty I over a probe group's coordinates, and T the inverse of L, a step u stands for the weights u T. T is lower
-    triangular, so its leading blocks serve the smaller subsets.
-    """
-
-    def __init__(
-        self, objective: _Objective, algebra: Algebra, penalty: float, curvatures: Mapping[str, float]
-    ) -> None:
-        self.objective, self.penalty, self.curvatures = objective, penalty, curvatures
-        self.inverses: dict[tuple[Any, ...], Tensor] = {}
-        coordinates = objective.model.coordinates
-        for group in itertools.chain(*probe_groups(algebra.bank.probes)):
-            scatter = objective.scatters[coordinates.source(group)]
-            system = curvatures[group.layer] * coordinates.ordering(group).square(scatter)
-            system.diagonal().add_(penalty + rounding(len(system)) * system.diagonal().max())
-            factor, identity = torch.linalg.cholesky(system).float(), torch.eye(len(system), device=system.device)
-            self.inverses[group.key] = torch.linalg.solve_triangular(factor, identity, upper=False)
-        self._take(algebra)
-        bank = algebra.bank
-        bank.bias.copy_(bank(self.centre).squeeze(-1))  # of centred coordinates
-        self.start = algebra.get()
-
-    def _take(self, algebra: Algebra) -> None:
-        """Go on with these probes."""
-        self.algebra, self.bank = algebra, algebra.bank
-        coordinates, groups = self.objective.model.coordinates, list(itertools.chain(*probe_groups(self.bank.probes)))
-        self.inverses = {group.key: self.inverses[group.key][: group.sizes[-1], : group.sizes[-1]] for group in groups}
-        self.rows = coordinates.rows_of(groups)
-        centres = [
-            coordinates.ordering(group).coordinates(self.objective.means[coordinates.source(group)])
-            - coordinates.centre(group)
-            for group in groups
-        ]
-        self.centre = torch.cat(centres, 1).float().t()  # (R, 1)
-        scales = [(self.curvatures[probe.layer] * self.objective.images) ** -0.5 for probe in self.bank.probes]
-        self.scale = torch.tensor(scales).to(self.bank.bias).repeat_interleave(self.bank.classes)  # of biases
-
-    def narrow(self, which: Tensor) -> Tensor:
-        """Go on with these probes alone, and return where their numbers lie in vectors of before."""
-        part, places = self.algebra.part(which)
-        self.start = self.start[places]
-        self._take(part)
-        return places
-
-    def probes(self, step: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return weights and bias of every probe after a step."""
-        bank = self.algebra.set(self.start + self._weights(step))
-        bank.bias.copy_(2 * bank.bias - bank(self.centre).squeeze(-1))
-        return [bank.get_probe(index) for index in range(len(bank.probes))]
-
-    def evaluate(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the objective of every probe, shape (P,), float64, and its gradient by the step, shape (N,)."""
-        vector = self.start + self._weights(step)
-        model, bank = self.objective.model, self.algebra.set(vector)
-        gradient = torch.zeros_like(vector)
-        total = torch.zeros(len(bank.probes), dtype=torch.float64, device=vector.device)
-        for inputs, labels in self.objective.batches():
-            seen = model.coordinates.spaces(inputs).index_select(0, self.rows) - self.centre
-            with torch.enable_grad():
-                losses = model.solver.loss(model.target, bank(seen), labels)
-                parts = torch.autograd.grad(losses.sum(), [bank.weight, bank.bias])
-            gradient += torch.cat([part.flatten() for part in parts])
-            total += losses.detach()
-        weights = vector.clone()
-        weights[-bank.bias.numel() :] = 0
-        squares = self.algebra.inner(weights[None], weights[None])[:, 0, 0]
-        total = model.stream.reduce(total) + self.penalty / 2 * squares
-        return total, self._gradient(model.stream.reduce(gradient) + self.penalty * weights)
-
-    def _weights(self, vector: Tensor) -> Tensor:
-        """Return the weights and biases that a step stands for."""
-        result = torch.empty_like(vector)
-        for stack, inverses, wide in self._wide(vector, result):
-            for block in stack.blocks:
-                seen = stack.view(vector, block).flatten(1, 2)
-                wide[:, -seen.shape[1] :, : block.stop] += torch.bmm(
-                    seen, inverses[:, block.start : block.stop, : block.stop]
-                )
-            for block in stack.blocks:
-                made = stack.view(result, block).flatten(1, 2)
-                made.copy_(wide[:, -made.shape[1] :, block.start : block.stop])
-        return result
-
-    def _gradient(self, vector: Tensor) -> Tensor:
-        """Return the gradient by the step, from that by weights and biases."""
-        result = torch.empty_like(vector)
-        for stack, inverses, wide in self._wide(vector, result):
-            for block in stack.blocks:
-                seen = stack.view(vector, block).flatten(1, 2)
-                wide[:, -seen.shape[1] :, block.start : block.stop] = seen
-            for block in stack.blocks:
-                made = stack.view(result, block).flatten(1, 2)
-                factor = inverses[:, block.start : block.stop, : block.stop]
-                torch.bmm(wide[:, -made.shape[1] :, : block.stop], factor.transpose(1, 2), out=made)
-        return result
-
-    def _wide(self, vector: Tensor, result: Tensor) -> Iterator[tuple[Stack, Tensor, Tensor]]:
-        """Yield every stack with its inverses and zeros for all its weights, (G, m C, k); scale the biases."""
-        biases = self.bank.bias.numel()
-        result[-biases:] = self.scale * vector[-biases:]
-        for stack, alike in zip(self.bank.stacks, probe_groups(self.bank.probes), strict=True):
-            inverses = torch.stack([self.inverses[group.key] for group in alike])
-            groups, count = stack.probes.shape
-            yield stack, inverses, vector.new_zeros(groups, count * stack.classes, inverses.shape[-1])
-
-
-def _in_memory(model: RedundancyProbe, read: Batches, images: float) -> Batches:
-    """Return what reads the batches of so many images in every pass: from memory where it holds them."""
-    size = 4 * images * sum(model.widths.values()) / model.trainer.world_size
-    if size > KEPT * free_memory():
-        return read
-    inputs, labels = (torch.cat(parts) for parts in zip(*read(), strict=True))
-    rows = max(ROWS, model.task.batch_size)
-    return lambda: zip(inputs.split(rows), labels.split(rows), strict=True)

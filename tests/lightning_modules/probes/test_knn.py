@@ -38,6 +38,7 @@ def test_every_probe_votes_as_in_scikit_learn_in_blocks_of_any_size(fit, monkeyp
         expected = (losses[np.arange(len(other)), other_labels] + np.log(np.exp(-losses).sum(1))).mean()
         assert test["loss"] == pytest.approx(expected, rel=1e-6)
     monkeypatch.setattr(knn, "BLOCK", 4096)
+    monkeypatch.setattr(knn, "KEPT", 0)  # coordinates of train are computed for every batch
     whole, _ = fit(knn.KNN(COUNTS), fractions=[0.1, 0.5])
     pd.testing.assert_frame_equal(whole.results().tables["results"], results)
 

@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss
 from datamodules import Digits
 from lightning_modules import FrozenBackbone, RedundancyProbe, checks
 from lightning_modules.backbones.build import PretrainedCfgOverlay
-from lightning_modules.probes import Logistic, logistic
+from lightning_modules.probes import Logistic, penalised
 from lightning_modules.subsets.plan import Plan
 
 PENALTIES = [0.03, 1.0, 30.0]
@@ -128,7 +128,7 @@ def test_a_probe_in_the_bank_takes_the_steps_that_it_takes_alone(fit):
 def test_features_that_memory_does_not_hold_give_the_same_and_so_do_other_batches(fit, monkeypatch):
     settings = {"selection": "random", "fractions": 0.2, "seeds": [1]}
     once, _ = fit(Logistic(30.0), **settings)
-    monkeypatch.setattr(logistic, "KEPT", 0)
+    monkeypatch.setattr(penalised, "KEPT", 0)
     weights = once.grid.kept[0].weight
     for batch_size in (1000, 100):
         again, _ = fit(Logistic(30.0), batch_size=batch_size, **settings)
@@ -137,16 +137,16 @@ def test_features_that_memory_does_not_hold_give_the_same_and_so_do_other_batche
 
 def test_converged_probes_are_left_out_of_later_passes_and_the_others_end_where_they_would(fit, monkeypatch):
     settings = {"selection": "random", "seeds": 1}
-    monkeypatch.setattr(logistic, "ROUND", 500)
+    monkeypatch.setattr(penalised, "ROUND", 500)
     once, task = fit(Logistic(1.0), **settings)
-    counts, evaluate = [], logistic._Whitened.evaluate
+    counts, evaluate = [], penalised._Whitened.evaluate
 
     def counted(part, vector):
         counts.append(len(part.bank.probes))
         return evaluate(part, vector)
 
-    monkeypatch.setattr(logistic._Whitened, "evaluate", counted)
-    monkeypatch.setattr(logistic, "ROUND", 5)
+    monkeypatch.setattr(penalised._Whitened, "evaluate", counted)
+    monkeypatch.setattr(penalised, "ROUND", 5)
     again, _ = fit(Logistic(1.0), **settings)
     assert counts[0] == len(again.probes) > counts[-1]
     assert counts == sorted(counts, reverse=True)
