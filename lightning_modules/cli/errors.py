@@ -63,11 +63,12 @@ class Options(dict[str, list[str]]):
 
 
 def _concrete(base: type) -> list[type]:
-    """Return a class and its subclasses, without those that are abstract."""
+    """Return a class and its subclasses, without those that are abstract or private."""
     kinds = [base]
     for kind in kinds:
-        kinds += kind.__subclasses__()
-    return sorted((kind for kind in kinds if not inspect.isabstract(kind)), key=lambda kind: kind.__name__)
+        kinds += [other for other in kind.__subclasses__() if other not in kinds]
+    offered = (kind for kind in kinds if not inspect.isabstract(kind) and not kind.__name__.startswith("_"))
+    return sorted(offered, key=lambda kind: kind.__name__)
 
 
 def arguments(kind: type) -> dict[str, inspect.Parameter]:

@@ -11,7 +11,7 @@ from lightning_modules.measures.measure import Batch, Context
 from lightning_modules.results.tables import PER_IMAGE, Column
 
 
-class OutputsMetric(ByClass):
+class _OutputsMetric(ByClass):
     """What the target judges of each output of every probe, its mean, and the mean loss.
 
     Gives the table `classes` where there are several outputs: the metric by probe and output. Costs 4 bytes for each
@@ -70,7 +70,7 @@ class OutputsMetric(ByClass):
         return computed
 
 
-class MeanAveragePrecision(OutputsMetric):
+class MeanAveragePrecision(_OutputsMetric):
     """Mean over labels of the average precision, as scikit-learn has it; labels that no image has do not count."""
 
     columns = (
@@ -79,7 +79,7 @@ class MeanAveragePrecision(OutputsMetric):
     )
 
 
-class R2(OutputsMetric):
+class R2(_OutputsMetric):
     """R^2, one minus the squared error over that of the split's mean; the mean over numbers."""
 
     columns = (Column("r2", "R²", logged=True), *map(Column, ("images", "loss")))
