@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_modules.backbones import weights as weight_files
 from lightning_modules.backbones.build import PretrainedCfgOverlay, as_call, build, completed, describe_preprocessing
+from lightning_modules.backbones.compiling import compiled
 from lightning_modules.backbones.folding import folded
 from lightning_modules.backbones.layers import Place, check_rows, neuron_axes, read_layers
 from lightning_modules.files import one_line
@@ -66,6 +67,8 @@ class FrozenBackbone(nn.Module):
             layer of all their neurons; or a list of such layers, read in one pass.
         pooling: How maps (B, D, H, W), also with channels last, and tokens (B, N, D) become vectors: `mean` averages
             over space, `flatten` keeps the value at every position as a neuron of its own.
+        compile: With which mode of torch.compile the network is compiled for extraction: `default`, `max-autotune` or,
+            `off`, none.
 
     Raises:
         MisconfigurationException: If a name is unknown, weights or preprocessing are absent or do not fit, a layer's
@@ -80,6 +83,7 @@ class FrozenBackbone(nn.Module):
         pretrained_cfg_overlay: PretrainedCfgOverlay = PretrainedCfgOverlay(),  # noqa: B008 (frozen)
         layer: str | list[str] = PENULTIMATE,
         pooling: Literal["mean", "flatten"] = "mean",
+        compile: Literal["off", "default", "max-autotune"] = "off",
     ) -> None:
         super().__init__()
         self.weights = weights
@@ -94,6 +98,7 @@ class FrozenBackbone(nn.Module):
         if not parts or any(len(set(each)) < len(each) for each in (self.layers, *parts)):
             raise MisconfigurationException(f"model.backbone.layer is {layer}; give at least one layer, each once.")
         self.pooling = pooling
+        self.compile_mode = compile
         self.network: Any
         built = build(name, weights == "pretrained", self.kwargs, pretrained_cfg_overlay)
         self.network, self.preprocessing, classifier = built
@@ -111,6 +116,8 @@ class FrozenBackbone(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         shapes = self._try(partial(check_rows, self.network, self.preprocessing["input_size"], self._places, name))
         self._folded: list[nn.Module] = []  # a list, so that its weights are no part of the state
+        self._compiled: dict[torch.device, Callable[[Tensor], dict[str, Tensor]]] = {}
+        self._compiled_size = 0  # of the batches that go through it
         self._axes = (
             neuron_axes(self.network, shapes, self._places, self._enlarged(), name) if pooling == "mean" else {}
         )
@@ -160,14 +167,28 @@ class FrozenBackbone(nn.Module):
         """Return the representations of `images`, shape (B, C, H, W), as float32 of shape (B, sum of widths)."""
         return torch.cat(list(self._read(images).values()), dim=1)
 
+    @property
+    def preparation(self) -> str:
+        """What `inference` makes of the network, on which the last digits of representations depend."""
+        return "batch norms folded" + ("" if self.compile_mode == "off" else f", compiled ({self.compile_mode})")
+
     @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
-        """Within, run a copy of the network with batch norms folded, which is faster and equal up to rounding."""
+    def inference(self, batch: int = 0) -> Iterator[None]:
+        """Within, run a copy of the network with batch norms folded, which is faster and equal up to rounding.
+
+        Where `compile` says so, batches of exactly `batch` images run compiled code, which is kept for the next time.
+        A MisconfigurationException is raised on a CPU without a C++ compiler.
+        """
         self._folded = [folded(self.network, self._places, self.preprocessing["input_size"])]
+        device = next(self.parameters(), torch.empty(0)).device
+        if batch and self.compile_mode != "off" and device not in self._compiled:
+            self._compiled[device] = compiled(self._folded[0], self._places, self._pool, self.compile_mode, self.name)
+        self._compiled_size = batch if device in self._compiled else 0
         try:
-            yield
+            with torch.inference_mode(False), torch.no_grad():  # always the same, as other modes are compiled anew
+                yield
         finally:
-            self._folded = []
+            self._folded, self._compiled_size = [], 0
 
     def check_differentiable(self) -> None:
         """Refuse a layer that has no gradient with respect to the image.
@@ -194,8 +215,11 @@ class FrozenBackbone(nn.Module):
     def _read(self, images: Tensor) -> dict[str, Tensor]:
         """Return the output of each layer for `images`, as float32 of shape (B, D), in the order of `layers`."""
         images = images.contiguous(memory_format=torch.channels_last)
-        network = self._folded[0] if self._folded else self.network
-        found = read_layers(network, images, self._places, self._pool)
+        if len(images) == self._compiled_size:
+            found = self._compiled[images.device](images)
+        else:
+            network = self._folded[0] if self._folded else self.network
+            found = read_layers(network, images, self._places, self._pool)
         for layer, output in found.items():
             if output.shape[0] != images.shape[0]:
                 raise MisconfigurationException(

@@ -22,6 +22,15 @@ def read_layers(
     times in one pass is kept as it was last.
     """
     kept: dict[str, Any] = {}
+    with note_layers(network, places, keep, kept):
+        network(images)
+    return kept
+
+
+def note_layers(
+    network: nn.Module, places: dict[str, Place], keep: Callable[[str, Any], Any], kept: dict[str, Any]
+) -> contextlib.ExitStack:
+    """Have the network put what `keep` makes of its layers into `kept` whenever it runs; return what ends that."""
 
     def hook(layer: str, enters: bool) -> Callable[..., None]:
         def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
@@ -29,12 +38,11 @@ def read_layers(
 
         return note
 
-    with contextlib.ExitStack() as hooks:
-        for layer, (module, enters) in places.items():
-            each = network.get_submodule(module).register_forward_hook(hook(layer, enters), with_kwargs=True)
-            hooks.callback(each.remove)
-        network(images)
-    return kept
+    hooks = contextlib.ExitStack()
+    for layer, (module, enters) in places.items():
+        each = network.get_submodule(module).register_forward_hook(hook(layer, enters), with_kwargs=True)
+        hooks.callback(each.remove)
+    return hooks
 
 
 @torch.no_grad()

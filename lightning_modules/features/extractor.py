@@ -59,7 +59,7 @@ class Extractor:
             "view": self.task.view_provenance(view),
             "images": self.digest(split),
             "precision": str(self.trainer.precision),
-            "network": "batch norms folded",
+            "network": self.backbone.preparation,
         }
         rank, processes = self.trainer.global_rank, self.trainer.world_size
         cache = FeatureCache(self.directory, provenance, len(self.task.images[split]))
@@ -69,7 +69,7 @@ class Extractor:
         if missing:
             description = f"Extracting {split}" + ("" if view is None else f", view {view + 1} of {self.features}")
             total = sum(map(len, missing))
-            with self.backbone.inference(), Progress(total, description, "image", shown=rank == 0) as progress:
+            with self.backbone.inference(BATCH), Progress(total, description, "image", shown=rank == 0) as progress:
                 left = missing
                 while left:
                     made = self._make(cache, left, split, view, progress)

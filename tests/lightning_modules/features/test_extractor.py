@@ -18,6 +18,7 @@ class Backbone:
     """Takes `seconds` for a batch, and returns the images as they are."""
 
     widths = {"layer": 4}  # noqa: RUF012
+    preparation = "none"
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -25,7 +26,7 @@ class Backbone:
     def provenance(self):
         return {}
 
-    def inference(self):
+    def inference(self, batch):
         return contextlib.nullcontext()
 
     def __call__(self, images):
