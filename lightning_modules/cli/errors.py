@@ -66,8 +66,8 @@ def _concrete(base: type) -> list[type]:
     """Return a class and its subclasses, without those that are abstract or private."""
     kinds = [base]
     for kind in kinds:
-        kinds += [other for other in kind.__subclasses__() if other not in kinds]
-    offered = (kind for kind in kinds if not inspect.isabstract(kind) and not kind.__name__.startswith("_"))
+        kinds += kind.__subclasses__()
+    offered = {kind for kind in kinds if not inspect.isabstract(kind) and not kind.__name__.startswith("_")}
     return sorted(offered, key=lambda kind: kind.__name__)
 
 
