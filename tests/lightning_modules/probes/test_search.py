@@ -65,7 +65,7 @@ RUN += ("--model.fractions=[0.2,0.5]", "--model.seeds=3", "--trainer.accelerator
 def test_a_run_tells_of_queries_and_what_it_leaves_can_be_used(cli, papers):
     status, out, err = cli(*RUN, "--name=found")
     assert status == 0, err
-    assert "Search (similarity cosine)" in err
+    assert "Search (similarity cosine, quantised both)" in err
     assert "papers, none: test nDCG@10 on 30 queries" in out
     assert "To keep 90 % of the nDCG@10" in out
     assert "30 validation queries" in out
