@@ -215,7 +215,7 @@ class FrozenBackbone(nn.Module):
     def _read(self, images: Tensor) -> dict[str, Tensor]:
         """Return the output of each layer for `images`, as float32 of shape (B, D), in the order of `layers`."""
         images = images.contiguous(memory_format=torch.channels_last)
-        if len(images) == self._compiled_size:
+        if self._compiled_size and len(images) == self._compiled_size:  # programs are for any number, so ask last
             found = self._compiled[images.device](images)
         else:
             network = self._folded[0] if self._folded else self.network
