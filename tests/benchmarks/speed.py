@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import train
+from datamodules.outputs import MultiLabel
 from lightning_modules.cli.main import keep_freed_memory
 from lightning_modules.cli.run import CLI
 from lightning_modules.features.cache import BATCH
@@ -328,6 +329,7 @@ def rivals(bench: Bench) -> list[Figure]:
         "logistic": ("--model.solver", "Logistic", "--model.solver.penalty", "1"),
         "logistic, 7 penalties": ("--model.solver", "Logistic"),
         "ridge": ("--model.solver", "Ridge"),
+        "knn": ("--model.solver", "KNN"),
     }
     accuracies: dict[str, list[float]] = {name: [] for name in (*solvers, "scikit-learn", "nn.Linear")}
     objectives: dict[str, Tensor] = {}
@@ -487,6 +489,25 @@ def neurons(bench: Bench) -> list[Figure]:
     )
     note = f"D = {width}, C = {classes}; worth with 5 subset seeds"
     return [Figure(f"seconds of {name}, all neurons", sides[name], "<= 10", sides, note) for name in sides]
+
+
+def labels(bench: Bench) -> list[Figure]:
+    """Measure the average precision of 71 probes for several labels, and what each image adds to it."""
+    from sklearn.metrics import average_precision_score
+
+    count, images = (3, 200) if bench.quick else (20, 5000)
+    generator = torch.Generator().manual_seed(0)
+    wanted = (torch.rand(images, count, generator=generator) < 0.2).float()
+    outputs = torch.randn(71, count, images, generator=generator) + wanted.t()
+    target = MultiLabel(list(map(str, range(count))))
+    sides = taking_turns(
+        bench.repeats,
+        ours=lambda: timed(lambda: [target.judge(each.unsqueeze(0), wanted) for each in outputs]),
+        scikit_learn=lambda: timed(lambda: [average_precision_score(wanted, each.t()) for each in outputs]),
+    )
+    note = f"{count} labels, {images:,} images; scikit-learn's is without what each image adds"
+    name = "average precision of 71 probes, scikit-learn over ours"
+    return [Figure(name, ratio(sides, "scikit_learn", "ours"), "", sides, note)]
 
 
 def plan_orderings(width, device):
@@ -677,7 +698,7 @@ def costs() -> str:
 
 
 MEASUREMENTS = {
-    each.__name__: each for each in (startup, memory, probes, rivals, ridge, neurons, growth, curve, precision)
+    each.__name__: each for each in (startup, memory, probes, rivals, ridge, neurons, labels, growth, curve, precision)
 }
 """Memory comes early: the peak of a child is at least what its parent held when it started it."""
 
