@@ -14,8 +14,8 @@ from torch import Tensor
 
 from datamodules.base import SPLITS, Task
 from datamodules.folders import SPLIT_NAMES
-from datamodules.formats import READERS, SEVERAL, Matrix, open_arrays, parts_of
-from datamodules.images import Labelled, reading
+from datamodules.formats import SEVERAL, Matrix, downloaded, is_on_hub, open_arrays, parts_of
+from datamodules.images import Labelled
 from datamodules.outputs import TARGETS, Outputs, check_columns, of_columns
 from datamodules.readers import LABELS, WORDS, read_columns, read_labels, read_vectors
 from datamodules.targets import Multiclass
@@ -134,13 +134,8 @@ class Embeddings(Task):
             raise MisconfigurationException(
                 f"{self.label_file} holds one array; name the file of the labels with data.labels."
             )
-        if root is not None and not self._on_hub:
+        if root is not None and not is_on_hub(self.root):
             self._split_files()
-
-    @property
-    def _on_hub(self) -> bool:
-        """Whether `root` is no folder, but may be the name of a data set of the Hub."""
-        return not self.root.is_dir() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(self.root)))
 
     def prepare_data(self) -> None:
         """Download a data set of the Hub, as far as it is not there yet."""
@@ -174,13 +169,7 @@ class Embeddings(Task):
     def _split_files(self) -> dict[str, Path]:
         """Return the file of each split in `root`, or the pattern of its parts; at least that of train."""
         files: dict[str, Path] = {}
-        folder = self.root
-        if self._on_hub:
-            from huggingface_hub import snapshot_download
-
-            wanted = [f"*{ending}" for ending in READERS]
-            with reading(f"data.root is {self.root}, which", "is no folder and cannot be had from the Hub"):
-                folder = Path(snapshot_download(str(self.root), repo_type="dataset", allow_patterns=wanted))
+        folder = downloaded(self.root)
         for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
             part = re.fullmatch(r"(.+)-\d+-of-\d+", path.stem)
             file = path.with_name(f"{part[1]}-*-of-*{path.suffix}") if part else path

@@ -101,6 +101,25 @@ def parts_of(path: Path) -> list[Path]:
 NUMBER = re.compile(r"(\d+)")
 
 
+def is_on_hub(root: Path) -> bool:
+    """Return whether this is no folder, but may be the name of a data set of the Hugging Face Hub."""
+    return not root.is_dir() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)))
+
+
+def downloaded(root: Path, *further: str) -> Path:
+    """Return a folder, or that of a data set of the Hub, of which files of `READERS` and those that match are there.
+
+    A MisconfigurationException is raised if it cannot be had.
+    """
+    if not is_on_hub(root):
+        return root
+    from huggingface_hub import snapshot_download
+
+    wanted = [*(f"*{ending}" for ending in READERS), *further]
+    with reading(f"data.root is {root}, which", "is no folder and cannot be had from the Hub"):
+        return Path(snapshot_download(str(root), repo_type="dataset", allow_patterns=wanted))
+
+
 def open_arrays(path: Path) -> Arrays:
     """Return the names of the arrays in a file, or in parts of one, and a function that reads one of them."""
     opened = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datamodules.base import SPLITS, Task
 from datamodules.embeddings import SPLIT_OF, Vectors, finite
-from datamodules.formats import READERS, Matrix, open_arrays
+from datamodules.formats import READERS, Matrix, downloaded, is_on_hub, open_arrays
 from datamodules.images import reading
 from datamodules.readers import Wanted, read_labels, read_vectors
 from datamodules.targets import Judgements, Relevance
@@ -34,7 +34,7 @@ class Retrieval(Task):
     a single one, a seeded half of the queries each.
 
     Args:
-        root: Folder of the files; it names the task.
+        root: Folder of the files, or the name of a data set of the Hugging Face Hub that has them; it names the task.
         feature_key: Name of the vectors in files of several arrays, see `Embeddings`.
         id_key: Name of the ids there. Null takes an array of a usual name (`_id`, `id`, `docid`), or the JSON lines.
         same_ids: Whether a query may find the document of its own id; false leaves it out, as BEIR's evaluation does.
@@ -63,6 +63,17 @@ class Retrieval(Task):
         super().__init__(root, augmentation="none", view="weights", num_workers=0, protocol="full", **kwargs)
         self.feature_key, self.id_key, self.same_ids = feature_key, id_key, same_ids
         self.name = self.root.resolve().name
+        self.folder = self.root
+        if not is_on_hub(self.root):
+            self._find()
+
+    def prepare_data(self) -> None:
+        """Download a data set of the Hub, as far as it is not there yet."""
+        self._find()
+
+    def _find(self) -> None:
+        """Look for the files."""
+        self.folder = downloaded(self.root, "qrels/*.tsv")
         self.files = {part: self._vector_file(part) for part in ("corpus", "queries")}
         self.qrels = self._qrels()
 
@@ -72,6 +83,7 @@ class Retrieval(Task):
         A MisconfigurationException is raised if files are damaged or do not fit together; the message names the row,
         the line or the id.
         """
+        self._find()  # in every process
         corpus, queries = (self._read(part) for part in ("corpus", "queries"))
         self.width, width = corpus.matrix.shape[1], queries.matrix.shape[1]
         if width != self.width:
@@ -108,19 +120,19 @@ class Retrieval(Task):
 
     def _vector_file(self, part: str) -> Path:
         """Return the file of the vectors of the corpus or the queries."""
-        found = [path for path in sorted(self.root.glob(f"{part}.*")) if path.suffix in FORMATS]
-        found += [folder for folder in [self.root / part] if folder.is_dir()]
-        if not found and _has_vectors(self.root / f"{part}.jsonl"):
-            found = [self.root / f"{part}.jsonl"]
+        found = [path for path in sorted(self.folder.glob(f"{part}.*")) if path.suffix in FORMATS]
+        found += [folder for folder in [self.folder / part] if folder.is_dir()]
+        if not found and _has_vectors(self.folder / f"{part}.jsonl"):
+            found = [self.folder / f"{part}.jsonl"]
         if len(found) != 1:
             names = " and ".join(path.name for path in found) or f"no vectors {part}.* ({', '.join(FORMATS)})"
-            raise MisconfigurationException(f"{self.root} holds {names}; it must hold one such file.")
+            raise MisconfigurationException(f"{self.folder} holds {names}; it must hold one such file.")
         return found[0]
 
     def _qrels(self) -> dict[str, Path]:
         """Return the files of judgements that validate and test, which may be the same."""
         found: dict[str, Path] = {}
-        for path in sorted((self.root / "qrels").glob("*.tsv")):
+        for path in sorted((self.folder / "qrels").glob("*.tsv")):
             split = SPLIT_OF.get(path.stem.lower())
             if split is None or split in found:
                 raise MisconfigurationException(
@@ -128,13 +140,13 @@ class Retrieval(Task):
                 )
             found[split] = path
         if not found:
-            raise MisconfigurationException(f"{self.root / 'qrels'} holds no judgements; put test.tsv there.")
+            raise MisconfigurationException(f"{self.folder / 'qrels'} holds no judgements; put test.tsv there.")
         files = [found[split] for split in SPLITS if split in found]
         return {"val": files[-2:][0], "test": files[-1]}
 
     def _read(self, part: str) -> "_Part":
         """Return the vectors of the corpus or the queries with their ids."""
-        file, listed = self.files[part], self.root / f"{part}.jsonl"
+        file, listed = self.files[part], self.folder / f"{part}.jsonl"
         _, matrix = read_vectors(file, self.feature_key)
         if self.id_key or any(name.lower() in IDS.usual for name in open_arrays(file).names):
             source, names = file, list(map(str, read_labels(file, self.id_key, IDS, len(matrix), file).tolist()))

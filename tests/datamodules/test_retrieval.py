@@ -140,6 +140,22 @@ def test_ids_beside_the_vectors_may_come_in_any_order(tmp_path, ending):
 # What does not fit
 
 
+def test_the_folder_may_lie_on_the_hub(papers, hub, tmp_path):
+    files = [path for path in papers.rglob("*") if path.is_file()]
+    hub.files |= {str(path.relative_to(papers)): path.read_bytes() for path in files}
+    here, there = Retrieval(root=str(papers)), Retrieval(root="lab/birds")
+    there.prepare_data()
+    for task in (here, there):
+        task.setup()
+    assert there.name == "birds"
+    for split in ("train", "val", "test"):
+        (mine,), (theirs,) = (task.features(split) for task in (here, there))
+        rows = torch.arange(len(mine))
+        assert torch.equal(mine[rows], theirs[rows])
+    message = refusal(Retrieval(root="lab/nowhere").prepare_data)
+    assert "data.root is lab/nowhere, which is no folder and cannot be had from the Hub" in message
+
+
 def changed(**changes):
     """Return vectors of which some differ, by row: a value for all of it."""
     parts = {"corpus": DOCUMENTS.copy(), "queries": QUERIES.copy()}
