@@ -89,8 +89,8 @@ class Embeddings(Task):
             `dim_*` for one column per value. Null takes the array of a usual name (`features`, `embeddings`, `X`), or
             the only matrix, and says which.
         label_key: Name of the labels there; of several labels or numbers also a list of columns, or a pattern of them.
-            Null takes the array of a usual name (`labels`, `target`, `y`), or the only
-            one beside the vectors that has a value for each, and says which.
+            Null takes the array of a usual name (`labels`, `target`, `y`), or the only one beside the vectors that has
+            a value for each, and says which.
         split_key: Name of the split words there, `split` in any case if it is there; null uses none.
         **kwargs: See `Task`.
 
