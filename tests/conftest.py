@@ -152,11 +152,11 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quickstart(once):
-    """A run of the shipped quickstart as a user starts it, from another working directory, and how it ended."""
+def quickstart(once, start):
+    """A run of the shipped quickstart in a process of its own, from another working directory, and how it ended."""
 
     def fit(folder):
-        done = launch("fit", "--config", "quickstart.yaml", cwd=folder)
+        done = start("fit", "--config", "quickstart.yaml", cwd=folder)[0].wait()
         assert done.returncode == 0, done.stderr
         (folder / "done.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 

@@ -216,7 +216,7 @@ def test_the_examples_of_a_measure_and_a_solver_run(cli, made_up, tmp_path):
     own = ("--model.solver", "my_solvers.AdamW", "--model.solver.learning_rate", "[0.001,0.01]")
     own += ("--model.measures", "my_measures.Margin")
     made_up(own)
-    quiet = ("--trainer.enable_progress_bar", "false")
+    quiet = ("--trainer.enable_progress_bar", "false", "--pictures", "svg")
     status, _, err = cli("fit", "--config", "quickstart.yaml", "--config", "debug.yaml", *own, *quiet)
     assert status == 0, err
     results = pd.read_csv(tmp_path / "runs" / "debug" / "results.csv")

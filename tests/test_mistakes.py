@@ -31,6 +31,7 @@ from lightning_modules.probes import KNN, SGD, Logistic, Ridge
 
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2", "--model.measures=[]")
+SHORT += ("--pictures=[]",)
 WEIGHTS = CONFIGS / "digits_0to4.safetensors"
 OVERLAY = "model.backbone.pretrained_cfg_overlay"
 PRETRAINING = ("--model=Pretraining", "--model.name=test_resnet", "--model.output=out.safetensors")
@@ -588,7 +589,7 @@ def finished(quickstart, tmp_path):
 
 
 def rerun(verb, *args):
-    quiet = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
+    quiet = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--pictures=[]")
     return (verb, "--config", "runs/quickstart/config.yaml", *quiet, *args)
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from datamodules import Digits
 from lightning_modules import FrozenBackbone, RedundancyProbe
 
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--pictures=[]")
 SHORT = ("fit", "--config", "quickstart.yaml", *QUIET, "--trainer.max_epochs=3", "--model.seeds=2")
 SHORT += ("--model.fractions=[0.1,0.5]", "--data.batch_size=50", "--trainer.logger=false")
 SHORT += ("--model.refit=true", "--model.measures=[]")
@@ -43,11 +43,12 @@ def assert_the_same_within_sampling_error(one, other):
 
 
 def test_torchrun_fits_on_as_many_processes_as_it_starts(one, tmp_path):
-    done = launch(*SHORT, "--name=run", cwd=tmp_path, launcher=(*TORCHRUN, "2"))
+    done = launch(*SHORT, "--name=run", "--pictures=png", cwd=tmp_path, launcher=(*TORCHRUN, "2"))
     assert done.returncode == 0, done.stderr
     assert "Starting with 2 processes" in done.stderr
     assert done.stdout.count("To keep 90 % of the accuracy") == 1
     assert_the_same_within_sampling_error(one, tmp_path / "runs")
+    assert (tmp_path / "runs" / "run" / "curve.png").is_file()
 
 
 def test_lightnings_own_launcher_fits_on_several_devices(one, start, tmp_path):
@@ -119,6 +120,7 @@ def test_two_processes_leave_the_files_of_one(start, tmp_path):
     given = f"--model.measures=[CKA, Inequality, {neighbours}, Ensembles, Neurons, "
     given += f"{{class_path: Robustness, init_args: {{{attacked}}}}}]"
     command = (*SHORT, *measures, given, "--model.backbone.layer=[layer2,penultimate]", "--name=run")
+    command += ("--model.fractions=0.1",)
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         for process in start(*command, cwd=tmp_path / str(processes), processes=processes):

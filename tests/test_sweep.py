@@ -61,7 +61,7 @@ SWEEP = (
     *("--model.backbone.name=sweep_networks.network", "--model.backbone.weights=random", "--model.seeds=2"),
     *(f"--model.backbone.pretrained_cfg_overlay={PREPROCESSING}", "--model.fractions=[0.25,0.5]"),
     *("--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--trainer.logger=false"),
-    *("--trainer.accelerator=cpu", "--model.measures=[]"),
+    *("--trainer.accelerator=cpu", "--model.measures=[]", "--pictures=[]"),
 )
 NAMES = [f"{task}_sweep_networks.network-random_random" for task in ("low", "high")]
 
@@ -116,8 +116,11 @@ def test_every_combination_runs_with_one_backbone_and_is_compared(sweep, tmp_pat
     after = runs(tmp_path)
     assert [name for name in NAMES if after[name] != before[name]] == [NAMES[1]]
 
-    status, _, err = sweep("--vary.data=sweep_tasks.High", "--overwrite=true", "--model.seeds=1", "--output=other")
+    again = ("--vary.data=sweep_tasks.High", "--overwrite=true", "--model.seeds=1", "--output=other")
+    status, _, err = sweep(*again, "--pictures=pdf")
     assert status == 0, err
+    drawn = {path.parent.name for path in tmp_path.rglob("*.*") if path.suffix in (".pdf", ".png", ".svg")}
+    assert drawn == {NAMES[1], "other"}
     assert not lines(err, "is kept")
     assert pd.read_csv(tmp_path / "runs" / NAMES[1] / "results.csv")["seed"].unique().tolist() == [0]
 
@@ -156,6 +159,7 @@ def test_shards_are_disjoint_and_complete(sweep, tmp_path, monkeypatch):
     assert set(runs(tmp_path)) == set(NAMES)
     assert before in runs(tmp_path).items()
     assert pd.read_csv(tmp_path / "compared" / "results.csv")["run"].nunique() == 2
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.svg")]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ SWEEP = "sweep_wandb.yaml"
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2", "--model.measures=[]")
+SHORT += ("--pictures=[]",)
 COLUMNS = (
     *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "bits", "bytes", "seed", "split"),
     *("images", "accuracy", "loss", "solver", "augmentation", "view", "features", "epoch"),
@@ -95,7 +96,7 @@ def test_a_command_of_the_sweep_runs(cli, tmp_path):
     status, _, err = cli(
         *command,
         *(f"--model.backbone={json.dumps(quick)}", "--data=Digits", "--data.digits=[0,1]", "--model.seeds=1"),
-        *("--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--name=swept"),
+        *("--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--name=swept", "--pictures=[]"),
     )
     assert status == 0, err
     assert (tmp_path / "runs" / "swept" / "report.html").is_file()
@@ -162,7 +163,7 @@ def test_a_run_begins_with_what_it_will_do_as_resolved(cli, tmp_path, monkeypatc
     )
     monkeypatch.syspath_prepend(tmp_path)
     overlay = ("--config=debug.yaml", "--model.backbone.name=resnet18", "--model.backbone.weights=random")
-    overlay += ("--model.backbone.kwargs.stem_width=4", "--trainer.callbacks=own_callbacks.Silent")
+    overlay += ("--model.backbone.kwargs.stem_width=4", "--trainer.callbacks=own_callbacks.Silent", "--pictures=[]")
     status, _, err = cli(*QUICK, *overlay, "--model.backbone.kwargs={}")
     assert status == 0, err
     block = dict(re.findall(r"^([a-z ]+?)  +(\S.*)$", err, re.MULTILINE))
@@ -357,7 +358,7 @@ def test_an_image_folder_is_probed_with_a_torchvision_backbone(cli, image_folder
     status, _, err = cli(
         *("fit", "--config", "image_folder.yaml", "--config", "debug.yaml", f"--data.root={image_folder}"),
         *("--model.backbone.name=torchvision.models.squeezenet1_1", "--model.backbone.weights=random"),
-        *("--model.backbone.pretrained_cfg_overlay.input_size=[3,32,32]", "--name=pets"),
+        *("--model.backbone.pretrained_cfg_overlay.input_size=[3,32,32]", "--name=pets", "--pictures=[]"),
         *("--model.backbone.pretrained_cfg_overlay.mean=[0.5,0.5,0.5]", "--model.selection=[random,first]"),
         *("--model.backbone.pretrained_cfg_overlay.std=[0.5,0.5,0.5]", "--trainer.enable_progress_bar=false"),
     )
@@ -384,7 +385,7 @@ def test_a_real_backbone_on_real_flowers(start, tmp_path):
         *("fit", "--config", "image_folder.yaml", "--data.root=flowers12", "--model.backbone.name=mobilenetv2_100"),
         *(f"--model.backbone.weights={weights}", "--model.backbone.kwargs={pad_type: same}", "--trainer.logger=false"),
         *("--model.backbone.pretrained_cfg_overlay={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",),
-        "--trainer.max_epochs=40",
+        *("--trainer.max_epochs=40", "--pictures=[]"),
         cwd=tmp_path,
     )
     done = process.wait()

@@ -24,7 +24,7 @@ from lightning_modules.cli.folder import ADVICE, RunFolder
 from lightning_modules.cli.parser import run_parser
 from lightning_modules.files import atomic, one_line, writing
 from lightning_modules.progress import FitProgress
-from lightning_modules.reporting import dashboard
+from lightning_modules.reporting import dashboard, figures
 from lightning_modules.reporting.report import report
 
 VERBS = {
@@ -94,6 +94,8 @@ class CLI(LightningCLI):
             "--name", type=str | None, default=None, help="The run's name; null is <task>_<backbone>_<selections>."
         )
         parser.add_argument("--overwrite", type=bool, default=False, help="Whether fit may replace a finished run.")
+        formats = figures.Format | list[figures.Format]
+        parser.add_argument("--pictures", type=formats, default=figures.FORMATS, help="Their formats; [] for none.")
 
     def _set_seed(self) -> None:
         try:
@@ -199,7 +201,8 @@ class CLI(LightningCLI):
             seconds |= {"evaluation": time.perf_counter() - trained}
             results = self.model.results()
             with writing(self.folder.path, ADVICE):
-                print(report(self.folder.path, results, self.model.solver.remarks(self.model), seconds), flush=True)
+                remarks, formats = self.model.solver.remarks(self.model), self.settings["pictures"]
+                print(report(self.folder.path, results, remarks, seconds, formats), flush=True)
             dashboard.log_report(self.trainer.loggers, self.folder.path, results)
 
     def _log_configuration(self) -> None:

@@ -20,7 +20,7 @@ from lightning_modules.cli.folder import OccupiedFolder, RunFolder
 from lightning_modules.cli.parser import find_config, parse_apart
 from lightning_modules.cli.run import CLI, Refusal, as_list
 from lightning_modules.files import atomic, one_line, writing
-from lightning_modules.reporting import dashboard
+from lightning_modules.reporting import dashboard, figures
 
 LABELLED = {"config", "data", "data.protocol", "model.backbone", "model.backbone.name", "model.backbone.weights"}
 LABELLED |= {"model.selection", "data.root", "data.name", "data.features"}
@@ -60,6 +60,7 @@ class Sweep:
         delta: As compare takes it.
         rule: As compare takes it.
         reference: As compare takes it.
+        pictures: Formats of the pictures of runs and comparison; [] for none.
         shard: The part of the work for this machine, i/n is the i-th of n; null is all, or the part of this task of a
             SLURM array. The last one to end compares all.
     """
@@ -72,6 +73,7 @@ class Sweep:
         delta: float = 0.9,
         rule: Literal["threshold", "nearest", "interpolated"] = "nearest",
         reference: str | None = None,
+        pictures: figures.Format | list[figures.Format] = figures.FORMATS,
         shard: str | None = None,
     ) -> None:
         if not 0 < delta <= 1:
@@ -85,7 +87,7 @@ class Sweep:
             raise MisconfigurationException(f"vary{f'.{empty}' if empty else ''} is empty; there is nothing to run.")
         self.configs = as_list(configs)
         self.output = output
-        self.options = (delta, rule, reference)
+        self.options, self.pictures = (delta, rule, reference), as_list(pictures)
         self.part, self.parts = shard_of(shard)
         self.backbones: dict[str, FrozenBackbone | Refusal] = {}
         self.folders: dict[Path, str] = {}
@@ -104,7 +106,7 @@ class Sweep:
                 for left_out in (LABELLED, ())
             )
             arguments = ["fit", *(f"--config={name}" for name in configs), "--name=null", "--overwrite=false", *flags]
-            arguments += further
+            arguments += [f"--pictures={json.dumps(self.pictures)}", *further]
             name = f"{', '.join(words)} ({number} of {len(combinations)})"
             runs.append(Planned(name, apart, all_told, arguments, " ".join(arguments)))
         return runs
@@ -123,7 +125,8 @@ class Sweep:
             else:
                 missing.append(run.name)
         for apart, groups in together.items():
-            compared = compare([str(folder) for folder in groups], self.output / apart, *self.options)
+            runs = [str(folder) for folder in groups]
+            compared = compare(runs, self.output / apart, *self.options, pictures=self.pictures)
             if compared and all(groups[folder] for folder in compared):
                 compare_groups({each: groups[each] for each in compared}, self.output / apart, *self.options[:2])
         if missing:

@@ -35,6 +35,7 @@ def compare(
     reference: str | None = None,
     strict: bool = False,
     solvers: bool = False,
+    pictures: figures.Format | list[figures.Format] = figures.FORMATS,
 ) -> list[Path]:
     """Compare finished runs: print their redundancies and whether these differ, and write tables and pictures.
 
@@ -43,7 +44,7 @@ def compare(
     Args:
         runs: Folders of runs, or patterns; each with a results.csv.
         output: Folder to write to: dr_table.csv, differences.csv, foretold.csv, results.csv (all rows), and the
-            pictures frontier, curves and redundancy, as PNG and SVG. Networks that were trained as a whole (runs of
+            pictures frontier, curves and redundancy. Networks that were trained as a whole (runs of
             Pretraining) are lines in the curves of their task, and where there are no others results.csv alone.
         delta: Share of the full layer's metric that is to be kept.
         rule: How the fraction that is enough is found; nearest is that of the paper's table.
@@ -51,6 +52,7 @@ def compare(
             resnet50_dropout), redundancies to print beside ours (dr_table, the paper's), or a CSV file of either form.
         strict: Whether to refuse runs that are not comparable, rather than to leave some out.
         solvers: Whether to compare solvers, too, as representations of their own, rather than to ask for the same one.
+        pictures: Formats that pictures are written as; [] for none.
 
     Returns:
         The folders of the runs of probes that were compared.
@@ -104,9 +106,12 @@ def compare(
         write_table(differences, output / DIFFERENCES)
         write_table(foretold, output / FORETOLD)
         write_table(joined, output / JOINED)
-        written = figures.save(figures.frontier(cells, headline, delta), output / "frontier")
-        written += figures.save(figures.tasks(curves, headline, curves_behind, delta, whole), output / "curves")
-        written += figures.save(figures.redundancies(by_delta), output / "redundancy")
+        written: list[Path] = []
+        if pictures:
+            written += figures.save(figures.frontier(cells, headline, delta), output / "frontier", pictures)
+            drawn = figures.tasks(curves, headline, curves_behind, delta, whole)
+            written += figures.save(drawn, output / "curves", pictures)
+            written += figures.save(figures.redundancies(by_delta), output / "redundancy", pictures)
     for file in (output / TABLE, output / DIFFERENCES, output / FORETOLD, output / JOINED, *written):
         print(f"  {file}")
     return list(read)

@@ -5,13 +5,14 @@ What is told apart differs in colour, marker and line style. Legends lie outside
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -28,25 +29,33 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 """Okabe and Ito's colours, told apart with every common form of colour blindness, and a dark brown."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 LINES = ("-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1)))
+Format = Literal["png", "svg", "pdf"]
+FORMATS: list[Format] = ["png", "svg"]
+"""What pictures are written as, unless asked for otherwise."""
 Style = dict[str, Any]
 FAINT: Style = {"alpha": 0.5, "markerfacecolor": "white", "linewidth": 1}  # a panel's further columns
 GREY: Style = {"color": "gray", "marker": "", "linewidth": 1}  # references in a panel
 FAINT_SELECTIONS = 3  # up to which they have room
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PNG and SVG and return both files; equal figures give equal files."""
-    png, svg = (path.with_suffix(ending) for ending in (".png", ".svg"))
-    canvas, layout = FigureCanvasAgg(figure), figure.get_layout_engine()
+def save(figure: Figure, path: Path, formats: Format | list[Format]) -> list[Path]:
+    """Write a figure as a file of each format and return the files; equal figures give equal files."""
+    layout = figure.get_layout_engine()
     if layout is not None:
-        layout.execute(figure)  # once for both
+        layout.execute(figure)  # once for all
     figure.set_layout_engine("none")
-    figure.set_dpi(150)
-    with atomic(png) as file:
-        canvas.print_png(file)  # not `savefig`, which goes through everything once more before it draws
-    with atomic(svg) as file, mpl.rc_context({"svg.hashsalt": path.stem}):
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    return [png, svg]
+    files = [path.with_suffix(f".{each}") for each in ([formats] if isinstance(formats, str) else formats)]
+    for target in files:
+        figure.set_dpi(150)
+        with atomic(target) as file, mpl.rc_context({"svg.hashsalt": path.stem, "pdf.fonttype": 42}):
+            # Not `savefig`, which goes through everything once more before it draws.
+            if target.suffix == ".png":
+                FigureCanvasAgg(figure).print_png(file)
+            elif target.suffix == ".svg":
+                FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+            else:
+                FigureCanvasPdf(figure).print_pdf(file, metadata={"CreationDate": None})
+    return files
 
 
 def curve(results: Results, split: str) -> dict[str, Picture]:

@@ -16,7 +16,7 @@ from lightning_modules.subsets.selections import FULL
 
 
 def page(results: Results, summary: Mapping[str, Any], pictures: Mapping[Path, str], settings: str) -> str:
-    """Return `report.html`, from what `summary.json` and `config.yaml` hold, and captions by SVG file."""
+    """Return `report.html`, from what `summary.json` and `config.yaml` hold, and captions by picture."""
     layers, label = summary["layers"], results.headline.label
     tables = [table for measure in results.measures for table in measure.shown(results, "test").items()]
     answers = [f"Layer {each['layer']}: {each['answer']}" if len(layers) > 1 else each["answer"] for each in layers]

@@ -20,11 +20,17 @@ from lightning_modules.results.tables import PER_IMAGE_FILE, by_series, write_pe
 PACKAGES = ("torch", "lightning", "timm", "torchmetrics", "torchvision", "numpy")
 
 
-def report(folder: Path, results: Results, remarks: Sequence[str], seconds: dict[str, float]) -> str:
+def report(
+    folder: Path,
+    results: Results,
+    remarks: Sequence[str],
+    seconds: dict[str, float],
+    formats: figures.Format | list[figures.Format] = figures.FORMATS,
+) -> str:
     """Write a run's files into its folder and return what to print.
 
-    `remarks` say what to distrust, one line each; `seconds` are wall times of the parts of the run. The folder's
-    `config.yaml`, where it is there, is shown in `report.html`.
+    `remarks` say what to distrust, one line each; `seconds` are wall times of the parts of the run; pictures are drawn
+    in `formats`, if there is one. The folder's `config.yaml`, where it is there, is shown in `report.html`.
     """
     found = {"redundancy": results.redundancy("test", MANY_DELTAS), **results.tables}
     tables = {name: folder / f"{name}.csv" for name in found}
@@ -36,12 +42,12 @@ def report(folder: Path, results: Results, remarks: Sequence[str], seconds: dict
             write_per_image(results.per_image, file)
     pictures: dict[str, Picture] = {}
     own = (measure.pictures for measure in results.measures)
-    for draw in (figures.curve, figures.redundancy, figures.layers, figures.stores, *own):
+    for draw in (figures.curve, figures.redundancy, figures.layers, figures.stores, *own) if formats else ():
         pictures |= draw(results, "test")
-    drawn = {name: figures.save(picture.figure, folder / name) for name, picture in pictures.items()}
+    drawn = {name: figures.save(picture.figure, folder / name, formats) for name, picture in pictures.items()}
     summary, page_file = folder / "summary.json", folder / "report.html"
     files = [*tables.values(), *per_image, summary]
-    files += [*(file for both in drawn.values() for file in both), page_file]
+    files += [*(file for of_one in drawn.values() for file in of_one), page_file]
     content = results.summary() | {
         "remarks": list(remarks),
         "seconds": {part: round(value, 3) for part, value in seconds.items()},
@@ -55,7 +61,9 @@ def report(folder: Path, results: Results, remarks: Sequence[str], seconds: dict
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     config = folder / "config.yaml"
     with atomic(page_file) as file:
-        captions = {svg: pictures[name].caption for name, (_, svg) in drawn.items()}
+        # The page shows an SVG where there is one, else a PNG.
+        shown = {name: [each for each in sorted(of_one) if each.suffix != ".pdf"] for name, of_one in drawn.items()}
+        captions = {files[-1]: pictures[name].caption for name, files in shown.items() if files}
         settings = config.read_text(encoding="utf-8") if config.exists() else ""
         file.write_text(page(results, content, captions, settings), encoding="utf-8")
     write_table(results.tables["results"], tables["results"])  # last, as it stands for a finished run

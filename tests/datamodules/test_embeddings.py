@@ -539,7 +539,7 @@ def test_vectors_are_measured_without_a_backbone_and_the_exported_subset_says_th
     np.savez(tmp_path / "pixels.npz", features=pixels, labels=digits)
     arguments = ["--config", "embeddings.yaml", "--data.features", "pixels.npz", "--trainer.logger", "false"]
     arguments += ["--model.fractions", "[0.25, 0.5]", "--model.seeds", "2", "--name", "pixels"]
-    arguments += ["--model.selection", "[random, pca]"]
+    arguments += ["--model.selection", "[random, pca]", "--pictures", "[]"]
     status, _, err = cli("fit", *arguments)
     assert status == 0, err
     results = pd.read_csv("runs/pixels/results.csv")

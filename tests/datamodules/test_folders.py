@@ -209,7 +209,12 @@ def test_class_names_are_text_everywhere_and_files_may_be_called_by_any_bytes(cl
     said = {"5$ US^$", "a_b^c", "%d {x}", "_hidden", "caf\\xe9"}
     write(tmp_path / "set", of_classes("train/", classes, name=f"{BAD}{{}}.png"))
     run = ("--data.root=set", "--name=odd", "--model.backbone.name=test_resnet", "--model.backbone.weights=random")
-    run += ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false")
+    run += (
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false",
+        "--pictures=svg",
+    )
     status, out, err = cli("fit", "--config", "image_folder.yaml", "--config", "debug.yaml", *run)
     assert status == 0, err
     f"{out}{err}".encode()

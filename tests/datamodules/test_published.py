@@ -470,7 +470,7 @@ def test_the_shipped_configurations_fit(name, configs, epochs, augmentation, fea
         *("fit", *(argument for file in files for argument in ("--config", file))),
         *("--model.backbone.name", "test_resnet", "--model.backbone.weights", "random", "--data.batch_size=4"),
         *("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", f"--trainer.max_epochs={epochs}"),
-        *("--data.root", str(replica.root)),
+        *("--data.root", str(replica.root), "--pictures=[]"),
     )
     assert status == 0, err
     results = pd.read_csv("runs/debug/results.csv")

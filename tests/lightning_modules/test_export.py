@@ -86,7 +86,7 @@ def run(tmp_path_factory):
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--model.seeds", "2"]
     arguments += ["--model.fractions", "[0.1, 0.5]", "--model.standardise", "true", "--model.measures", "[]"]
     arguments += ["--model.selection", "[random, pca, random_projection]", "--data.view", "squash"]
-    arguments += ["--model.refit", "true", "--model.bits", "[32, 4]"]
+    arguments += ["--model.refit", "true", "--model.bits", "[32, 4]", "--pictures", "[]"]
     with pytest.MonkeyPatch.context() as patch:
         for verb in ("fit", "predict"):
             patch.setattr(sys, "argv", ["train.py", verb, *arguments])
@@ -167,6 +167,7 @@ def test_every_form_gives_the_vectors_of_the_run_in_a_process_without_this_proje
             f"--model.solver.similarity={similarity}",
             f"--model.bits=[{numbers}]",
             "--trainer.accelerator=cpu",
+            "--pictures=[]",
         )
         status, _, err = cli(*fit, "--data.root=papers")
         assert status == 0, err

@@ -217,6 +217,7 @@ def test_the_file_alone_is_enough_on_the_command_line(cli, tmp_path):
     trained(tmp_path / "out.safetensors")
     given = ("--model.backbone.weights=out.safetensors", "--trainer.logger=false")
     short = ("--model.solver=Ridge", "--model.fractions=0.5", "--model.seeds=1", "--model.measures=[]", "--name=run")
+    short += ("--pictures=[]",)
     status, _, err = cli("fit", "--data=Digits", "--data.digits=[0,1]", *given, *short)
     assert status == 0, err
     assert "resnet18(in_chans=1" in err

@@ -130,6 +130,7 @@ def test_a_run_says_r2_wherever_it_would_say_accuracy(cli, files, tmp_path):
     arguments = ("--config", "embeddings.yaml", "--data.features", str(files / "vectors.npz"), "--name", "aged")
     labels = ("--data.labels", str(files / "numbers.npy"), "--data.splits", str(files / "vectors.npz"))
     small = ("--model.fractions", "0.5", "--model.seeds", "2", "--trainer.enable_progress_bar", "false")
+    small += ("--pictures", "svg")
     status, out, err = cli("fit", *arguments, *labels, "--data.target", "regression", *small)
     assert status == 0, err
     assert "vectors_regression, none: test R² on 100 images" in out

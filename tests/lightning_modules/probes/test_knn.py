@@ -59,6 +59,7 @@ def test_among_equally_near_ones_the_first_of_train_vote(fit):
 
 def test_a_checkpoint_tests_and_predicts_the_same_and_export_refuses(cli, tmp_path):
     quiet = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
+    quiet += ("--pictures=[]",)
     status, out, err = cli(
         *("fit", "--config=quickstart.yaml", "--model.solver=KNN", "--model.solver.neighbours=[5,20]", *quiet),
         *("--model.fractions=[0.1]", "--model.seeds=1", "--model.measures=Inequality", "--name=votes"),

@@ -182,7 +182,7 @@ def test_a_real_fit_names_penalties(cli, tmp_path):
     status, out, err = cli(
         *("fit", "--config=quickstart.yaml", "--model.solver=Logistic", "--model.solver.penalty=[1,10]"),
         *("--model.fractions=[0.1]", "--model.seeds=1", "--trainer.logger=false", "--model.measures=Inequality"),
-        *("--trainer.enable_progress_bar=false", "--name=converged", "--trainer.accelerator=cpu"),
+        *("--trainer.enable_progress_bar=false", "--name=converged", "--trainer.accelerator=cpu", "--pictures=[]"),
     )
     assert status == 0, err
     rows = pd.read_csv(tmp_path / "runs" / "converged" / "results.csv")

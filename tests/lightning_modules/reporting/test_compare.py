@@ -69,7 +69,7 @@ def test_the_papers_curves_give_the_papers_table_in_the_order_given(paper, cli, 
 
 
 def test_the_authors_redundancies_stand_beside_ours(paper, cli, tmp_path):
-    status, out, err = cli("compare", "paper/cifar10", "paper/flowers102", "--reference=dr_table")
+    status, out, err = cli("compare", "--pictures=[]", "paper/cifar10", "paper/flowers102", "--reference=dr_table")
     assert status == 0, err
     table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
     assert list(table.columns) == ["backbone", "cifar10", "cifar10_reference", "flowers102", "flowers102_reference"]
@@ -79,11 +79,13 @@ def test_the_authors_redundancies_stand_beside_ours(paper, cli, tmp_path):
 
 
 def test_rule_and_delta_change_the_table_and_patterns_find_the_runs(paper, cli, tmp_path):
-    status, _, err = cli("compare", "paper/*", "--rule=threshold", "--output=other")
+    status, _, err = cli("compare", "--pictures=[]", "paper/*", "--rule=threshold", "--output=other")
     assert status == 0, err
     table = pd.read_csv(tmp_path / "other" / "dr_table.csv")
     assert (table["cifar10"].item(), table["oxford_iiit_pet"].item()) == (0.8, 0.8)
-    status, out, err = cli("compare", "paper/*", "other", "--rule=threshold", "--output=third", "--delta=0.99")
+    status, out, err = cli(
+        "compare", "--pictures=[]", "paper/*", "other", "--rule=threshold", "--output=third", "--delta=0.99"
+    )
     assert status == 0, err
     assert "Left out: other is a comparison itself." in out
     assert pd.read_csv(tmp_path / "third" / "dr_table.csv")["cifar10"].item() < 0.8
@@ -92,13 +94,13 @@ def test_rule_and_delta_change_the_table_and_patterns_find_the_runs(paper, cli, 
 def test_runs_of_a_selection_in_other_bits_stand_beside_each_other(cli, tmp_path):
     write(tmp_path / "runs" / "a")
     write(tmp_path / "runs" / "b", bits=lambda rows: np.where(rows["selection"] == "full", 32, 4))
-    status, out, err = cli("compare", "runs/*")
+    status, out, err = cli("compare", "--pictures=[]", "runs/*")
     assert status == 0, err
     assert "Left out" not in out
     table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
     assert table[["selection", "pets"]].to_numpy().tolist() == [["random", 0.5], ["random_4bit", 0.5]]
     write(tmp_path / "runs" / "c", bits=lambda rows: np.where(rows["selection"] == "full", 32, 4))
-    assert "both measure random_4bit subsets of net" in cli("compare", "runs/*")[1]
+    assert "both measure random_4bit subsets of net" in cli("compare", "--pictures=[]", "runs/*")[1]
 
 
 def test_rows_tell_layers_and_selections_apart_where_they_differ(cli, tmp_path):
@@ -106,7 +108,7 @@ def test_rows_tell_layers_and_selections_apart_where_they_differ(cli, tmp_path):
     write(tmp_path / "runs" / "b", layer="layer3", width=50)
     write(tmp_path / "runs" / "c", backbone="other", task="cars", images=70, augmentation="paper")
     (tmp_path / "runs" / "feature_cache").mkdir()
-    status, out, err = cli("compare", "runs/*")
+    status, out, err = cli("compare", "--pictures=[]", "runs/*")
     assert status == 0, err
     assert "Left out: runs/feature_cache has no results.csv." in out
     table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
@@ -124,7 +126,7 @@ def test_what_was_foretold_without_labels_stands_beside_what_was_measured(cli, t
     for name, foretold in (("a", {0.1: 0.5, 0.5: 0.95}), ("b", {0.1: 0.91, 0.5: 0.97})):
         fractions = write(tmp_path / "made" / name)["fraction"]
         write(tmp_path / "runs" / name, task=name, cka_foretold=fractions.map(foretold))
-    status, out, err = cli("compare", "runs/*", "--rule=threshold")
+    status, out, err = cli("compare", "--pictures=[]", "runs/*", "--rule=threshold")
     assert status == 0, err
     assert "Foretold from X'X, without labels: off by 0.20 on average" in out
     table = pd.read_csv(tmp_path / "compare" / "foretold.csv").set_index("task")
@@ -138,7 +140,7 @@ def test_a_real_run_is_compared_with_one_of_an_older_version(quickstart, cli, tm
     older = pd.read_csv(quickstart[0] / "results.csv").assign(backbone="older")
     (tmp_path / "older").mkdir()
     older.drop(columns=["solver", "layer", "width", "images", "seed"]).to_csv(tmp_path / "older" / "results.csv")
-    status, _, err = cli("compare", "quickstart", "older")
+    status, _, err = cli("compare", "--pictures=[]", "quickstart", "older")
     assert status == 0, err
     table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
     assert table["backbone"].tolist() == ["resnet26-digits_0to4", "older"]
@@ -177,7 +179,7 @@ def test_the_largest_group_that_is_comparable_is_taken_and_the_others_are_named(
     write(tmp_path / "runs" / "g", split="val")
     (tmp_path / "runs" / "h").mkdir()
     (tmp_path / "runs" / "h" / "results.csv").write_text("fraction\n1\n")
-    status, out, err = cli("compare", "runs/*")
+    status, out, err = cli("compare", "--pictures=[]", "runs/*")
     assert status == 0, err
     table = pd.read_csv(tmp_path / "compare" / "dr_table.csv").set_index("backbone")
     assert table.loc["net", ["pets", "cars"]].tolist() == [0.5, 0.5]  # 0.84 of 0.9 is nearer to 0.9 than 1

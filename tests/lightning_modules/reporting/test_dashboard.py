@@ -16,7 +16,7 @@ from wandb.proto import wandb_internal_pb2
 from lightning_modules.reporting.dashboard import wandb_logger
 
 SHORT = ("fit", "--config", "quickstart.yaml", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=2")
-SHORT += ("--model.fractions=[0.1,0.5]", "--model.seeds=2", "--model.measures=[]")
+SHORT += ("--model.fractions=[0.1,0.5]", "--model.seeds=2", "--model.measures=[]", "--pictures=[]")
 
 
 class Logged:
@@ -241,6 +241,7 @@ def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, tmp_path
     status, _, err = cli(
         *(*SHORT, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=Ridge"),
         "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles]",
+        "--pictures=png",
     )
     assert status == 0, err
     logged = Logged(tmp_path / "runs" / "all")
@@ -296,7 +297,7 @@ class Confidence(Measure):
 def test_a_measure_of_ones_own_is_in_the_results_the_report_and_on_wandb(cli, tmp_path, monkeypatch):
     (tmp_path / "confidence.py").write_text(MY_MEASURES)
     monkeypatch.syspath_prepend(tmp_path)
-    status, _, err = cli(*SHORT, "--name=own", "--model.measures=[confidence.Confidence]")
+    status, _, err = cli(*SHORT, "--name=own", "--model.measures=[confidence.Confidence]", "--pictures=svg")
     assert status == 0, err
     folder = tmp_path / "runs" / "own"
     results = pd.read_csv(folder / "results.csv")

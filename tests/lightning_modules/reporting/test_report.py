@@ -115,13 +115,22 @@ def test_every_picture_is_there_in_both_formats_and_the_same_each_time(written, 
     assert redundancies[["low", "high"]].notna().all(axis=None)
     for name in ("results", "classes", "layers", "ensembles", "neighbours"):
         pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), full_run()[name].reset_index(drop=True))
-    # A run that measures less leaves nothing of the one it replaces.
-    (tmp_path / "notes.csv").write_text("what else a user keeps there")
-    report(tmp_path, Results(tables(CURVE, CURVE), [Accuracy()], ACCURACY), [], {})
-    pictures = {f"{name}.{ending}" for name in ("curve", "redundancy", "classes") for ending in ("png", "svg")}
-    assert {file.name for file in tmp_path.iterdir()} == pictures | {
-        *("results.csv", "classes.csv", "redundancy.csv", "summary.json", "report.html", "notes.csv"),
-    }
+
+
+def test_pictures_have_the_formats_asked_for_and_nothing_stays_of_a_run_that_is_replaced(tmp_path):
+    tmp_path.joinpath("notes.csv").write_text("what else a user keeps there")
+    results = Results(tables(CURVE, CURVE), [Accuracy()], ACCURACY)
+    others = {"results.csv", "classes.csv", "redundancy.csv", "summary.json", "report.html", "notes.csv"}
+    for formats, shown in ((["pdf", "png"], 3), ("pdf", 0), ([], 0)):
+        report(tmp_path, results, [], {}, formats)
+        endings = [formats] if isinstance(formats, str) else formats
+        pictures = {f"{name}.{ending}" for name in ("curve", "redundancy", "classes") for ending in endings}
+        assert {file.name for file in tmp_path.iterdir()} == others | pictures
+        content = [(tmp_path / name).read_bytes() for name in sorted(pictures)]
+        assert [each[:4] for each in content] == [
+            {"pdf": b"%PDF", "png": b"\x89PNG"}[each[-3:]] for each in sorted(pictures)
+        ]
+        assert (tmp_path / "report.html").read_text().count('src="data:image/png;base64,') == shown
 
 
 def test_where_bits_differ_bytes_are_drawn_and_shown(written, tmp_path):
