@@ -140,8 +140,8 @@ VOTES = ("--model.solver=KNN", "--model.solver.neighbours=[5,20]", "--model.refi
 
 
 @pytest.mark.parametrize(("solver", "chosen"), [(OPTIMA, "penalty"), (VOTES, "voters")])
-def test_two_processes_find_the_probes_of_one(start, tmp_path, solver, chosen):
-    command = (*SHORT, *solver, "--name=run")
+def test_two_processes_find_the_probes_of_one(one, start, tmp_path, solver, chosen):
+    command = (*SHORT, *solver, "--name=run", f"--model.cache_dir={one / 'feature_cache'}")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         for process in start(*command, cwd=tmp_path / str(processes), processes=processes):
