@@ -1,7 +1,7 @@
 """Images that stay where they are, on the Hub or in files: read in order, some rows at a time, and never copied.
 
-A first pass reads the labels, from which splits are cut as they are of a copy, and notes which parts of the files hold
-which rows. An extraction, which goes through a split in order, then reads the parts that hold its rows, one by one.
+A first pass reads the labels, from which splits are cut as they are of a copy, and notes the row groups of the
+files. An extraction, which goes through a split in order, then reads those that hold rows of it, one by one.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from datamodules.folders import by_split, visible
 from datamodules.images import reading
-from datamodules.parts import FORMATS, Cell, Format, Part
+from datamodules.row_groups import FORMATS, Cell, Format, RowGroup
 from datamodules.tables import KINDS, Table, TableImages, card, files_by_split, naming_parts, obtaining
 
 if TYPE_CHECKING:  # importing it takes more than a second
@@ -37,7 +37,7 @@ Found = dict[str, dict[str, tuple[list[str], str]]]
 
 @dataclass(eq=False)
 class Stream:
-    """The encoded images of all rows of a published split, of which two parts of files at most are held."""
+    """The encoded images of all rows of a published split, of which two row groups at most are held."""
 
     name: str  # what messages call it
     system: Any  # the file system of `paths`, as of fsspec
@@ -51,11 +51,11 @@ class Stream:
         known = [(Path(file["name"]).name, file["size"], file.get("blob_id") or file["mtime"]) for file in files]
         self.identity = json.dumps([self.column, known])
         """Changes when the files do, wherever they are."""
-        self._thread = ThreadPoolExecutor(1)  # reads the next part while the backbone is at this one
+        self._thread = ThreadPoolExecutor(1)  # reads the next row group while the backbone is at this one
         self._held: dict[int, Future[list[Cell]]] = {}
 
     def read_labels(self, kinds: Mapping[str, Any], directory: Path) -> "Dataset":
-        """Return the rows with columns of labels, of such kinds, and images without bytes; learn the parts of files.
+        """Return the rows with columns of labels, of such kinds, and images without bytes; learn the row groups.
 
         What is found is kept in `directory`, where other processes and runs find it.
         """
@@ -73,41 +73,41 @@ class Stream:
                 with ThreadPoolExecutor(READERS) as pool:
                     found = list(pool.map(partial(self._labels, kinds), self.paths))
                 table = pa.concat_tables([table for table, _ in found], promote_options="permissive")
-                parts = [(file, *part) for file, (_, parts) in enumerate(found) for part in parts]
-                about_parts = {**(table.schema.metadata or {}), b"parts": json.dumps(parts).encode()}
-                pq.write_table(table.replace_schema_metadata(about_parts), written := kept.with_suffix(".tmp"))
+                groups = [(file, *group) for file, (_, groups) in enumerate(found) for group in groups]
+                metadata = {**(table.schema.metadata or {}), b"row groups": json.dumps(groups).encode()}
+                pq.write_table(table.replace_schema_metadata(metadata), written := kept.with_suffix(".tmp"))
                 written.replace(kept)
         table = pq.read_table(kept)
-        self.parts = [(file, Part(*part)) for file, *part in json.loads(table.schema.metadata[b"parts"])]
-        self.ends = np.cumsum([part.rows for _, part in self.parts])
+        self.groups = [(file, RowGroup(*group)) for file, *group in json.loads(table.schema.metadata[b"row groups"])]
+        self.ends = np.cumsum([group.rows for _, group in self.groups])
         return datasets.Dataset(table)
 
-    def _labels(self, kinds: Mapping[str, Any], path: str) -> tuple[Any, list[Part]]:
+    def _labels(self, kinds: Mapping[str, Any], path: str) -> tuple[Any, list[RowGroup]]:
         import pyarrow as pa
 
         with self.system.open(path, "rb", **self.format.buffering) as file:
-            table, names, parts = self.format.labels(file, path, kinds, self.column)
+            table, names, groups = self.format.labels(file, path, kinds, self.column)
         cells = [pa.array([b""] * len(names), pa.binary()), pa.array(names, pa.string())]
-        return table.append_column(self.column, pa.StructArray.from_arrays(cells, ["bytes", "path"])), parts
+        return table.append_column(self.column, pa.StructArray.from_arrays(cells, ["bytes", "path"])), groups
 
     def ask(self, row: int) -> int:
-        """Let the part that holds a row be read, unless it is held, and return its number."""
+        """Let the row group that holds a row be read, unless it is held, and return its number."""
         number = int(np.searchsorted(self.ends, row, side="right"))
         if number not in self._held:
             if len(self._held) > 1:
                 del self._held[next(iter(self._held))]
-            self._held[number] = self._thread.submit(self._read, *self.parts[number])
+            self._held[number] = self._thread.submit(self._read, *self.groups[number])
         return number
 
     def cell(self, row: int) -> Cell:
         """Return the image of a row."""
         number = self.ask(row)
-        return self._held[number].result()[row - int(self.ends[number])]  # counted from the part's end
+        return self._held[number].result()[row - int(self.ends[number])]  # counted from the group's end
 
-    def _read(self, file: int, part: Part) -> list[Cell]:
+    def _read(self, file: int, group: RowGroup) -> list[Cell]:
         path = self.paths[file]
         with reading(path, "cannot be streamed"), self.system.open(path, "rb", cache_type="none") as opened:
-            return self.format.cells(opened, part, self.column)
+            return self.format.cells(opened, group, self.column)
 
 
 @dataclass(eq=False)
@@ -119,7 +119,7 @@ class StreamedImages(TableImages):
     next_ones: dict[int, Cell] = field(default_factory=dict)
 
     def ahead(self, indices: Sequence[int]) -> None:
-        """Read these images, and let the part that holds the one after them be read meanwhile."""
+        """Read these images, and let the row group that holds the one after them be read meanwhile."""
         self.next_ones = {index: self.stream.cell(int(self.places[index])) for index in indices}
         following = max(indices, default=-1) + 1
         if following < len(self):
@@ -163,9 +163,9 @@ def streamed_tables(source: str, root: Path, what: str, advice: str, choose: Cho
         if kind is None:
             raise MisconfigurationException(
                 f"data.streaming is true, but {source} holds no Parquet files and no webdataset tars, which alone are "
-                f"read in parts; set it false."
+                f"streamed; set it false."
             )
-        with system.open(next(iter(found[kind].values()))[0][0], "rb") as file:
+        with system.open(next(iter(found[kind].values()))[0][0], "rb", cache_type="none") as file:
             kinds, key = FORMATS[kind].columns(file)
         kinds = declared or kinds
         image, labels = choose(kinds, key)
@@ -180,10 +180,10 @@ def streamed_tables(source: str, root: Path, what: str, advice: str, choose: Cho
 
 def _in_folder(folder: Path, cache: Path) -> tuple[Found, Any, None]:
     """Return the files of a folder, and their file system; they declare their columns themselves."""
-    from fsspec.implementations.local import LocalFileSystem
+    import fsspec
 
     found = {kind: files_by_split(folder, kind, KINDS[kind], cache.resolve()) for kind in FORMATS}
-    return _paths(found, f"{folder}/"), LocalFileSystem(), None
+    return _paths(found, f"{folder}/"), fsspec.filesystem("file"), None
 
 
 def _on_the_hub(source: str, cache: Path) -> tuple[Found, Any, Any]:

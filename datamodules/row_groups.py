@@ -1,6 +1,7 @@
-"""Files of images and labels that are read in parts: Parquet files by row group, and webdataset tars by samples."""
+"""Files that are read some rows at a time: Parquet files by row group, webdataset tars by samples beside each other."""
 
 import io
+import itertools
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -16,16 +17,16 @@ Sample = tuple[str, int, dict[str, bytes | None]]
 """A sample of a tar: its key, its first byte in the tar, and its contents by ending, None where they are not wanted."""
 
 
-class Part(NamedTuple):
-    """Rows that are read together, in their order."""
+class RowGroup(NamedTuple):
+    """Rows of a file that are read together: of Parquet its row groups, of a tar samples beside each other."""
 
     start: int  # the number of the row group, or the first byte in the tar
     stop: int  # the number of the next row group, or the byte after the last
     rows: int
 
 
-Found = tuple[Any, list[str | None], list[Part]]
-"""Columns of labels, as an Arrow table, the path of each image or None, and the parts of a file."""
+Labels = tuple[Any, list[str | None], list[RowGroup]]
+"""Columns of labels, as an Arrow table, the path of each image or None, and the row groups of a file."""
 
 
 class Format(ABC):
@@ -36,18 +37,18 @@ class Format(ABC):
 
     @abstractmethod
     def columns(self, file: Any) -> tuple[dict[str, Any], str]:
-        """Return the kinds of columns by name, as `datasets` has them, and the key of a tar's first sample."""
+        """Return the kinds of columns, as `datasets` has them or None where rows say it, and a tar's first key."""
 
     @abstractmethod
-    def labels(self, file: Any, path: str, kinds: Mapping[str, Any], image: str) -> Found:
-        """Return the columns of labels, of these kinds, the path of each image or None, and the parts of the file.
+    def labels(self, file: Any, path: str, kinds: Mapping[str, Any], image: str) -> Labels:
+        """Return the columns of labels, of these kinds, the path of each image or None, and the row groups of the file.
 
         `path` is what the file is called in messages.
         """
 
     @abstractmethod
-    def cells(self, file: Any, part: Part, image: str) -> list[Cell]:
-        """Return the images of a part."""
+    def cells(self, file: Any, group: RowGroup, image: str) -> list[Cell]:
+        """Return the images of a row group."""
 
 
 class Parquet(Format):
@@ -62,7 +63,7 @@ class Parquet(Format):
 
         return datasets.Features.from_arrow_schema(pq.read_schema(file)), ""
 
-    def labels(self, file: Any, path: str, kinds: Mapping[str, Any], image: str) -> Found:
+    def labels(self, file: Any, path: str, kinds: Mapping[str, Any], image: str) -> Labels:
         """Return the labels, cast to their kinds, of every row group."""
         import datasets
         import pyarrow.compute as pc
@@ -74,15 +75,15 @@ class Parquet(Format):
         there = image in table.column_names  # as bytes with a path, and not as bytes alone
         names = pc.struct_field(table[image], "path").to_pylist() if there else [None] * len(table)
         rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-        parts = [Part(group, group + 1, number) for group, number in enumerate(rows)]
-        return table_cast(table.select([*kinds]), datasets.Features(kinds).arrow_schema), names, parts
+        groups = [RowGroup(place, place + 1, number) for place, number in enumerate(rows)]
+        return table_cast(table.select([*kinds]), datasets.Features(kinds).arrow_schema), names, groups
 
-    def cells(self, file: Any, part: Part, image: str) -> list[Cell]:
+    def cells(self, file: Any, group: RowGroup, image: str) -> list[Cell]:
         """Return the images of a row group."""
         import datasets
         import pyarrow.parquet as pq
 
-        column = pq.ParquetFile(file).read_row_group(part.start, [image])[image]
+        column = pq.ParquetFile(file).read_row_group(group.start, [image])[image]
         return datasets.Image().cast_storage(column.combine_chunks()).to_pylist()
 
 
@@ -95,17 +96,18 @@ class Tars(Format):
 
         with tarfile.open(fileobj=file, mode="r:") as archive:
             key, _, found = next(_samples(archive))
-        kinds = {name: datasets.Image() if each is None else datasets.Value("string") for name, each in found.items()}
-        return {**kinds, "__key__": datasets.Value("string")}, key
+        return {"__key__": None, **{name: None if each else datasets.Image() for name, each in found.items()}}, key
 
-    def labels(self, file: Any, path: str, kinds: Mapping[str, Any], image: str) -> Found:
+    def labels(self, file: Any, path: str, kinds: Mapping[str, Any], image: str) -> Labels:
         """Return the labels of every sample, each as its ending says; refuse one that lacks what the first has."""
+        import datasets
         import pyarrow as pa
         from datasets.packaged_modules.webdataset.webdataset import WebDataset
+        from datasets.table import table_cast
 
         decoders = {name: WebDataset.DECODERS.get(name.rsplit(".", 1)[-1].lower(), bytes) for name in kinds}
         rows: list[dict[str, Any]] = []
-        starts: list[tuple[int, int]] = []  # of each part: its first byte, and how many samples come before it
+        starts: list[tuple[int, int]] = []  # of each row group: its first byte, and how many samples come before it
         first: tuple[str, Any] | None = None
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for key, start, contents in _samples(archive):
@@ -115,13 +117,18 @@ class Tars(Format):
                     starts.append((start, len(rows)))
                 rows.append({"__key__": key, **{name: decode(contents[name]) for name, decode in decoders.items()}})
             ends = [*starts[1:], (archive.offset, len(rows))]
-        parts = [Part(start, stop, after - before) for (start, before), (stop, after) in zip(starts, ends, strict=True)]
-        return pa.Table.from_pylist(rows), [f"{row['__key__']}.{image}" for row in rows], parts
+        groups = [
+            RowGroup(start, stop, after - before) for (start, before), (stop, after) in zip(starts, ends, strict=True)
+        ]
+        table = pa.Table.from_pylist(rows)
+        known = {name: kind for name, kind in kinds.items() if kind is not None}
+        schema = datasets.Features({**datasets.Features.from_arrow_schema(table.schema), **known}).arrow_schema
+        return table_cast(table, schema), [f"{row['__key__']}.{image}" for row in rows], groups
 
-    def cells(self, file: Any, part: Part, image: str) -> list[Cell]:
+    def cells(self, file: Any, group: RowGroup, image: str) -> list[Cell]:
         """Return the images of samples beside each other, by one read."""
-        file.seek(part.start)
-        with tarfile.open(fileobj=io.BytesIO(file.read(part.stop - part.start)), mode="r:") as archive:
+        file.seek(group.start)
+        with tarfile.open(fileobj=io.BytesIO(file.read(group.stop - group.start)), mode="r:") as archive:
             samples = _samples(archive, lambda ending: ending == image)
             return [{"bytes": found[image], "path": f"{key}.{image}"} for key, _, found in samples]
 
