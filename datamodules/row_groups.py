@@ -1,14 +1,13 @@
 """Files that are read some rows at a time: Parquet files by row group, webdataset tars by samples beside each other."""
 
 import io
-import itertools
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from datamodules.tables import check_sample
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 TOGETHER = 2**23  # Bytes of a tar that are read together; the last sample may go beyond
 Cell = dict[str, Any]
@@ -30,10 +29,10 @@ Labels = tuple[Any, list[str | None], list[RowGroup]]
 
 
 class Format(ABC):
-    """How the files of one format are read, opened as binary files with random access."""
+    """How the files of one format are read, opened by fsspec as binary files with random access."""
 
     buffering: Mapping[str, Any] = {}
-    """Arguments for fsspec to open a file of which labels are read."""
+    """How a file is opened of which labels are read."""
 
     @abstractmethod
     def columns(self, file: Any) -> tuple[dict[str, Any], str]:
@@ -55,6 +54,9 @@ class Parquet(Format):
     """Parquet files: only the columns that are asked for are read."""
 
     buffering: Mapping[str, Any] = {"cache_type": "none"}  # what lies between the columns is not read along
+
+    def __init__(self) -> None:
+        self._footer: tuple[str, Any] = ("", None)  # of the file of which images were read last
 
     def columns(self, file: Any) -> tuple[dict[str, Any], str]:
         """Return what the file declares; there are no keys."""
@@ -83,7 +85,9 @@ class Parquet(Format):
         import datasets
         import pyarrow.parquet as pq
 
-        column = pq.ParquetFile(file).read_row_group(group.start, [image])[image]
+        if self._footer[0] != file.path:
+            self._footer = (file.path, pq.read_metadata(file))
+        column = pq.ParquetFile(file, metadata=self._footer[1]).read_row_group(group.start, [image])[image]
         return datasets.Image().cast_storage(column.combine_chunks()).to_pylist()
 
 
@@ -96,10 +100,13 @@ class Tars(Format):
 
         with tarfile.open(fileobj=file, mode="r:") as archive:
             key, _, found = next(_samples(archive))
-        return {"__key__": None, **{name: None if each else datasets.Image() for name, each in found.items()}}, key
+        return {
+            "__key__": None,
+            **{name: datasets.Image() if each is None else None for name, each in found.items()},
+        }, key
 
     def labels(self, file: Any, path: str, kinds: Mapping[str, Any], image: str) -> Labels:
-        """Return the labels of every sample, each as its ending says; refuse one that lacks what the first has."""
+        """Return the labels of every sample, each as its ending says; refuse one that lacks its image or label."""
         import datasets
         import pyarrow as pa
         from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -108,11 +115,13 @@ class Tars(Format):
         decoders = {name: WebDataset.DECODERS.get(name.rsplit(".", 1)[-1].lower(), bytes) for name in kinds}
         rows: list[dict[str, Any]] = []
         starts: list[tuple[int, int]] = []  # of each row group: its first byte, and how many samples come before it
-        first: tuple[str, Any] | None = None
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for key, start, contents in _samples(archive):
-                first = first or (key, contents)
-                check_sample(path, (key, contents), first)
+                if lacking := {image, *kinds} - contents.keys():
+                    raise MisconfigurationException(
+                        f"Sample {key} of {path} has no {min(lacking)!r}; every one needs an image and a label, under "
+                        f"the same endings."
+                    )
                 if not starts or start - starts[-1][0] >= TOGETHER:
                     starts.append((start, len(rows)))
                 rows.append({"__key__": key, **{name: decode(contents[name]) for name, decode in decoders.items()}})
@@ -133,7 +142,7 @@ class Tars(Format):
             return [{"bytes": found[image], "path": f"{key}.{image}"} for key, _, found in samples]
 
 
-FORMATS: dict[str, Format] = {"webdataset": Tars(), "parquet": Parquet()}
+FORMATS: dict[str, type[Format]] = {"webdataset": Tars, "parquet": Parquet}
 """By what `datasets` calls a folder of such files; of a folder that holds both kinds the first is read."""
 
 

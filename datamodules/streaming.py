@@ -37,13 +37,14 @@ Found = dict[str, dict[str, tuple[list[str], str]]]
 
 @dataclass(eq=False)
 class Stream:
-    """The encoded images of all rows of a published split, of which two row groups at most are held."""
+    """The encoded images of all rows of a published split."""
 
     name: str  # what messages call it
     system: Any  # the file system of `paths`, as of fsspec
     format: Format
     paths: Sequence[str]
     column: str  # of images
+    held: dict[tuple[str, RowGroup], Future[list[Cell]]]  # of all streams of a data set together; two at most
 
     def __post_init__(self) -> None:
         files = [self.system.info(path) for path in self.paths]
@@ -52,7 +53,6 @@ class Stream:
         self.identity = json.dumps([self.column, known])
         """Changes when the files do, wherever they are."""
         self._thread = ThreadPoolExecutor(1)  # reads the next row group while the backbone is at this one
-        self._held: dict[int, Future[list[Cell]]] = {}
 
     def read_labels(self, kinds: Mapping[str, Any], directory: Path) -> "Dataset":
         """Return the rows with columns of labels, of such kinds, and images without bytes; learn the row groups.
@@ -90,22 +90,18 @@ class Stream:
         cells = [pa.array([b""] * len(names), pa.binary()), pa.array(names, pa.string())]
         return table.append_column(self.column, pa.StructArray.from_arrays(cells, ["bytes", "path"])), groups
 
-    def ask(self, row: int) -> int:
-        """Let the row group that holds a row be read, unless it is held, and return its number."""
+    def ask(self, row: int) -> tuple[Future[list[Cell]], range]:
+        """Let the row group that holds a row be read, unless it is held; return its images to come, and its rows."""
         number = int(np.searchsorted(self.ends, row, side="right"))
-        if number not in self._held:
-            if len(self._held) > 1:
-                del self._held[next(iter(self._held))]
-            self._held[number] = self._thread.submit(self._read, *self.groups[number])
-        return number
+        file, group = self.groups[number]
+        key = (self.paths[file], group)
+        if key not in self.held:
+            if len(self.held) > 1:
+                del self.held[next(iter(self.held))]
+            self.held[key] = self._thread.submit(self._read, *key)
+        return self.held[key], range(int(self.ends[number]) - group.rows, int(self.ends[number]))
 
-    def cell(self, row: int) -> Cell:
-        """Return the image of a row."""
-        number = self.ask(row)
-        return self._held[number].result()[row - int(self.ends[number])]  # counted from the group's end
-
-    def _read(self, file: int, group: RowGroup) -> list[Cell]:
-        path = self.paths[file]
+    def _read(self, path: str, group: RowGroup) -> list[Cell]:
         with reading(path, "cannot be streamed"), self.system.open(path, "rb", cache_type="none") as opened:
             return self.format.cells(opened, group, self.column)
 
@@ -115,24 +111,28 @@ class StreamedImages(TableImages):
     """Images at some places of a stream; their `rows` hold no bytes."""
 
     stream: Stream
-    places: Tensor  # shape (n,)
+    places: Tensor  # ascending, shape (n,)
     next_ones: dict[int, Cell] = field(default_factory=dict)
 
     def ahead(self, indices: Sequence[int]) -> None:
-        """Read these images, and let the row group that holds the one after them be read meanwhile."""
-        self.next_ones = {index: self.stream.cell(int(self.places[index])) for index in indices}
-        following = max(indices, default=-1) + 1
-        if following < len(self):
-            self.stream.ask(int(self.places[following]))
+        """Read these images, and meanwhile let the row group be read that is needed after each one's own."""
+        self.next_ones = {}
+        for index in indices:
+            found, rows = self.stream.ask(int(self.places[index]))
+            self.next_ones[index] = found.result()[int(self.places[index]) - rows.start]
+            after = int(torch.searchsorted(self.places, rows.stop))
+            if after < len(self):
+                self.stream.ask(int(self.places[after]))
 
     def cell(self, index: int) -> Cell:
         """Return an image as it is stored; refuse a row without one."""
-        place = int(self.places[index])
-        cell = self.next_ones.get(index) or self.stream.cell(place)
+        if index not in self.next_ones:
+            self.ahead([index])
+        cell = self.next_ones[index]
         if cell["bytes"] is None:
             raise MisconfigurationException(
-                f"Row {place} (from 0) of {self.stream.name} has no {self.column!r} in the file itself, where "
-                f"data.streaming needs it."
+                f"Row {self.places[index]} (from 0) of {self.stream.name} has no {self.column!r} in the file itself, "
+                f"where data.streaming needs it."
             )
         return cell
 
@@ -166,12 +166,12 @@ def streamed_tables(source: str, root: Path, what: str, advice: str, choose: Cho
                 f"streamed; set it false."
             )
         with system.open(next(iter(found[kind].values()))[0][0], "rb", cache_type="none") as file:
-            kinds, key = FORMATS[kind].columns(file)
+            kinds, key = FORMATS[kind]().columns(file)
         kinds = declared or kinds
         image, labels = choose(kinds, key)
-        tables = {}
+        tables, held = {}, {}
         for split, (paths, origin) in found[kind].items():
-            stream = Stream(f"{split} of {source}", system, FORMATS[kind], paths, image)
+            stream = Stream(f"{split} of {source}", system, FORMATS[kind](), paths, image, held)
             rows = stream.read_labels({label: kinds[label] for label in labels}, cache / "streaming")
             images = partial(StreamedImages, stream=stream, places=torch.arange(len(rows)))
             tables[split] = Table(rows, origin, folder, images)

@@ -5,7 +5,7 @@ import glob
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -193,15 +193,10 @@ def _check_samples(tar: Path) -> None:
             key, _, ending = path.name.partition(".")
             if ending:
                 samples.setdefault(str(path.parent / key), set()).add(ending)
-    first = next(iter(samples.items()), ("", set()))
-    for sample in samples.items():
-        check_sample(tar, sample, first)
-
-
-def check_sample(tar: object, sample: tuple[str, Collection[str]], first: tuple[str, Collection[str]]) -> None:
-    """Refuse a sample of a tar, its key and its endings, that has not what the first one has."""
-    if set(sample[1]) != set(first[1]):
-        raise MisconfigurationException(
-            f"Sample {sample[0]} of {tar} has {' and '.join(sorted(sample[1]))}, where sample {first[0]} has "
-            f"{' and '.join(sorted(first[1]))}; all must have the same endings."
-        )
+    first, expected = next(iter(samples.items()), ("", set()))
+    for key, endings in samples.items():
+        if endings != expected:
+            raise MisconfigurationException(
+                f"Sample {key} of {tar} has {' and '.join(sorted(endings))}, where sample {first} has "
+                f"{' and '.join(sorted(expected))}; all must have the same endings."
+            )

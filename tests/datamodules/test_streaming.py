@@ -1,6 +1,7 @@
 """Streamed images are the same, in the same splits, as downloaded ones; and what is asked of the Hub for them."""
 
 import io
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -107,7 +108,23 @@ def test_streamed_images_and_splits_are_those_of_a_copy(add, hub, tmp_path, monk
     assert again.images["val"].digest() == streamed.images["val"].digest()
 
 
-def test_labels_come_without_images_and_every_row_group_once_for_each_split_that_has_rows_of_it(hub, tmp_path):
+class Group(list):
+    """The images of a row group, of which it can be told whether they are still held."""
+
+    __hash__ = object.__hash__
+
+
+def test_labels_come_without_images_and_row_groups_once_for_each_split_that_has_rows_of_them(
+    hub, tmp_path, monkeypatch
+):
+    read, held = Parquet.cells, weakref.WeakSet()
+
+    def cells(self, file, group, image):
+        assert len(held) < 2
+        held.add(found := Group(read(self, file, group, image)))
+        return found
+
+    monkeypatch.setattr(Parquet, "cells", cells)
     parquet(hub.files, side=160)
     task = ready("lab/birds", tmp_path, streaming=True)
     asked = sum(stop - start for _, start, stop in hub.sent)
@@ -214,3 +231,13 @@ def test_a_row_without_an_image_in_the_file_is_named(tmp_path):
     task = ready(tmp_path / "set", tmp_path / "data", streaming=True)
     message = refusal(lambda: [content(images) for images in task.images.values()])
     assert f"Row 4 (from 0) of train of {tmp_path / 'set'} has no 'image' in the file itself" in message
+
+
+@pytest.mark.parametrize("lacking", ["png", "json"])
+def test_a_sample_of_a_tar_without_image_or_label_is_named(lacking, tmp_path):
+    found = {f"{place:04d}.{ending}": b"{}" for place in range(9) for ending in ("json", "png")}
+    del found[f"0007.{lacking}"]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "all.tar").write_bytes(packed("all.tar", found))
+    message = refusal(lambda: ready(tmp_path / "set", tmp_path / "data", streaming=True))
+    assert message.startswith(f"Sample 0007 of {tmp_path / 'set' / 'all.tar'} has no {lacking!r}")
