@@ -169,7 +169,8 @@ def streamed_tables(source: str, root: Path, what: str, advice: str, choose: Cho
             kinds, key = FORMATS[kind]().columns(file)
         kinds = declared or kinds
         image, labels = choose(kinds, key)
-        tables, held = {}, {}
+        tables: dict[str, Table] = {}
+        held: dict[Any, Any] = {}
         for split, (paths, origin) in found[kind].items():
             stream = Stream(f"{split} of {source}", system, FORMATS[kind](), paths, image, held)
             rows = stream.read_labels({label: kinds[label] for label in labels}, cache / "streaming")
