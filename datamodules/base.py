@@ -72,6 +72,7 @@ class Task(LightningDataModule, ABC):
     classes: ClassVar[Sequence[str]] = ()  # Class names in the order of their indices, where they are fixed
     cut: ClassVar[Mapping[str, Part]] = {"val": 0.2, "test": 0.2}
     """How much of train becomes a split that `load` does not return; see `splits.Part`."""
+    streaming = False  # Whether images come in order, and none can be had again without reading others
     vectors: ClassVar[bool] = False  # Whether the task holds vectors, which no backbone takes, and no images
     targets: ClassVar[Sequence[str]] = ("classes", "retrieval")  # What can be asked of its images
     target: Target  # What is to be predicted; known after `setup`

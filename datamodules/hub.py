@@ -14,11 +14,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from datamodules.base import Task
+from datamodules.columns import Part, find_columns, read_table
 from datamodules.folders import ENDINGS, SPLIT_NAMES, by_split, files_below
 from datamodules.images import FileImages, Images, as_labels, printable, reading
 from datamodules.outputs import TARGETS, check_columns, of_columns
 from datamodules.splits import Percent
-from datamodules.tables import Part, Table, read_table, read_tables
+from datamodules.streaming import streamed_tables
+from datamodules.tables import Table, read_tables
 from datamodules.targets import Multiclass
 
 
@@ -81,13 +83,20 @@ class HuggingFaceImages(Task):
         image_column: Column of images; null is the one that holds some.
         label_column: Column of labels, as `json.label` within JSON; null takes the first of the usual names. For
             `target` multilabel or regression a list of columns, or one that holds a number or a list in each row.
+        streaming: Whether images are read where they are, in order, for `model.features` clean alone, and not
+            downloaded or copied; of Parquet files and webdataset tars.
         **kwargs: See `Task`; downloads and a copy with random access go to `root`.
     """
 
     targets: ClassVar = (*Task.targets, *TARGETS)
 
     def __init__(
-        self, name: str, image_column: str | None = None, label_column: str | list[str] | None = None, **kwargs: Any
+        self,
+        name: str,
+        image_column: str | None = None,
+        label_column: str | list[str] | None = None,
+        streaming: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_columns("label_column", label_column, self.asked)
@@ -96,9 +105,15 @@ class HuggingFaceImages(Task):
         self.name = printable(Path(name).resolve().name) if Path(name).is_dir() else name.rpartition("/")[2]
         if Path(name).is_absolute() and not Path(name).is_dir():
             raise MisconfigurationException(f"data.name is {name!r}, but there is no such folder.")
+        if streaming and self.num_workers:
+            raise MisconfigurationException(
+                f"data.num_workers is {self.num_workers}, but with data.streaming each would read all; leave it null."
+            )
+        self.streaming = streaming
+        self.num_workers = 0 if streaming else self.num_workers
 
     def prepare_data(self) -> None:
-        """Download what is not there yet, and make the copy with random access."""
+        """Download what is not there yet, and make the copy with random access; of what is streamed, read labels."""
         self._tables()
 
     def load(self) -> dict[str, Images]:
@@ -152,7 +167,9 @@ class HuggingFaceImages(Task):
 
     def _tables(self) -> dict[str, Table]:
         advice = "it must be a data set of the Hugging Face Hub or a folder"
-        return read_tables(self.source, self.root, f"data.name is {self.source!r}, which", advice)
+        where = (self.source, self.root, f"data.name is {self.source!r}, which", advice)
+        columns = partial(find_columns, self.image_column, self.label_column, self.source)
+        return streamed_tables(*where, columns) if self.streaming else read_tables(*where)
 
 
 def _class_folders(folder: Path) -> dict[str, Part]:

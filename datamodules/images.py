@@ -43,6 +43,9 @@ class Images(Labelled):
     def __getitem__(self, index: int) -> Image.Image:
         """Return one image, RGB."""
 
+    def ahead(self, indices: Sequence[int]) -> None:
+        """Be told which images are asked for next, in any order and by several threads."""
+
 
 @dataclass(eq=False)
 class ArrayImages(Images):

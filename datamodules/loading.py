@@ -124,6 +124,7 @@ class ImageBatches(Dataset[Batch]):
         channels, height, width = self.preprocessing["input_size"]
         pixels = np.empty((len(request.indices), height, width, channels), np.uint8)
         threads = 1 if self.random else torch.get_num_threads()
+        self.images.ahead(request.indices)
 
         def make(thread: int) -> None:
             for row in range(thread, len(pixels), threads):

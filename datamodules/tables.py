@@ -1,10 +1,11 @@
 """Tables of images and labels, as `datasets` reads them from the Hub or from files, with random access."""
 
+import contextlib
 import glob
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,28 +21,8 @@ from datamodules.images import Images, one_line, reading, stamp, to_rgb
 if TYPE_CHECKING:  # importing it takes more than a second
     from datasets import Dataset
 
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "json", "txt")
-"""Columns of labels, in order of preference, where `label_column` is null."""
-LABEL_KEYS = ("label", "cls", "class")  # Keys of labels in a column of JSON, in order of preference
 KINDS = {"webdataset": (".tar",), "parquet": (".parquet",), "imagefolder": ("metadata.csv", "metadata.jsonl")}
 """What `datasets` calls a folder, by the files that make it one."""
-
-
-class Table(NamedTuple):
-    """The rows of a split."""
-
-    rows: "Dataset"
-    origin: str  # what put them there
-    home: Path  # where the paths of images in cells begin
-
-
-class Part(NamedTuple):
-    """What is found of one split, with labels as they are stored."""
-
-    origin: str  # what put it there
-    labels: list[Any]
-    classes: list[str]  # what labels are called that are indices, or rows of numbers; else they say it themselves
-    images: Callable[[Tensor], Images]  # makes images from their class indices, or rows of numbers
 
 
 @dataclass(eq=False)
@@ -54,11 +35,15 @@ class TableImages(Images):
     labels: Tensor
 
     def __getitem__(self, index: int) -> Image.Image:
-        cell = self.rows[index][self.column]
+        cell = self.cell(index)
         with reading(self._name(cell, index), "is not a readable image"):
             file = self.home / cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
             with Image.open(file) as image:
                 return to_rgb(image)
+
+    def cell(self, index: int) -> dict[str, Any]:
+        """Return an image as it is stored: its `bytes`, or None, and the `path` of its file, or None."""
+        return self.rows[index][self.column]
 
     def subset(self, indices: Tensor) -> "TableImages":
         """Return the images at `indices`, in that order."""
@@ -84,6 +69,15 @@ class TableImages(Images):
         return cell["path"] or f"image {index}"
 
 
+class Table(NamedTuple):
+    """The rows of a split."""
+
+    rows: "Dataset"
+    origin: str  # what put them there
+    home: Path  # where the paths of images in cells begin
+    images: Callable[..., Images] = TableImages  # of the cells, their column, `home` and labels
+
+
 def read_tables(
     source: str, root: Path, what: str, advice: str, files: dict[str, str] | None = None
 ) -> dict[str, Table]:
@@ -97,11 +91,10 @@ def read_tables(
         MisconfigurationException: If it cannot be read, or not be had; then the message is of `what`, with `advice`.
     """
     import datasets
-    from huggingface_hub.errors import HFValidationError
 
     cache, folder = root / "huggingface", Path(source).resolve()
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    try:
+    with obtaining(source, what, advice):
         repository = None if folder.is_dir() or files else _as_a_folder(source)
         folder = repository or folder
         if saved or not folder.is_dir():
@@ -110,12 +103,21 @@ def read_tables(
             found = found if isinstance(found, dict) else {"train": found}
             return {split: Table(rows, f"split {split}", folder) for split, rows in found.items()}
         for kind, endings in KINDS.items():
-            if parts := _files_by_split(folder, kind, endings, cache.resolve()):
+            if parts := files_by_split(folder, kind, endings, cache.resolve()):
                 return _load(kind, folder, parts, cache)
         if not files_below(folder, ENDINGS):
             raise FileNotFoundError("it holds no tars, no Parquet files and no images")
         images = by_split(files_below(folder, ENDINGS), _folders)
         return _load("imagefolder", folder, images, cache) if repository else {}
+
+
+@contextlib.contextmanager
+def obtaining(source: str, what: str, advice: str) -> Iterator[None]:
+    """Turn any error into a MisconfigurationException of one line: of `what`, with `advice`, if it is not to be had."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
     except MisconfigurationException:
         raise
     except (OSError, HFValidationError) as error:
@@ -130,25 +132,38 @@ def _as_a_folder(source: str) -> Path | None:
 
     `datasets` would take words in the names of files for splits, and leave out files without one.
     """
-    from huggingface_hub import DatasetCard, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    fetch = partial(snapshot_download, source, repo_type="dataset")
-    card = Path(fetch(allow_patterns="README.md")) / "README.md"
-    if card.is_file() and DatasetCard.load(card).data.to_dict().get("configs"):
+    if card(source)[1]:
         return None
     endings = (*ENDINGS, *(ending for endings in KINDS.values() for ending in endings))
-    folder = Path(fetch(allow_patterns=[f"*{name}" for ending in endings for name in (ending, ending.upper())]))
+    patterns = [f"*{name}" for ending in endings for name in (ending, ending.upper())]
+    folder = Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
     return (
         folder if folder.is_dir() and files_below(folder, endings) else None
     )  # archives of another kind, which `datasets` unpacks
 
 
-def _files_by_split(folder: Path, kind: str, endings: Sequence[str], cache: Path) -> dict[str, tuple[list[Path], str]]:
+def card(source: str) -> tuple[str, bool]:
+    """Return the commit of a repository of the Hub, and whether its card declares splits."""
+    from huggingface_hub import DatasetCard, snapshot_download
+
+    folder = Path(snapshot_download(source, repo_type="dataset", allow_patterns="README.md"))
+    file = folder / "README.md"
+    return folder.name, file.is_file() and bool(DatasetCard.load(file).data.to_dict().get("configs"))
+
+
+def files_by_split(folder: Path, kind: str, endings: Sequence[str], cache: Path) -> dict[str, tuple[list[Path], str]]:
     """Return the files of each split, and what put them there."""
     found = [file for file in files_below(folder, endings) if cache not in (folder / file).parents]
     if kind == "imagefolder":  # metadata say what each image is, and folders alone of which split it is
         return by_split([*found, *files_below(folder, ENDINGS)] if found else [], _folders)
-    return by_split(found, lambda file: (*file.parts[:-1], file.stem))
+    return by_split(found, naming_parts)
+
+
+def naming_parts(file: Path) -> Sequence[str]:
+    """Return the parts of the path of a tar or Parquet file that may name its split."""
+    return (*file.parts[:-1], file.stem)
 
 
 def _folders(file: Path) -> Sequence[str]:
@@ -185,144 +200,3 @@ def _check_samples(tar: Path) -> None:
                 f"Sample {key} of {tar} has {' and '.join(sorted(endings))}, where sample {first} has "
                 f"{' and '.join(sorted(expected))}; all must have the same endings."
             )
-
-
-def read_table(
-    table: Table,
-    split: str,
-    image_column: str | None,
-    label_column: str | list[str] | None,
-    source: str,
-    *,
-    numbers: bool = False,
-) -> Part:
-    """Return the labels and images of a split; columns given as None are found.
-
-    With `numbers` labels are rows of numbers, of a list of columns or of a single one, which may itself hold lists.
-    A MisconfigurationException is raised if a column is not there, or a row has no label or no image; it is named.
-    """
-    import datasets
-
-    rows, kinds = table.rows, table.rows.features
-    names = [name for name in kinds if not name.startswith("__")]
-    there = f"{source} has the columns {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-    listed = label_column if isinstance(label_column, list) else []
-    label, *keys = ("" if isinstance(label_column, list) else label_column or "").split(".")
-    for option, column in (("image_column", image_column), *(("label_column", each) for each in listed or [label])):
-        if column and column not in kinds:
-            raise MisconfigurationException(f"data.{option} is {column!r}; {there}.")
-    encoded = [  # other libraries write images to Parquet as bytes and a path
-        name
-        for name, kind in kinds.items()
-        if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
-    ]
-    image = image_column or (encoded[0] if encoded else "")
-    label = (
-        label
-        or ", ".join(listed)
-        or next((name for usual in LABEL_COLUMNS for name in names if name.lower() == usual), "")
-    )
-    if not label and "." in image and "__key__" in kinds:
-        name, ending = f"{rows[0]['__key__']}.{image}".rsplit(".", 1)
-        raise MisconfigurationException(
-            f"The samples of {source} have names with dots, and what follows the first one is taken for the ending; "
-            f"rename them, as {name}.{ending} to {name.replace('.', '_')}.{ending}."
-        )
-    if not image or not label:
-        option, what = ("label_column", "labels") if image else ("image_column", "images")
-        raise MisconfigurationException(f"{there}, none of which is known to hold {what}; name it with data.{option}.")
-    if numbers:
-        labels, classes = _numbers(rows, listed or [label], source)
-    else:
-        labels, classes = _labels(rows, label, keys, source)
-    with reading(f"Column {image!r} of {source}", f"holds no images; {there}"):
-        cells = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        encoded_cells = cells.with_format("arrow")[:][image]
-    unlabelled = labels.index(None) if None in labels else -1
-    for column, row in ((label, unlabelled), (image, _first_empty(encoded_cells))):
-        if row >= 0:
-            sample = f"Sample {rows[row]['__key__']}" if "__key__" in kinds else f"Row {row} (from 0)"
-            raise MisconfigurationException(
-                f"{sample} of {split} of {source} has no {column!r}; every one needs an image and a label, under the "
-                f"same names or endings."
-            )
-    _check_files(encoded_cells, table.home)
-    return Part(table.origin, labels, classes, partial(TableImages, cells, image, table.home))
-
-
-def _labels(rows: "Dataset", column: str, keys: list[str], source: str) -> tuple[list[Any], list[str]]:
-    """Return the label of each row, None where it has none, and class names if labels are indices of declared ones."""
-    import datasets
-
-    values = list(rows.select_columns([column])[column])
-    if not keys and values and isinstance(values[0], dict):
-        keys = [key for key in LABEL_KEYS if key in values[0]][:1]
-    for key in keys:
-        if not any(isinstance(value, dict) and key in value for value in values):
-            raise MisconfigurationException(
-                f"data.label_column is {'.'.join([column, *keys])!r}; there is no {key!r} in {column}."
-            )
-        values = [value.get(key) if isinstance(value, dict) else None for value in values]
-    kind = rows.features[column]
-    classes = list(kind.names) if isinstance(kind, datasets.ClassLabel) and not keys else []
-    labels = [_label(value, bool(classes)) for value in values]
-    strange = [label for label in labels if not isinstance(label, int | str | None)]
-    if strange or not labels:
-        raise MisconfigurationException(
-            f"Column {column!r} of {source} holds {strange[0] if strange else 'nothing'!r:.60}; name the one that "
-            f"holds a label, or `{column}.key`, with data.label_column. Numbers are predicted with data.target "
-            f"regression, several labels with multilabel."
-        )
-    return labels, classes
-
-
-def _numbers(rows: "Dataset", columns: list[str], source: str) -> tuple[list[Any], list[str]]:
-    """Return the numbers of each row, None where one is missing, and what each is called.
-
-    A single column may hold lists: of numbers, as many in each row, or of those classes that an image has.
-    """
-    import datasets
-
-    kind, values = getattr(rows.features[columns[0]], "feature", None), [list(rows[name]) for name in columns]
-    found = [list(row) for row in zip(*values, strict=True)]
-    if len(columns) == 1 and any(isinstance(row[0], list) for row in found):
-        found, columns = [row[0] or [] for row in found], []
-    if isinstance(kind, datasets.ClassLabel):
-        return [[float(place in set(row)) for place in range(len(kind.names))] for row in found], list(kind.names)
-    names = columns or [str(place) for place in range(len(found[0]))]
-    for place, row in enumerate(found):
-        wrong = next((each for each in row if not isinstance(each, int | float | None)), None)
-        if wrong is not None or len(row) != len(names):
-            said = f"holds {len(row)} numbers, not {len(names)}" if wrong is None else f"holds {wrong!r:.60}"
-            raise MisconfigurationException(
-                f"Row {place} (from 0) of {source} {said}; name columns of numbers, or one of lists that are as long, "
-                f"with data.label_column. One class of several is data.target classes."
-            )
-    return [None if None in row else row for row in found], names
-
-
-def _label(value: Any, is_index: bool) -> Any:
-    """Return a label as a whole number or word, None where there is none, and anything else as it is."""
-    if isinstance(value, str):
-        return value.strip() or None
-    if isinstance(value, float):  # how whole numbers are stored beside missing ones
-        return int(value) if value.is_integer() else None if value != value else value
-    return None if is_index and value == -1 else value  # how `datasets` writes that there is none
-
-
-def _first_empty(column: Any) -> int:
-    """Return the first row of an Arrow column without an image, or -1."""
-    import pyarrow.compute as pc
-
-    missing = pc.and_(*(pc.is_null(pc.struct_field(column, part)) for part in ("bytes", "path")))
-    return int(pc.index(missing, True).as_py())
-
-
-def _check_files(column: Any, home: Path) -> None:
-    """Refuse an Arrow column that names a file which is not there."""
-    import pyarrow.compute as pc
-
-    paths = pc.struct_field(column, "path").filter(pc.is_null(pc.struct_field(column, "bytes")))
-    for path in paths.to_pylist():
-        if not (home / path).is_file():
-            raise MisconfigurationException(f"{home / path} is missing; paths of images begin in {home}.")

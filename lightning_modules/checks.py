@@ -52,12 +52,18 @@ def views(features: str | int, vectors: bool, refit: bool, linear: bool) -> None
         raise MisconfigurationException(f"model.features is {features}, but {reason}; leave it clean.")
 
 
-def backbone(given: bool, vectors: bool) -> None:
-    """Refuse a task of images without a backbone, and one of vectors with it."""
-    if not (given or vectors):
+def task(task: Any, backbone: bool, features: str | int, measures: Sequence[Any]) -> None:
+    """Refuse images without a backbone, vectors with it, and images that are streamed to what sees them once more."""
+    if not (backbone or task.vectors):
         raise MisconfigurationException("model.backbone is null, but the task holds images; name a backbone.")
-    if given and vectors:
+    if backbone and task.vectors:
         raise MisconfigurationException("The task holds vectors, which no backbone takes; set model.backbone null.")
+    again = [f"{type(each).__name__} in model.measures" for each in measures if each.needs_images]
+    again = [f"model.features {features}"] * (features != "clean") + again
+    if task.streaming and again:
+        raise MisconfigurationException(
+            f"data.streaming is true, but {again[0]} visits images more than once; set it false, or leave that out."
+        )
 
 
 def selections(names: Sequence[str], target: Any) -> None:

@@ -112,6 +112,10 @@ class Pretraining(LightningModule):
         if self.network is None:
             task = self.trainer.datamodule  # type: ignore[attr-defined]
             target = task.target
+            if task.streaming:
+                raise MisconfigurationException(
+                    "data.streaming is true, but pre-training visits images in every epoch; set it false."
+                )
             if task.vectors or target.metric != "accuracy":
                 raise MisconfigurationException(
                     f"Pre-training needs images of one class each, which {task.label} has not."

@@ -123,7 +123,7 @@ class RedundancyProbe(LightningModule):
         """Plan the probes, once the task says what it holds; refuse a backbone and a task that do not fit."""
         if self.probes:
             return
-        checks.backbone(not isinstance(self.backbone, GivenVectors), task.vectors)
+        checks.task(task, not isinstance(self.backbone, GivenVectors), self.features, self.measures)
         if task.vectors:
             self.backbone.widths = {"none": task.width}
         self.solver = suited(self.solver, task.target)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hub import Hub
+from huggingface_hub import HfFileSystem
 from PIL import Image
 from torch.distributed import TCPStore
 
@@ -183,6 +184,8 @@ def hub(tmp_path, monkeypatch):
             monkeypatch.setattr(name, value)
         monkeypatch.setattr(Hub, "files", {})
         monkeypatch.setattr(Hub, "asked", [])
+        monkeypatch.setattr(Hub, "sent", [])
+        HfFileSystem.clear_instance_cache()  # of the server before
         yield Hub
         server.shutdown()
 

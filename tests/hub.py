@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 from pathlib import PurePosixPath
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
@@ -12,10 +13,11 @@ COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves `files`, of whichever repository is asked for, in two revisions; notes what is `asked`."""
+    """Serves `files`, of whichever repository is asked for, in two revisions; notes what is `asked`, and `sent`."""
 
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
+    sent: ClassVar[list[tuple[str, int, int]]] = []  # ranges of files: the first byte, and the one after the last
 
     def do_HEAD(self):
         self.do_GET(body=False)
@@ -38,8 +40,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         }
         wrong = next((code for code, holds in missing.items() if holds), None)
         content = self.files.get(file, b"")
-        digest = hashlib.sha256(content).hexdigest()
-        self.answer(content, wrong, body, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMITS.get(revision, revision)})
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMITS.get(revision, revision)}
+        if range_ := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or ""):
+            first, last = int(range_[1]), min(int(range_[2]), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            content = content[first : last + 1]
+            self.sent.append((file, first, last + 1))
+        self.answer(content, wrong, body, headers)
 
     def list_files(self, path, recursive):
         """Say what is in a repository, as a whole or below one of its folders."""
@@ -60,7 +67,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, content, wrong=None, body=True, headers=None):
         content = b"" if wrong else content
-        self.send_response(404 if wrong else 200)
+        self.send_response(404 if wrong else 206 if "Content-Range" in (headers or {}) else 200)
         for name, value in ({"X-Error-Code": wrong} if wrong else headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))

@@ -1,13 +1,18 @@
 """Several processes, on one node or several: they share the work out, count every image once, and write files once."""
 
+import io
 import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TORCHRUN, launch
 from lightning.pytorch import Trainer
+from PIL import Image
+from safetensors.torch import load_file
 
 from datamodules import Digits
 from lightning_modules import FrozenBackbone, RedundancyProbe
@@ -178,3 +183,28 @@ def test_two_processes_search_as_one_does_without_a_solver_to_be_named(start, pa
     one, two = (pd.read_csv(papers.parent / "runs" / name / "results.csv") for name in ("1", "2"))
     assert set(one["solver"]) == {"search"}
     pd.testing.assert_frame_equal(one, two, rtol=0, atol=1e-12)
+
+
+def test_several_processes_stream_the_features_of_one_that_copies(start, tmp_path):
+    random, images = np.random.default_rng(0), []
+    for _ in range(120):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file := io.BytesIO(), "PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+    (tmp_path / "birds").mkdir()
+    for part in range(2):
+        table = pa.table({"image": images[60 * part :][:60], "label": ["cat", "dog", "eel"] * 20})
+        pq.write_table(table, tmp_path / "birds" / f"{part}.parquet", row_group_size=7)
+    run = ("--config=image_folder.yaml", "--config=debug.yaml", *QUIET, "--trainer.logger=false", "--model.measures=[]")
+    run += ("--model.backbone.name=test_resnet", "--model.backbone.weights=random", "--data=HuggingFaceImages")
+    run += ("--data.name=birds", "--data.root=data")
+    streamed = (*run, "--data.streaming=true", "--model.cache_dir=streamed")
+    started = start("extract", *run, "--model.cache_dir=copied", cwd=tmp_path)
+    started += start("extract", *streamed, cwd=tmp_path) + start("extract", *streamed, cwd=tmp_path, processes=2)
+    ended = [process.wait() for process in started]
+    assert [done.returncode for done in ended] == [0] * 4, [done.stderr for done in ended]
+    values = [
+        sorted(load_file(path)["features"].numpy().tobytes() for path in (tmp_path / name).glob("*/*.safetensors"))
+        for name in ("copied", "streamed")
+    ]
+    assert len(values[0]) > 3
+    assert values[0] == values[1]

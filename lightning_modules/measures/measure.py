@@ -77,6 +77,7 @@ class Measure(Metric):
     needs_comparison_probes = False  # each fraction also gets a probe on as many neurons as its seeds hold together
     second_moments = False  # it sums X'X of every layer, D^2 numbers each
     needs_clean_features = False  # it works with model.features: clean only
+    needs_images = False  # it asks for images beside the pass of the backbone over them
     needs_labels = False  # it works only where something is predicted
     needs_classes = False  # it works only where classes are predicted
     context: Context

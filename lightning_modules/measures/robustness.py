@@ -57,6 +57,7 @@ class Robustness(Measure):
     panel = "accuracy under attack (%)"
     table = "transfer"
     needs_classes = True
+    needs_images = True
     unattacked: Tensor
     right: Tensor
     images: Tensor
