@@ -80,7 +80,8 @@ class HuggingFaceImages(Task):
         name: A data set of the Hub, for example `zalando-datasets/fashion_mnist`, or a folder.
         image_column: Column of images; null is the one that holds some.
         label_column: Column of labels, as `json.label` within JSON; null takes the first of the usual names. For
-            `target` multilabel or regression a list of columns, or one that holds a number or a list in each row.
+            `target` multilabel or regression a list of columns, a pattern of their names such as `tag_*`, or one
+            that holds a number or a list in each row.
         **kwargs: See `Task`; downloads and a copy with random access go to `root`.
     """
 

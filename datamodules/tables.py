@@ -1,5 +1,6 @@
 """Tables of images and labels, as `datasets` reads them from the Hub or from files, with random access."""
 
+import fnmatch
 import glob
 import hashlib
 import io
@@ -198,7 +199,8 @@ def read_table(
 ) -> Part:
     """Return the labels and images of a split; columns given as None are found.
 
-    With `numbers` labels are rows of numbers, of a list of columns or of a single one, which may itself hold lists.
+    With `numbers` labels are rows of numbers, of columns that are listed or match a pattern, or of a single one, which
+    may itself hold lists.
     A MisconfigurationException is raised if a column is not there, or a row has no label or no image; it is named.
     """
     import datasets
@@ -207,7 +209,9 @@ def read_table(
     names = [name for name in kinds if not name.startswith("__")]
     there = f"{source} has the columns {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
     listed = label_column if isinstance(label_column, list) else []
-    label, *keys = ("" if isinstance(label_column, list) else label_column or "").split(".")
+    if numbers and isinstance(label_column, str) and label_column not in names:
+        listed = fnmatch.filter(names, label_column)
+    label, *keys = ("" if listed or not isinstance(label_column, str) else label_column).split(".")
     for option, column in (("image_column", image_column), *(("label_column", each) for each in listed or [label])):
         if column and column not in kinds:
             raise MisconfigurationException(f"data.{option} is {column!r}; {there}.")
