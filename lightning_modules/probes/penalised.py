@@ -46,7 +46,7 @@ class Objective:
         Those of full layers go first, and the others start from as far on as least squares lets them follow.
 
         Returns:
-            By what share of its value each objective is estimated to exceed its optimum, shape (P,).
+            By what share of its value each objective exceeds its optimum at most, shape (P,).
         """
         excess = torch.full(active.shape, math.inf, dtype=torch.float64, device=active.device)
         full, before = torch.zeros_like(active), self._full(bank)
@@ -181,11 +181,15 @@ class _Whitened:
         for (inputs, _), (seen, _) in zip(self.objective.batches(), self.batches(), strict=True):
             changed = self.objective.logits(changes, inputs)
             wanted = torch.stack([changed[probe.layer] * self.curvatures[probe.layer] for probe in self.bank.probes])
-            gradient += self._slopes(lambda logits, wanted=wanted: logits * wanted, seen)[1]
+            gradient += self._slopes(partial(torch.mul, wanted), seen)[1]
         self.start += self._weights(self._gradient(self.objective.model.stream.reduce(gradient)))
 
-    def evaluate(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the objective of every probe, shape (P,), float64, and its gradient by the step, shape (N,)."""
+    def evaluate(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the objective of every probe, its excess, both of shape (P,), float64, and its gradient, shape (N,).
+
+        The penalty alone curves the objective by as much as itself, so that it exceeds its optimum by no more than
+        |gradient by the weights|^2 / (2 penalty), the duality gap. The bias counts by the mean curvature.
+        """
         vector = self.start + self._weights(step)
         model, bank = self.objective.model, self.algebra.set(vector)
         gradient = torch.zeros_like(vector)
@@ -194,11 +198,14 @@ class _Whitened:
             losses, slopes = self._slopes(partial(model.solver.loss, model.target, labels=labels), seen)
             gradient += slopes
             total += losses
-        weights = vector.clone()
-        weights[-bank.bias.numel() :] = 0
-        squares = self.algebra.inner(weights[None], weights[None])[:, 0, 0]
-        total = model.stream.reduce(total) + self.penalty / 2 * squares
-        return total, self._gradient(model.stream.reduce(gradient) + self.penalty * weights)
+        biases, weights = bank.bias.numel(), vector.clone()
+        weights[-biases:] = 0
+        slopes = model.stream.reduce(gradient) + self.penalty * weights
+        gradient = self._gradient(slopes)
+        slopes[-biases:] = self.penalty**0.5 * gradient[-biases:]
+        squares = torch.stack([self.algebra.inner(each[None], each[None])[:, 0, 0] for each in (weights, slopes)])
+        total = model.stream.reduce(total) + self.penalty / 2 * squares[0]
+        return total, squares[1] / (2 * self.penalty) / total, gradient
 
     def _slopes(self, loss: Callable[[Tensor], Tensor], seen: Tensor) -> tuple[Tensor, Tensor]:
         """Return a loss of the bank's logits, and the gradient of its sum by weights and biases, shape (N,)."""

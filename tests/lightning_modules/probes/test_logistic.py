@@ -98,11 +98,13 @@ def test_every_probe_its_penalty_and_its_refit_are_scikit_learns(fitted):
             (model.grid.final_probe(index), again, (both, both_labels)),
         ):
             lowest = objective(reference.coef_, reference.intercept_, *data, penalty)
-            assert objective(*probe, *data, penalty) == pytest.approx(lowest, rel=1e-4)
+            reached = objective(*probe, *data, penalty)
+            assert reached == pytest.approx(lowest, rel=1e-4)
+            assert reached / lowest - 1 <= val["excess"][index] + 1e-6
         accuracies.append((test["accuracy"][index], again.score(other, other_labels)))
     ours, theirs = np.mean(accuracies, axis=0)
     assert ours == pytest.approx(theirs, abs=0.002)
-    assert (results["excess"] <= 1e-6).all()
+    assert (results["excess"] <= 1e-4).all()
     assert model.solver.remarks(model) == []
 
 
@@ -169,7 +171,7 @@ def test_converged_probes_are_left_out_of_later_passes_and_the_others_end_where_
             for model in (again, once)
         ]
         assert reached[0] == pytest.approx(reached[1], rel=1e-4)
-    assert (again.grid.hyperparameters[0, :, 1] <= 1e-6).all()
+    assert (again.grid.hyperparameters[0, :, 1] <= 1e-4).all()
 
 
 def test_memory_counts_a_factor_for_every_selection_and_seed():
