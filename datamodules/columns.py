@@ -1,5 +1,6 @@
 """Labels and images in the columns of a table: which columns hold them, and what every row must have."""
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -39,14 +40,15 @@ def read_table(
 ) -> Part:
     """Return the labels and images of a split; columns given as None are found.
 
-    With `numbers` labels are rows of numbers, of a list of columns or of a single one, which may itself hold lists.
+    With `numbers` labels are rows of numbers, of columns that are listed or match a pattern, or of a single one, which
+    may itself hold lists.
     A MisconfigurationException is raised if a column is not there, or a row has no label or no image; it is named.
     """
     import datasets
 
     rows, kinds = table.rows, table.rows.features
     key = rows[0]["__key__"] if "__key__" in kinds and len(rows) else ""
-    image, listed = find_columns(image_column, label_column, source, kinds, key)
+    image, listed = find_columns(image_column, label_column, source, numbers, kinds, key)
     label, keys = ", ".join(listed), label_column.split(".")[1:] if isinstance(label_column, str) else []
     there = _there(kinds, source)
     if numbers:
@@ -69,17 +71,24 @@ def read_table(
 
 
 def find_columns(
-    image_column: str | None, label_column: str | list[str] | None, source: str, kinds: Mapping[str, Any], key: str
+    image_column: str | None,
+    label_column: str | list[str] | None,
+    source: str,
+    numbers: bool,
+    kinds: Mapping[str, Any],
+    key: str,
 ) -> tuple[str, list[str]]:
     """Return the column of images and those of labels; the ones given as None are found by their kinds and names.
 
-    `key` is that of the first sample of a tar, and empty for other tables. A MisconfigurationException is raised if a
+    With `numbers` the label column may be a pattern of several. `key` is that of the first sample of a tar, and empty for other tables. A MisconfigurationException is raised if a
     column is not there.
     """
     import datasets
 
     names, there = _visible(kinds), _there(kinds, source)
     listed = label_column if isinstance(label_column, list) else [(label_column or "").partition(".")[0]]
+    if numbers and isinstance(label_column, str) and label_column not in names:
+        listed = fnmatch.filter(names, label_column) or listed
     for option, column in (("image_column", image_column), *(("label_column", each) for each in listed)):
         if column and column not in kinds:
             raise MisconfigurationException(f"data.{option} is {column!r}; {there}.")

@@ -82,7 +82,8 @@ class HuggingFaceImages(Task):
         name: A data set of the Hub, for example `zalando-datasets/fashion_mnist`, or a folder.
         image_column: Column of images; null is the one that holds some.
         label_column: Column of labels, as `json.label` within JSON; null takes the first of the usual names. For
-            `target` multilabel or regression a list of columns, or one that holds a number or a list in each row.
+            `target` multilabel or regression a list of columns, a pattern of their names such as `tag_*`, or one
+            that holds a number or a list in each row.
         streaming: Whether images are read where they are, in order, for `model.features` clean alone, and not
             downloaded or copied; of Parquet files and webdataset tars.
         **kwargs: See `Task`; downloads and a copy with random access go to `root`.
@@ -168,7 +169,8 @@ class HuggingFaceImages(Task):
     def _tables(self) -> dict[str, Table]:
         advice = "it must be a data set of the Hugging Face Hub or a folder"
         where = (self.source, self.root, f"data.name is {self.source!r}, which", advice)
-        columns = partial(find_columns, self.image_column, self.label_column, self.source)
+        numbers = self.asked in TARGETS
+        columns = partial(find_columns, self.image_column, self.label_column, self.source, numbers)
         return streamed_tables(*where, columns) if self.streaming else read_tables(*where)
 
 

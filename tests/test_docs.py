@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import itertools
 import re
 import shlex
 import sys
@@ -12,8 +13,10 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from PIL import Image
 from torch.distributed.run import get_args_parser
 
+from datamodules import HuggingFaceImages
 from lightning_modules import measures
 from lightning_modules.features.moments import Moments
 from lightning_modules.subsets import selections
@@ -224,6 +227,33 @@ def test_the_examples_of_a_measure_and_a_solver_run(cli, made_up, tmp_path):
     assert set(results["learning_rate"]) <= {0.001, 0.01}
     assert results["margin"].notna().all()
     assert "margin of the right class" in (tmp_path / "runs" / "debug" / "curve.svg").read_text()
+
+
+def test_the_examples_of_tables_beside_images_are_read_as_their_commands_say(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / ".github" / "docs" / "targets.md"
+    classes = ["airplane", "cat", "dog", "truck"]
+    for place, (name, split) in enumerate(itertools.product(("cifar10", "flowers12"), ("train", "test"))):
+        for shade, folder in enumerate(classes):
+            (tmp_path / name / split / folder).mkdir(parents=True)
+            for image in range(10):
+                colour = 60 * shade, 20 * image, 50 * place
+                Image.new("RGB", (32, 32), colour).save(tmp_path / name / split / folder / f"{image}.jpg")
+    tasks = []
+    shown = (words for words in OURS if words[-1] in ("mosaics", "colours"))
+    for script, words in zip(blocks(page, "python"), shown, strict=True):
+        exec(script, {})
+        given = {option: words[words.index(f"--data.{option}") + 1] for option in ("name", "target", "label_column")}
+        columns = [each for each in given["label_column"].strip("[]").split(",") if each in (*classes, "red", "green")]
+        tasks.append(HuggingFaceImages(given["name"], label_column=columns, target=given["target"], root="copy"))
+        tasks[-1].setup()
+    mosaics, colours = (task.images["test"] for task in tasks)
+    assert len(mosaics) == 10
+    for index in range(10):
+        seen = {round(mosaics[index].getpixel((x, y))[0] / 60) for x in (8, 40) for y in (8, 40)}
+        assert mosaics.labels[index].nonzero().flatten().tolist() == sorted(seen)
+    for index in range(40):
+        assert colours.labels[index].tolist() == pytest.approx(colours[index].getpixel((8, 8))[:2], abs=0.1)
 
 
 def test_the_example_of_a_selection_orders_neurons():

@@ -83,37 +83,31 @@ class State:
     direction: Tensor  # of the next step, shape (N,)
     products: Tensor  # inner products of the memory, shape (P, 2 m + 1, 2 m + 1)
     values: Tensor  # of the functions, shape (P,)
+    excess: Tensor  # over the minima, at most, as a share of the values, shape (P,)
     slopes: Tensor  # along the directions, shape (P,)
     lengths: Tensor  # of the next step as a share of the direction, shape (P,)
     scales: Tensor  # of the inverse curvature, shape (P,)
     count: int = 0  # steps
 
-    @property
-    def excess(self) -> Tensor:
-        """Half the slope along the next direction, as a share of the value, shape (P,).
-
-        By so much a quadratic function exceeds its minimum.
-        """
-        return -self.slopes / 2 / self.values
-
     def part(self, which: Tensor, places: Tensor) -> State:
         """Return the state of some probes, whose numbers lie at these places of the vectors."""
         vectors = {name: getattr(self, name)[..., places] for name in ("here", "memory", "direction")}
-        ours = {name: getattr(self, name)[which] for name in ("products", "values", "slopes", "lengths", "scales")}
-        return replace(self, **vectors, **ours)
+        mine = ("products", "values", "excess", "slopes", "lengths", "scales")
+        return replace(self, **vectors, **{name: getattr(self, name)[which] for name in mine})
 
 
-Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]  # from a vector to values, shape (P,), and gradients, shape (N,)
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From a vector to values and by what share they exceed the minima at most, shape (P,), and gradients, shape (N,)."""
 
 
 def begin(evaluate: Evaluate, algebra: Algebra) -> State:
     """Return the state of functions of every probe at zero."""
     here = torch.zeros_like(algebra.get())
-    values, gradients = evaluate(here)
+    values, excess, gradients = evaluate(here)
     memory = torch.cat([here.new_zeros(2 * HISTORY, len(here)), gradients.unsqueeze(0)])
     products = algebra.inner(memory, memory)
     ones = torch.ones_like(values)
-    return State(here, memory, -gradients, products, values, -products[:, -1, -1], ones, ones)
+    return State(here, memory, -gradients, products, values, excess, -products[:, -1, -1], ones, ones)
 
 
 def advance(evaluate: Evaluate, algebra: Algebra, state: State, tolerance: float, limit: int) -> None:
@@ -129,7 +123,7 @@ def advance(evaluate: Evaluate, algebra: Algebra, state: State, tolerance: float
         if not moving.any():
             break
         step = algebra.spread((state.lengths * moving).to(state.here.dtype)) * state.direction
-        values, gradients = evaluate(state.here + step)
+        values, excess, gradients = evaluate(state.here + step)
         ends = algebra.inner(state.direction[None], gradients[None])[:, 0, 0]
         # By convexity, a step that goes down even at its end has gone down all the way, whatever rounding says.
         enough = values <= state.values + DESCENT * state.lengths * state.slopes
@@ -140,6 +134,7 @@ def advance(evaluate: Evaluate, algebra: Algebra, state: State, tolerance: float
         memory[-1] = torch.where(everywhere, gradients, memory[-1])
         state.here = torch.where(everywhere, state.here + step, state.here)
         state.values = torch.where(taken, values, state.values)
+        state.excess = torch.where(moving & taken, excess, state.excess)
         # Where the slope would vanish, as a share of the length.
         lowest = (state.slopes / (state.slopes - ends)).clamp(0.1, 0.5)
         state.lengths = torch.where(taken, 1.0, state.lengths * lowest)

@@ -31,7 +31,8 @@ class Logistic(Solver):
     Args:
         penalty: 1 / C of scikit-learn's LogisticRegression. Of a list every probe goes from the largest to the smaller
             ones as long as its loss on validation falls, and takes the one with the smallest.
-        tolerance: A probe has converged when its objective is estimated to exceed the optimum by this share or less.
+        tolerance: A probe has converged when its objective exceeds the optimum by at most this share of its value, as
+            its duality gap shows.
         max_iterations: Steps for each penalty, at most; each is a pass over the training features.
 
     Raises:
@@ -48,7 +49,7 @@ class Logistic(Solver):
     def __init__(
         self,
         penalty: float | list[float] = list(PENALTIES),  # noqa: B006 (never changed)
-        tolerance: float = 1e-7,
+        tolerance: float = 1e-4,
         max_iterations: int = 500,
     ) -> None:
         self.penalty = penalty if isinstance(penalty, list) else [penalty]

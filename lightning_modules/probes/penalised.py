@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,26 +43,42 @@ class Objective:
     def minimise(self, bank: ProbeBank, penalty: float, active: Tensor, tolerance: float, limit: int) -> Tensor:
         """Move the active probes of a bank, boolean of shape (P,), to their optima from where they are.
 
-        After every so many steps, those that have converged are left out.
+        Those of full layers go first, and the others start from as far on as least squares lets them follow.
 
         Returns:
-            By what share of its value each objective is estimated to exceed its optimum, shape (P,).
+            By what share of its value each objective exceeds its optimum at most, shape (P,).
         """
         excess = torch.full(active.shape, math.inf, dtype=torch.float64, device=active.device)
-        members = active.nonzero().squeeze(1)
+        full, before = torch.zeros_like(active), self._full(bank)
+        full[references(bank.probes)] = True
         with torch.no_grad():
-            part = _Whitened(self, Algebra(bank).part(members)[0], penalty, self._curvatures(bank))
-            state = lbfgs.begin(part.evaluate, part.algebra)
-            for done in range(0, limit, ROUND):
-                lbfgs.advance(part.evaluate, part.algebra, state, tolerance, min(ROUND, limit - done))
-                excess[members] = state.excess
-                for index, probe in zip(members.tolist(), part.probes(state.here), strict=True):
-                    bank.set_probe(index, *probe)
-                going = (state.excess > tolerance).nonzero().squeeze(1)
-                if not len(going):
-                    break
-                if len(going) < len(members):
-                    members, state = members[going], state.part(going, part.narrow(going))
+            for members in ((active & full).nonzero().squeeze(1), (active & ~full).nonzero().squeeze(1)):
+                if len(members):
+                    part = _Whitened(self, Algebra(bank).part(members)[0], penalty, self._curvatures(bank))
+                    if not full[members].any():
+                        now = self._full(bank)
+                        part.follow({layer: (now[layer][0] - w, now[layer][1] - b) for layer, (w, b) in before.items()})
+                    excess[members] = self._solve(part, bank, members, tolerance, limit)
+        return excess
+
+    def _solve(self, part: _Whitened, bank: ProbeBank, members: Tensor, tolerance: float, limit: int) -> Tensor:
+        """Move the members of a bank, a part of it, to their optima, and return their excess.
+
+        After every so many steps, those that have converged are left out.
+        """
+        excess = torch.full(members.shape, math.inf, dtype=torch.float64, device=members.device)
+        places = torch.arange(len(members), device=members.device)
+        state = lbfgs.begin(part.evaluate, part.algebra)
+        for done in range(0, limit, ROUND):
+            lbfgs.advance(part.evaluate, part.algebra, state, tolerance, min(ROUND, limit - done))
+            excess[places] = state.excess
+            for index, probe in zip(members[places].tolist(), part.probes(state.here), strict=True):
+                bank.set_probe(index, *probe)
+            going = (state.excess > tolerance).nonzero().squeeze(1)
+            if not len(going):
+                break
+            if len(going) < len(places):
+                places, state = places[going], state.part(going, part.narrow(going))
         return excess
 
     def centred(self, rows: Tensor, centre: Tensor) -> Batches:
@@ -76,21 +93,27 @@ class Objective:
         kept = list(read())
         return lambda: kept
 
-    def _curvatures(self, bank: ProbeBank) -> dict[str, float]:
-        """Return for each layer the mean second derivative of the loss by a logit, of classes that of p (1 - p).
+    def _full(self, bank: ProbeBank) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return weights and bias of the full probe of each layer, which every bank has.
 
-        By the full layer's probe, which every bank has, so that the steps of no other depend on its company.
+        What is taken from them does not make the steps of any other probe depend on its company.
         """
-        coordinates = self.model.coordinates
-        full = dict(zip(coordinates.widths, references(bank.probes).unique().tolist(), strict=True))
+        return {bank.probes[place].layer: bank.get_probe(place) for place in references(bank.probes).unique().tolist()}
+
+    def _curvatures(self, bank: ProbeBank) -> dict[str, float]:
+        """Return for each layer the mean second derivative of the loss by a logit, of classes that of p (1 - p)."""
+        full = self._full(bank)
         totals = torch.zeros(len(full), dtype=torch.float64, device=bank.weight.device)
         for inputs, _ in self.batches():
-            layers = coordinates.by_layer(inputs)
-            for place, (layer, index) in enumerate(full.items()):
-                weight, bias = bank.get_probe(index)
-                totals[place] += self.model.target.bends(weight @ layers[layer].t() + bias.unsqueeze(1)).sum()
+            for place, logits in enumerate(self.logits(full, inputs).values()):
+                totals[place] += self.model.target.bends(logits).sum()
         means = self.model.stream.reduce(totals) / (self.images * bank.classes)
         return dict(zip(full, means.clamp(min=NEARLY_NONE).tolist(), strict=True))
+
+    def logits(self, full: Mapping[str, tuple[Tensor, Tensor]], inputs: Tensor) -> dict[str, Tensor]:
+        """Return the logits of probes of full layers, shape (C, B), by layer."""
+        layers = self.model.coordinates.by_layer(inputs)
+        return {layer: weight @ layers[layer].t() + bias.unsqueeze(1) for layer, (weight, bias) in full.items()}
 
 
 class _Whitened:
@@ -152,23 +175,44 @@ class _Whitened:
         bank.bias.copy_(2 * bank.bias - bank(self.centre).squeeze(-1))
         return [bank.get_probe(index) for index in range(len(bank.probes))]
 
-    def evaluate(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the objective of every probe, shape (P,), float64, and its gradient by the step, shape (N,)."""
+    def follow(self, changes: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Move the start of every probe so that its logits change as least squares makes of those of its full layer."""
+        gradient = torch.zeros_like(self.start)
+        for (inputs, _), (seen, _) in zip(self.objective.batches(), self.batches(), strict=True):
+            changed = self.objective.logits(changes, inputs)
+            wanted = torch.stack([changed[probe.layer] * self.curvatures[probe.layer] for probe in self.bank.probes])
+            gradient += self._slopes(partial(torch.mul, wanted), seen)[1]
+        self.start += self._weights(self._gradient(self.objective.model.stream.reduce(gradient)))
+
+    def evaluate(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the objective of every probe, its excess, both of shape (P,), float64, and its gradient, shape (N,).
+
+        The penalty alone curves the objective by as much as itself, so that it exceeds its optimum by no more than
+        |gradient by the weights|^2 / (2 penalty), the duality gap. The bias counts by the mean curvature.
+        """
         vector = self.start + self._weights(step)
         model, bank = self.objective.model, self.algebra.set(vector)
         gradient = torch.zeros_like(vector)
         total = torch.zeros(len(bank.probes), dtype=torch.float64, device=vector.device)
         for seen, labels in self.batches():
-            with torch.enable_grad():
-                losses = model.solver.loss(model.target, bank(seen), labels)
-                parts = torch.autograd.grad(losses.sum(), [bank.weight, bank.bias])
-            gradient += torch.cat([part.flatten() for part in parts])
-            total += losses.detach()
-        weights = vector.clone()
-        weights[-bank.bias.numel() :] = 0
-        squares = self.algebra.inner(weights[None], weights[None])[:, 0, 0]
-        total = model.stream.reduce(total) + self.penalty / 2 * squares
-        return total, self._gradient(model.stream.reduce(gradient) + self.penalty * weights)
+            losses, slopes = self._slopes(partial(model.solver.loss, model.target, labels=labels), seen)
+            gradient += slopes
+            total += losses
+        biases, weights = bank.bias.numel(), vector.clone()
+        weights[-biases:] = 0
+        slopes = model.stream.reduce(gradient) + self.penalty * weights
+        gradient = self._gradient(slopes)
+        slopes[-biases:] = self.penalty**0.5 * gradient[-biases:]
+        squares = torch.stack([self.algebra.inner(each[None], each[None])[:, 0, 0] for each in (weights, slopes)])
+        total = model.stream.reduce(total) + self.penalty / 2 * squares[0]
+        return total, squares[1] / (2 * self.penalty) / total, gradient
+
+    def _slopes(self, loss: Callable[[Tensor], Tensor], seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a loss of the bank's logits, and the gradient of its sum by weights and biases, shape (N,)."""
+        with torch.enable_grad():
+            losses = loss(self.bank(seen))
+            parts = torch.autograd.grad(losses.sum(), [self.bank.weight, self.bank.bias])
+        return losses.detach(), torch.cat([part.flatten() for part in parts])
 
     def _weights(self, vector: Tensor) -> Tensor:
         """Return the weights and biases that a step stands for."""

@@ -130,6 +130,10 @@ def test_columns_beside_images_are_read(tmp_path):
         np.testing.assert_array_equal(images.labels, LABELS[places, :2])
     assert task.target.names == ["cat", "dog"]
     assert of_images(folder, "regression", "age").target.names == ["age"]
+    pattern = of_images(folder, "multilabel", "[cd]*")
+    assert pattern.target.names == ["cat", "dog"]
+    assert torch.equal(pattern.images["train"].labels, task.images["train"].labels)
+    assert "label_column is 'cow_*'" in refusal(lambda: of_images(folder, "multilabel", "cow_*"))
     assert "label_column is 'cow'" in refusal(lambda: of_images(folder, "multilabel", ["cat", "cow"]))
     assert "'age' of" in refusal(lambda: of_images(folder, "multilabel", ["cat", "age"]))
     assert "data.target regression, several labels with multilabel." in refusal(
