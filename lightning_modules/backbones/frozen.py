@@ -178,8 +178,8 @@ class FrozenBackbone(nn.Module):
     def inference(self, batch: int = 0) -> Iterator[None]:
         """Within, run a copy of the network with batch norms folded, which is faster and equal up to rounding.
 
-        Where `compile` says so, batches of exactly `batch` images run compiled code. Copy and code are kept for the next
-        time. A MisconfigurationException is raised on a CPU without a C++ compiler.
+        Where `compile` says so, batches of exactly `batch` images run compiled code. Copy and code are made once.
+        A MisconfigurationException is raised on a CPU without a C++ compiler.
         """
         device = next(self.parameters(), torch.empty(0)).device
         if device not in self._folded:
