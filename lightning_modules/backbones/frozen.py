@@ -115,7 +115,9 @@ class FrozenBackbone(nn.Module):
             if parameter.ndim == 4:  # torch's own conversion of a network fails at five axes
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         shapes = self._try(partial(check_rows, self.network, self.preprocessing["input_size"], self._places, name))
-        self._folded: list[nn.Module] = []  # a list, so that its weights are no part of the state
+        # Copies of the network, in no attribute of their own, so that their weights are no part of the state.
+        self._folded: dict[torch.device, nn.Module] = {}
+        self._running: list[nn.Module] = []  # the one that runs in place of the network, if any
         self._compiled: dict[torch.device, Callable[[Tensor], dict[str, Tensor]]] = {}
         self._compiled_size = 0  # of the batches that go through it
         self._axes = (
@@ -161,7 +163,7 @@ class FrozenBackbone(nn.Module):
 
     def train(self, mode: bool = True) -> "FrozenBackbone":
         """Stay in evaluation mode whatever is asked, so that batch norm and dropout stay frozen too."""
-        return super().train(False)
+        return super().train(False) if self.training else self  # Lightning asks twice an epoch, of every module
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the representations of `images`, shape (B, C, H, W), as float32 of shape (B, sum of widths)."""
@@ -176,19 +178,21 @@ class FrozenBackbone(nn.Module):
     def inference(self, batch: int = 0) -> Iterator[None]:
         """Within, run a copy of the network with batch norms folded, which is faster and equal up to rounding.
 
-        Where `compile` says so, batches of exactly `batch` images run compiled code, which is kept for the next time.
+        Where `compile` says so, batches of exactly `batch` images run compiled code. Copy and code are made once.
         A MisconfigurationException is raised on a CPU without a C++ compiler.
         """
-        self._folded = [folded(self.network, self._places, self.preprocessing["input_size"])]
         device = next(self.parameters(), torch.empty(0)).device
+        if device not in self._folded:
+            self._folded[device] = folded(self.network, self._places, self.preprocessing["input_size"])
+        self._running = [self._folded[device]]
         if batch and self.compile_mode != "off" and device not in self._compiled:
-            self._compiled[device] = compiled(self._folded[0], self._places, self._pool, self.compile_mode, self.name)
+            self._compiled[device] = compiled(self._running[0], self._places, self._pool, self.compile_mode, self.name)
         self._compiled_size = batch if device in self._compiled else 0
         try:
             with torch.inference_mode(False), torch.no_grad():  # always the same, as other modes are compiled anew
                 yield
         finally:
-            self._folded, self._compiled_size = [], 0
+            self._running, self._compiled_size = [], 0
 
     def check_differentiable(self) -> None:
         """Refuse a layer that has no gradient with respect to the image.
@@ -218,7 +222,7 @@ class FrozenBackbone(nn.Module):
         if self._compiled_size and len(images) == self._compiled_size:  # programs are for any number, so ask last
             found = self._compiled[images.device](images)
         else:
-            network = self._folded[0] if self._folded else self.network
+            network = self._running[0] if self._running else self.network
             found = read_layers(network, images, self._places, self._pool)
         for layer, output in found.items():
             if output.shape[0] != images.shape[0]:

@@ -40,10 +40,11 @@ class CKA(LayerRanks):
         columns = torch.full((len(self.columns), len(self.context.probes)), torch.nan, dtype=torch.float64)
         for layer, sums in self.sums.items():
             found = coordinates.of_source(Space(layer)), linear_cka(sums, sums.orderings[:-1]), sums.compute()
+            scatter = sums.scatter
             for group, (plain, chance), debiased in zip(*found, strict=True):
                 columns[:3, list(group.probes)] = torch.stack([plain, debiased, chance]).cpu()
                 if group.selection == "random":
-                    columns[3, list(group.probes)] = foretold_cka(sums.scatter, group.sizes).cpu()
+                    columns[3, list(group.probes)] = foretold_cka(scatter, group.sizes).cpu()
         return {**table, **{column.name: values for column, values in zip(self.columns, columns, strict=True)}}
 
     def begin(self, layer: str, width: int) -> Moments:

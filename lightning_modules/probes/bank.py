@@ -71,7 +71,7 @@ class _BankLogits(torch.autograd.Function):
                 if number == 0:  # all probes see it
                     torch.bmm(weights, rows, out=logits)
                 else:
-                    logits[:, block.probe * stack.classes :] += torch.bmm(weights, rows)
+                    logits[:, block.probe * stack.classes :].baddbmm_(weights, rows)
         ctx.save_for_backward(flat, *inputs)
         ctx.stacks = stacks
         return results

@@ -56,6 +56,13 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def processor(run: Callable[[], object]) -> float:
+    """Return the seconds of processor time, of all threads together, that a call takes."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
 def taking_turns(repeats: int, **sides: Callable[[], float]) -> dict[str, list[float]]:
     """Return what each side returns in each round; in a round, sides follow each other on the same machine."""
     measured: dict[str, list[float]] = {name: [] for name in sides}

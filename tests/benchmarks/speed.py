@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import train
+from datamodules.images import FileImages
+from datamodules.loading import ImageBatches, Request
 from datamodules.outputs import MultiLabel
+from datamodules.transforms import evaluation, normalise
+from lightning_modules import FrozenBackbone
 from lightning_modules.cli.main import keep_freed_memory
 from lightning_modules.cli.run import CLI
 from lightning_modules.features.cache import BATCH
@@ -46,6 +50,7 @@ from tests.benchmarks.benchmark import (
     child,
     exponents,
     machine,
+    processor,
     quiet,
     ratio,
     table,
@@ -132,6 +137,11 @@ class Bench(NamedTuple):
             cli = CLI(self.arguments(root, *further), train.TASKS)
         return cli, time.perf_counter() - cli.started
 
+    def extract(self, root: Path, *further: str) -> CLI:
+        """Extract all features of a task anew in this process; return what that leaves."""
+        with quiet():
+            return CLI(["extract", *self.arguments(root, *further, *self.fresh())[1:]], train.TASKS)
+
     def fresh(self) -> tuple[str, str]:
         """Return the flag that names an empty feature cache."""
         return "--model.cache_dir", tempfile.mkdtemp(dir=self.folder)
@@ -181,32 +191,43 @@ with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=preci
 """The bare backbone as anyone would run it, in a process of its own whose memory PyTorch and the system manage."""
 
 
+class Bare:
+    """Passes of a run's backbone as it was loaded, over all of its images in the batches that extraction makes."""
+
+    def __init__(self, bench: Bench, cli: CLI) -> None:
+        self.bench = bench
+        self.network, task = cli.model.backbone.to(bench.device).network, cli.datamodule
+        self.batches: list[Tensor] = []
+        for split in ("train", "val", "test"):
+            n = len(task.images[split])
+            parts = [range(n)[i : i + BATCH] for i in range(0, n, BATCH)]
+            loader = task.extraction_loader(split, parts, None, BATCH)
+            self.batches += [batch.inputs.to(bench.device) for batch in loader]
+        self._run("channels_last", 2)
+        self.layout = min(("channels_last", "contiguous_format"), key=lambda layout: self._run(layout, 4))
+
+    def seconds(self) -> float:
+        """Return how long they take, in the faster of the two layouts of images."""
+        return self._run(self.layout)
+
+    def _run(self, layout: str, count: int | None = None) -> float:
+        network = self.network.to(memory_format=getattr(torch, layout))
+        images = [batch.contiguous(memory_format=getattr(torch, layout)) for batch in self.batches[:count]]
+        mixed = torch.autocast(self.bench.device, torch.bfloat16, enabled=self.bench.precision == "bf16-mixed")
+        with torch.inference_mode(), mixed:
+            return timed(lambda: [network(batch) for batch in images])
+
+
 def curve(bench: Bench) -> list[Figure]:
     """Measure whole fits and their extraction against the bare backbone, and against the paper's 7,100 epochs."""
     root = bench.task(*size(bench))
     epochs = "10" if bench.quick else "100"
-    cli, _ = bench.features(root)
-    backbone, task = cli.model.backbone.to(bench.device), cli.datamodule
-    batches = []
-    for split in ("train", "val", "test"):
-        n = len(task.images[split])
-        parts = [range(n)[i : i + BATCH] for i in range(0, n, BATCH)]
-        batches += [batch.inputs.to(bench.device) for batch in task.extraction_loader(split, parts, None, BATCH)]
-    layouts = ("channels_last", "contiguous_format")
-
-    def bare(layout: str, images: list[Tensor]) -> float:
-        network = backbone.network.to(memory_format=getattr(torch, layout))
-        images = [batch.contiguous(memory_format=getattr(torch, layout)) for batch in images]
-        mixed = torch.autocast(bench.device, torch.bfloat16, enabled=bench.precision == "bf16-mixed")
-        with torch.inference_mode(), mixed:
-            return timed(lambda: [network(batch) for batch in images])
-
-    bare(layouts[0], batches[:2])
-    layout = min(layouts, key=lambda layout: bare(layout, batches[:4]))
+    bare = Bare(bench, bench.features(root)[0])
     extractions = []
 
     def plain() -> float:
-        child("-c", PLAIN, str(bench.folder / "images.pt"), bench.weights, bench.precision, layout, cwd=bench.folder)
+        arguments = (str(bench.folder / "images.pt"), bench.weights, bench.precision, bare.layout)
+        child("-c", PLAIN, *arguments, cwd=bench.folder)
         return float((bench.folder / "child.log").read_text().split("seconds")[-1])
 
     def whole() -> float:
@@ -221,29 +242,83 @@ def curve(bench: Bench) -> list[Figure]:
         # By its name, as this file may be here under two.
         return next(each.seconds for each in cli.trainer.callbacks if type(each).__name__ == "Epoch")
 
-    measured = {"bare": lambda: bare(layout, batches), "fit": whole, "paper_epoch": paper_epoch}
+    measured = {"bare": bare.seconds, "fit": whole, "paper_epoch": paper_epoch}
     if bench.device == "cpu":
-        torch.save(batches, bench.folder / "images.pt")
+        torch.save(bare.batches, bench.folder / "images.pt")
         measured["plain"] = plain
     sides = taking_turns(bench.repeats, **measured)
     sides["extraction"] = extractions
-    named = f"MobileNetV2, {sum(map(len, batches)):,} images, {layout}"
+    named = f"MobileNetV2, {sum(map(len, bare.batches)):,} images, {bare.layout}"
     paper = [7100 * epoch / fit for epoch, fit in zip(sides["paper_epoch"], sides["fit"], strict=True)]
     figures = []
     for side, what in {"plain": "as PyTorch runs it", "bare": "that keeps freed memory too"}.items():
         if side in sides:
             over = f"the bare backbone {what}" if bench.device == "cpu" else "the bare backbone"
+            rate = f"rate of extraction over that of {over}"
             figures += [
                 Figure(f"whole curve (71 probes) over {over}", ratio(sides, "fit", side), "<= 1.2", sides, named),
-                Figure(
-                    f"rate of the extraction over that of {over}",
-                    ratio(sides, side, "extraction"),
-                    ">= 0.92",
-                    sides,
-                    named,
-                ),
+                Figure(rate, ratio(sides, side, "extraction"), ">= 1.15", sides, named),
             ]
     return [*figures, Figure("paper's 7,100 epochs over the whole curve", paper, ">= 2000", sides, "an epoch, scaled")]
+
+
+def extraction(bench: Bench) -> list[Figure]:
+    """Measure the extraction of few images with larger backbones against passes of those as they were loaded."""
+    root = bench.task(*((3, 1) if bench.quick else (12, 4)))
+    figures = []
+    for name, called in {"resnet50": "ResNet-50", "vit_small_patch16_224": "ViT-S/16"}.items():
+        flags = ("--model.backbone.name", name, "--model.backbone.weights", "random", "--model.backbone.kwargs", "{}")
+        bare = Bare(bench, bench.extract(root, *flags))
+
+        def extract(*flags: str) -> float:
+            return bench.extract(root, *flags).model.stream.extractor.seconds
+
+        sides = taking_turns(bench.repeats, bare=bare.seconds, extraction=functools.partial(extract, *flags))
+        note = f"{called}, {sum(map(len, bare.batches))} images, {bare.layout}, random weights"
+        what = "rate of extraction over that of the bare backbone that keeps freed memory too"
+        figures.append(Figure(what, ratio(sides, "bare", "extraction"), ">= 0.97", sides, note))
+    return figures
+
+
+def photographs(bench: Bench) -> list[Figure]:
+    """Measure what photographs take of one core before the backbone, part by part, beside a pass of the backbone."""
+    count = BATCH if bench.quick else 4 * BATCH
+    files = sorted((bench.task(20, 10) / "train").rglob("*.*"))[:count]
+    photos = [Image.open(file).convert("RGB").resize((500, 375), Image.Resampling.BICUBIC) for file in files]
+    folder = Path(tempfile.mkdtemp(dir=bench.folder))
+    for number, photo in enumerate(photos):
+        photo.save(folder / f"{number}.jpg", quality=90)
+    images = FileImages(folder, [f"{number}.jpg" for number in range(count)], torch.zeros(count, dtype=torch.int64))
+    backbone = FrozenBackbone("mobilenetv2_100", bench.weights, {"pad_type": "same"}).to(bench.device)
+    transform = evaluation(backbone.preprocessing)
+    loaded = ImageBatches(images, transform, backbone.preprocessing, seed=0, random=False)
+    requests = [Request(list(range(i, i + BATCH)), BATCH, 0) for i in range(0, count, BATCH)]
+    inputs = [loaded[request].inputs.to(bench.device) for request in requests]
+    pixels = [torch.stack([transform(photo).permute(1, 2, 0) for photo in photos[:BATCH]])] * len(requests)
+    clock = processor if bench.device == "cpu" else timed
+
+    def milliseconds(of: Iterable[Any], run: Callable[[Any], object], clock: Callable = processor) -> float:
+        return 1e3 * clock(lambda: [run(each) for each in of]) / count
+
+    with backbone.inference():
+        sides = taking_turns(
+            bench.repeats,
+            loaded=lambda: milliseconds(requests, loaded.__getitem__),
+            decode=lambda: milliseconds(range(count), images.__getitem__),
+            resize=lambda: milliseconds(photos, transform),
+            normalise=lambda: milliseconds(pixels, lambda each: normalise(each, backbone.preprocessing)),
+            backbone=lambda: milliseconds(inputs, backbone, clock),
+        )
+    each = {name: float(np.median(values)) for name, values in sides.items()}
+    rest = each["loaded"] - each["decode"] - each["resize"] - each["normalise"]
+    size = sum(file.stat().st_size for file in folder.iterdir()) / count / 1e3
+    parts = ", ".join(f"{name} {each[name]:.2f}" for name in ("decode", "resize", "normalise"))
+    note = f"{count} JPEGs of 500 x 375, {size:.0f} kB each: {parts}, rest {rest:.2f}"
+    own = f"MobileNetV2, {each['backbone']:.1f} ms, batch norms folded"
+    return [
+        Figure("ms of one core that a photograph takes before the backbone", sides["loaded"], "", sides, note),
+        Figure("photographs before the backbone over its own pass", ratio(sides, "loaded", "backbone"), "", sides, own),
+    ]
 
 
 def probes(bench: Bench) -> list[Figure]:
@@ -284,7 +359,7 @@ def probes(bench: Bench) -> list[Figure]:
     plain = [1e3 * (step - p) for step, p in zip(sides["step_71"], sides["products"], strict=True)]
     note = "of 1: a probe on one neuron beside that of the full layer, which is always there"
     return [
-        Figure("probe phase, 71 probes over 1", ratio(sides, "probes_71", "probes_1"), "<= 5", sides, note),
+        Figure("probe phase, 71 probes over 1", ratio(sides, "probes_71", "probes_1"), "<= 2", sides, note),
         Figure("a step alone, 71 probes over 1", ratio(sides, "step_71", "step_1"), "", sides, "no loop"),
         Figure("ms a step above its matrix products, fit", lightning, "", sides, "validation and loop included"),
         Figure("ms a step above its matrix products, step alone", plain, "", sides, ""),
@@ -382,7 +457,7 @@ def rivals(bench: Bench) -> list[Figure]:
         scikit_learn=scikit,
     )
     said = ", ".join(f"{name} {100 * np.median(each):.2f} %" for name, each in accuracies.items())
-    figures, targets = [], {"logistic": ">= 50", "logistic, 7 penalties": ""}
+    figures, targets = [], {"sgd": ">= 20", "logistic": ">= 50", "logistic, 7 penalties": ""}
     for solver in solvers:
         lower = [100 * (b - a) for a, b in zip(accuracies[solver], accuracies["scikit-learn"], strict=True)]
         figures += [
@@ -537,8 +612,7 @@ def growth(bench: Bench) -> list[Figure]:
         return Step(width, 5, device=bench.device).seconds(20)
 
     def extract(per_class: int) -> float:
-        cli, _ = bench.fit(bench.task(per_class, 10), "--trainer.max_epochs", "1", *bench.fresh())
-        return cli.model.stream.extractor.seconds
+        return bench.extract(bench.task(per_class, 10)).model.stream.extractor.seconds
 
     def solve(width: int) -> float:
         sums = moments(width, 10, 2 * width, 0, bench.device)
@@ -703,9 +777,8 @@ def costs() -> str:
     return "\n".join(lines)
 
 
-MEASUREMENTS = {
-    each.__name__: each for each in (startup, memory, probes, rivals, ridge, neurons, labels, growth, curve, precision)
-}
+PARTS = (startup, memory, probes, rivals, ridge, neurons, labels, growth, curve, extraction, photographs, precision)
+MEASUREMENTS = {each.__name__: each for each in PARTS}
 """Memory comes early: the peak of a child is at least what its parent held when it started it."""
 
 

@@ -3,11 +3,12 @@
 import pytest
 import timm
 import torch
-from networks import Net, images, shaken
+from networks import PLAIN, Net, images, path_of, random_net, shaken
 from torch import nn
 from torch.testing import assert_close
 
 from lightning_modules.backbones.folding import folded
+from lightning_modules.backbones.frozen import FrozenBackbone
 from lightning_modules.backbones.layers import read_layers
 
 
@@ -37,6 +38,18 @@ def test_a_folded_network_gives_what_it_gave_with_fewer_batch_norms(name, left):
     assert (prepared is network) == (len(norms(network)) == 0)
     assert_close(read(prepared, "")[""], read(network, "")[""], rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_a_backbone_folds_its_network_once_and_runs_it_outside_of_inference():
+    backbone, runs = FrozenBackbone(path_of(random_net), "random", pretrained_cfg_overlay=PLAIN), []
+    with backbone.inference():
+        once = backbone(images())
+    backbone.network.register_forward_hook(lambda *_: runs.append("network"))
+    with backbone.inference():
+        assert torch.equal(backbone(images()), once)
+    assert not runs
+    backbone(images())
+    assert runs
 
 
 @pytest.mark.parametrize(("layer", "left"), [("conv", ["bn"]), ("bn", []), ("act", []), ("neck", [])])
