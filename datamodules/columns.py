@@ -80,8 +80,8 @@ def find_columns(
 ) -> tuple[str, list[str]]:
     """Return the column of images and those of labels; the ones given as None are found by their kinds and names.
 
-    With `numbers` the label column may be a pattern of several. `key` is that of the first sample of a tar, and empty for other tables. A MisconfigurationException is raised if a
-    column is not there.
+    With `numbers` the label column may be a pattern of several. `key` is that of the first sample of a tar, and empty
+    for other tables. A MisconfigurationException is raised if a column is not there.
     """
     import datasets
 
