@@ -61,9 +61,9 @@ def report(
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     config = folder / "config.yaml"
     with atomic(page_file) as file:
-        # The page shows an SVG where there is one, else a PNG.
-        shown = {name: [each for each in sorted(of_one) if each.suffix != ".pdf"] for name, of_one in drawn.items()}
-        captions = {files[-1]: pictures[name].caption for name, files in shown.items() if files}
+        images = {name: [file for file in of_one if file.suffix != ".pdf"] for name, of_one in drawn.items()}
+        # Of the two, the greater name is that of the SVG.
+        captions = {max(found): pictures[name].caption for name, found in images.items() if found}
         settings = config.read_text(encoding="utf-8") if config.exists() else ""
         file.write_text(page(results, content, captions, settings), encoding="utf-8")
     write_table(results.tables["results"], tables["results"])  # last, as it stands for a finished run
