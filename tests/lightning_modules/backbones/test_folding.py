@@ -40,6 +40,31 @@ def test_a_folded_network_gives_what_it_gave_with_fewer_batch_norms(name, left):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+def test_a_convolution_that_applies_its_activation_gives_the_same_in_every_precision():
+    torch.manual_seed(0)
+    network = shaken(timm.create_model("mobilenetv2_035", num_classes=0))
+    prepared, alone, runs = fold(network, ""), {}, []
+    for name, module in prepared.named_modules():
+        if isinstance(module, nn.ReLU6):
+            module.register_forward_hook(lambda *_: runs.append("activation"))
+        if type(module).__name__ == "_Activated":
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: alone.update(
+                    {name: (module, inputs[0].clone(), output.clone())}
+                )
+            )
+    with torch.no_grad():
+        prepared(images())
+        assert len(alone) == 35
+        assert not runs
+        for module, seen, made in alone.values():
+            assert_close(made, module.activation(module.convolution(seen)), rtol=1e-5, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = prepared(images()), network(images())
+    assert found.dtype == torch.bfloat16
+    assert_close(found, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+
+
 def test_a_backbone_folds_its_network_once_and_runs_it_outside_of_inference():
     backbone, runs = FrozenBackbone(path_of(random_net), "random", pretrained_cfg_overlay=PLAIN), []
     with backbone.inference():
