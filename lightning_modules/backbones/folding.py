@@ -1,4 +1,4 @@
-"""Fold batch norms, and on a CPU activations, into what precedes them: the same function in fewer operations."""
+"""Fold batch norms, and on a CPU paddings and activations, into convolutions: the same in fewer operations."""
 
 import copy
 import math
@@ -6,7 +6,8 @@ from collections import Counter
 from typing import Any, cast
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -22,14 +23,15 @@ ROUNDING = 1e-4  # share of a layer's largest value by which a folded network ma
 def folded(network: nn.Module, places: dict[str, Place], size: tuple[int, ...]) -> nn.Module:
     """Return a network in evaluation mode with batch norms folded into what precedes them, or itself if it has none.
 
-    A batch norm is folded if in one pass it alone sees the output of a convolution or linear layer. The result is a
-    copy, tried on noise: where it does not give what the network gives at each of `places`, up to rounding, as where a
-    convolution itself is read, the network is returned as it is.
+    A batch norm is folded if in one pass it alone sees the output of a convolution or linear layer; on a CPU with it
+    what timm makes of the two, the padding before and the ReLU after. The result is a copy, tried on noise: where it
+    does not give what the network gives at each of `places`, up to rounding, as where a convolution itself is read, the
+    network is returned as it is.
 
     Args:
         network: On any device.
         places: Where it is read, see `read_layers`.
-        size: Of an image, (C, H, W).
+        size: Of an image, (C, H, W); of others the result is not the same, as padding depends on it.
     """
     if not any(type(module) in NORMS for module in network.modules()):
         return network
@@ -37,8 +39,8 @@ def folded(network: nn.Module, places: dict[str, Place], size: tuple[int, ...]) 
     noise = noise.to(next(network.parameters(), noise).device).contiguous(memory_format=torch.channels_last)
     prepared = copy.deepcopy(network)
     try:
-        for before, norm in _pairs(prepared, noise):
-            _fold(prepared, before, norm)
+        for before, norm, entering in _pairs(prepared, noise):
+            _fold(prepared, before, norm, entering)
         expected, found = (read_layers(each, noise, places, _kept) for each in (network, prepared))
     except (AssertionError, AttributeError, TypeError):  # a norm over another axis, or one whose numbers are looked at
         return network
@@ -46,17 +48,43 @@ def folded(network: nn.Module, places: dict[str, Place], size: tuple[int, ...]) 
     return prepared if equal else network
 
 
-def _fold(network: nn.Module, before: str, norm: str) -> None:
-    """Fold a batch norm into the layer before it, in place; what else it did, a module in its place does."""
+def _fold(network: nn.Module, before: str, norm: str, size: tuple[int, ...]) -> None:
+    """Fold a batch norm into the layer before it, in place; what else it did, a module in its place does.
+
+    What enters the layer has the spatial `size`.
+    """
     layer, batch_norm = network.get_submodule(before), cast(nn.BatchNorm2d, network.get_submodule(norm))
     fused = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
     linear: nn.Module = fused(layer, batch_norm)  # type: ignore[type-var]
+    if type(linear) is Conv2dSame and linear.dilation == (1, 1) and linear.weight.device.type == "cpu":
+        linear = _evenly_padded(linear, size)
     after = [batch_norm.drop, batch_norm.act] if isinstance(batch_norm, BatchNormAct2d) else []
     after = [each for each in after if not isinstance(each, nn.Identity)]
     if len(after) == 1 and _Activated.can_be(linear, after[0]):
         linear, after = _Activated(linear, after[0]), []
     network.set_submodule(before, linear)
     network.set_submodule(norm, nn.Sequential(*after))
+
+
+def _evenly_padded(convolution: Conv2dSame, size: tuple[int, ...]) -> nn.Conv2d:
+    """Return a convolution that need not copy its input to pad it by one row more at the end than at the start.
+
+    It pads by as many at the start, where its kernel has a further row of zeros.
+    """
+    kernel, stride = convolution.kernel_size, cast(tuple[int, int], convolution.stride)
+    rows, columns = (get_same_padding(size[axis], kernel[axis], stride[axis], 1) for axis in (0, 1))
+    weight = nn.functional.pad(convolution.weight, (columns % 2, 0, rows % 2, 0))
+    made = nn.Conv2d(
+        convolution.in_channels,
+        convolution.out_channels,
+        (kernel[0] + rows % 2, kernel[1] + columns % 2),
+        stride,
+        (-(-rows // 2), -(-columns // 2)),
+        groups=convolution.groups,
+    )
+    made.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+    made.bias = convolution.bias
+    return made
 
 
 class _Activated(nn.Module):
@@ -91,11 +119,15 @@ class _Activated(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(images, layer.weight, layer.bias, *shape, name, arguments, "")
 
 
-def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """Return the names of layers and the batch norms that alone see what they return, each run once by the network."""
+def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return the names of layers and of batch norms that alone see what they return, each run once by the network.
+
+    With them stands the spatial size of what enters the layer.
+    """
     runs: Counter[nn.Module] = Counter()
     seen: Counter[int] = Counter()
     made: dict[int, nn.Module] = {}
+    sizes: dict[nn.Module, tuple[int, ...]] = {}
     entered: dict[nn.Module, int] = {}
     alive = []  # so that no two tensors of the pass have one identity
 
@@ -104,7 +136,7 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
         seen.update(id(each) for each in inputs)
         alive.extend([inputs, output])
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-            made[id(output)] = module
+            made[id(output)], sizes[module] = module, tuple(inputs[0].shape[2:])
         if type(module) in NORMS and inputs and module.running_mean is not None:
             entered[module] = id(inputs[0])
 
@@ -115,7 +147,7 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
         hook.remove()
     names = {module: name for name, module in network.named_modules()}
     return [
-        (names[made[tensor]], names[norm])
+        (names[made[tensor]], names[norm], sizes[made[tensor]])
         for norm, tensor in entered.items()
         if tensor in made and seen[tensor] == 1 and runs[norm] == runs[made[tensor]] == 1
     ]

@@ -172,11 +172,11 @@ class FrozenBackbone(nn.Module):
     @property
     def preparation(self) -> str:
         """What `inference` makes of the network, on which the last digits of representations depend."""
-        return "batch norms and activations folded" + ("" if self.compile_mode == "off" else f", compiled ({self.compile_mode})")
+        return "folded" + ("" if self.compile_mode == "off" else f", compiled ({self.compile_mode})")
 
     @contextlib.contextmanager
     def inference(self, batch: int = 0) -> Iterator[None]:
-        """Within, run a copy with batch norms and activations folded, which is faster and equal up to rounding.
+        """Within, run a copy that is folded, which is faster and equal up to rounding.
 
         Where `compile` says so, batches of exactly `batch` images run compiled code. Copy and code are made once.
         A MisconfigurationException is raised on a CPU without a C++ compiler.

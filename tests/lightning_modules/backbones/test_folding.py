@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from networks import PLAIN, Net, images, path_of, random_net, shaken
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.testing import assert_close
 
@@ -63,6 +64,16 @@ def test_a_convolution_that_applies_its_activation_gives_the_same_in_every_preci
             found, expected = prepared(images()), network(images())
     assert found.dtype == torch.bfloat16
     assert_close(found, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("side", [64, 63, 61])
+def test_padding_as_of_tensorflow_is_folded_at_every_size(side):
+    network = shaken(timm.create_model("mobilenetv2_035", num_classes=0, pad_type="same"))
+    pictures = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    prepared = folded(network, {"": ("", False)}, (3, side, side))
+    assert not any(isinstance(module, Conv2dSame) for module in prepared.modules())
+    with torch.no_grad():
+        assert_close(prepared(pictures), network(pictures), rtol=1e-4, atol=1e-4)
 
 
 def test_a_backbone_folds_its_network_once_and_runs_it_outside_of_inference():
