@@ -89,7 +89,7 @@ def foretold_cka(scatter: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _leading(matrix: Tensor, masks: Tensor) -> Tensor:
     """Return the sum of the leading k x k block for each size, shape (m,)."""
-    return torch.einsum("km,km->m", masks, matrix @ masks)
+    return torch.einsum("mk,km->m", masks.t() @ matrix, masks)
 
 
 class DebiasedCKA(Moments):
