@@ -225,10 +225,11 @@ class RedundancyProbe(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score the weights in training during a fit; otherwise measure those that validation chose."""
-        if self.trainer.state.fn == "fit":
-            self.scores.update(self.grid.logits(self.coordinates(batch.inputs)), batch.labels)
-        else:
-            self._measure(batch, "val")
+        if self.trainer.state.fn != "fit":
+            return self._measure(batch, "val")
+        self.scores.update(self.grid.logits(self.coordinates(batch.inputs)), batch.labels)
+
+    on_validation_model_train: Any = LightningModule.train  # where Lightning would set all modules of the backbone
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the weights that the run ends with."""
@@ -241,8 +242,7 @@ class RedundancyProbe(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Let the solver keep weights by their validation scores; outside a fit, take what was measured."""
         if self.trainer.state.fn != "fit":
-            self._finish_measures("val")
-            return
+            return self._finish_measures("val")
         scores = self.scores.compute().view_as(self.grid.kept_score)
         self.scores.reset()
         if not self.trainer.sanity_checking:

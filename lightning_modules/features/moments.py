@@ -122,10 +122,15 @@ class Moments:
         return variance.masked_fill(variance <= CONSTANT * self.mean.square(), 0)
 
     @property
+    def products(self) -> Tensor:
+        """X'X, not centred, shape (D, D) and symmetric."""
+        lower = self._sum("products").tril()
+        return lower + lower.tril(-1).t().contiguous()  # a copy first, in a third of the time
+
+    @property
     def scatter(self) -> Tensor:
         """Centred X'X, shape (D, D): symmetric, with zeros for neurons that never change."""
-        lower = self._sum("products").tril()
-        scatter = lower + lower.tril(-1).t() - self.count * self.mean.outer(self.mean)
+        scatter = self.products - self.count * self.mean.outer(self.mean)
         changes = (self.variance > 0).double()
         return scatter * changes * changes.unsqueeze(1)
 

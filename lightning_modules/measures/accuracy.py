@@ -73,7 +73,7 @@ class ByClass(Measure):
         for (row, column), value in np.ndenumerate(shown):
             ink = "white" if abs(value) > 0.6 * bound else "black"
             words = f"{value:z.{headline.digits - 1}f}"
-            axes.text(column, row, words, ha="center", va="center", fontsize=7, color=ink)
+            axes.text(column, row, words, ha="center", va="center", fontsize=7, color=ink, in_layout=False)
         axes.set_xticks(range(shown.shape[1]), list(map(figures.short, shown)), fontsize=8, rotation=45)
         axes.set_yticks(range(len(shown)), list(map(str, shown.index)), fontsize=8)
         axes.set_xlabel(f"fraction of neurons ({by_series(first)['selection'].iloc[0]})")

@@ -67,9 +67,9 @@ def linear_cka(moments: Moments, orderings: Sequence[Ordering]) -> list[tuple[Te
     results = []
     for ordering in orderings:
         masks = ordering.masks().to(scatter)
-        halfway = ordering.coordinates(scatter)  # X'Z, and so all of Z'Z
-        with_full = halfway.square().sum(0) @ masks
-        own = ordering.coordinates(halfway.t())
+        halfway = ordering.half(scatter)  # Z'X, and so all of Z'Z
+        with_full = halfway.square().sum(1) @ masks
+        own = ordering.coordinates(halfway)
         norms = (_leading(own.square(), masks) * size).sqrt()
         results.append((with_full / norms, (own.diagonal() @ masks) * total / norms))
     return results
@@ -89,7 +89,7 @@ def foretold_cka(scatter: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _leading(matrix: Tensor, masks: Tensor) -> Tensor:
     """Return the sum of the leading k x k block for each size, shape (m,)."""
-    return torch.einsum("km,km->m", masks, matrix @ masks)
+    return torch.einsum("mk,km->m", masks.t() @ matrix, masks)
 
 
 class DebiasedCKA(Moments):
@@ -131,9 +131,7 @@ class DebiasedCKA(Moments):
 
         Not a number for a subset that never changes, and for fewer than four images.
         """
-        lower = self._sum("products").tril()
-        products = lower + lower.tril(-1).t()
-        total = self.sums["total"]
+        products, total = self.products, self.sums["total"]
         from_full = products @ total  # X'X s_X
         norms_of_full, weighted_by_full = self.sums["norms"][-1], self.sums["weighted"][:, -1]
         of_full = total @ total - norms_of_full
@@ -143,9 +141,10 @@ class DebiasedCKA(Moments):
             names = ("norms", "norms_squared", "norms_with_full", "weighted")
             norms, squared, with_full, weighted = (self.sums[name][..., part] for name in names)
             z = ordering.coordinates(total.unsqueeze(0)).squeeze(0)  # s_Z of the largest subset; masks give the rest
-            own = ordering.square(products)
+            halfway = ordering.half(products)
+            own = ordering.coordinates(halfway)
             of_subset = z.square() @ masks - norms
-            full_traces = ordering.coordinates(products).square().sum(0) @ masks - with_full
+            full_traces = halfway.square().sum(1) @ masks - with_full
             full_sums = (
                 (z * ordering.coordinates(from_full.unsqueeze(0)).squeeze(0)) @ masks
                 - total @ weighted

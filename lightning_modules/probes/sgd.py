@@ -175,10 +175,13 @@ def largest_curvature(features: Tensor, masks: Tensor, iterations: int = 30) -> 
     """
     inputs = torch.cat([features, torch.ones_like(features[:, :1])], 1)
     seen = torch.cat([masks, torch.ones_like(masks[:, :1])], 1)
-    vectors = inputs.mean(0) * seen
+    # Not from the mean: of centred inputs that is the bias alone, an eigenvector with any other eigenvalue.
+    vectors = torch.randn(inputs.shape[1], generator=torch.Generator().manual_seed(0)).to(inputs) * seen
     eigenvalues = vectors.norm(dim=1)
     for _ in range(iterations):
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
         vectors = (vectors @ inputs.t() @ inputs) / len(inputs) * seen
-        eigenvalues = vectors.norm(dim=1)
+        before, eigenvalues = eigenvalues, vectors.norm(dim=1)
+        if torch.allclose(eigenvalues, before, rtol=1e-5):
+            break
     return eigenvalues

@@ -25,6 +25,8 @@ from lightning_modules.results.tables import Column, by_series
 from lightning_modules.subsets.selections import FULL
 
 mpl.rcParams["text.parse_math"] = False  # names of classes, layers and tasks are no formulas
+if mpl.rcParams["font.sans-serif"] == mpl.rcParamsDefault["font.sans-serif"]:  # what a user chose stays
+    mpl.rcParams["font.sans-serif"] = ["DejaVu Sans"]  # the first of them; each further one is sought for every text
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4A21")
 """Okabe and Ito's colours, told apart with every common form of colour blindness, and a dark brown."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")

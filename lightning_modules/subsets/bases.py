@@ -33,15 +33,16 @@ class Ordering(NamedTuple):
     def coordinates(self, rows: Tensor) -> Tensor:
         """Return the coordinates of the largest subset in order, shape (b, k), of rows of shape (b, D)."""
         if self.basis is None:
-            return rows[:, self.chosen.to(rows.device)]
+            return rows.index_select(1, self.chosen.to(rows.device))  # in half the time of brackets
         return rows @ self.basis[:, self.chosen.to(self.basis.device)].to(rows)
+
+    def half(self, matrix: Tensor) -> Tensor:
+        """Return a symmetric matrix over neurons, shape (D, D), from the coordinates to neurons, shape (k, D)."""
+        return matrix[self.chosen.to(matrix.device)] if self.basis is None else self.coordinates(matrix).t()
 
     def square(self, matrix: Tensor) -> Tensor:
         """Return a quadratic form over neurons, shape (D, D) and symmetric, over the coordinates, shape (k, k)."""
-        if self.basis is None:
-            chosen = self.chosen.to(matrix.device)
-            return matrix[chosen.unsqueeze(1), chosen]
-        return self.coordinates(self.coordinates(matrix).t())
+        return self.coordinates(self.half(matrix))
 
     def masks(self) -> Tensor:
         """Return which of the ordered coordinates each size sees, shape (k, m), as float64 zeros and ones."""
