@@ -12,7 +12,9 @@ import runpy
 import sys
 import tempfile
 import traceback
+from abc import ABCMeta
 from pathlib import Path
+from types import UnionType
 
 QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
 
@@ -28,7 +30,10 @@ def servers():
     asks = {"torch": server()}
     import lightning.pytorch.cli  # noqa: F401
     import timm  # noqa: F401
+    from jsonargparse._util import get_import_path, resolved_import_paths
 
+    for kind in (type, ABCMeta, UnionType):  # which it looks for thousands of times in every command line
+        resolved_import_paths.add(kind, get_import_path(kind))
     asks["libraries"] = server()
     import train  # noqa: F401
 
