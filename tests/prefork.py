@@ -26,14 +26,16 @@ def servers():
     """
     import torch
 
-    torch.set_num_threads(1)  # of two processes, which would wait for each other
+    torch.set_num_threads(1)
     asks = {"torch": server()}
     import lightning.pytorch.cli  # noqa: F401
     import timm  # noqa: F401
-    from jsonargparse._util import get_import_path, resolved_import_paths
 
-    for kind in (type, ABCMeta, UnionType):  # which it looks for thousands of times in every command line
-        resolved_import_paths.add(kind, get_import_path(kind))
+    with contextlib.suppress(ImportError):  # not every version has it
+        from jsonargparse._util import get_import_path, resolved_import_paths
+
+        for kind in (type, ABCMeta, UnionType):  # whose paths each command line looks for thousands of times
+            resolved_import_paths.add(kind, get_import_path(kind))
     asks["libraries"] = server()
     import train  # noqa: F401
 
@@ -46,6 +48,7 @@ def server():
     if not os.fork():
         os.close(asked[1])
         os.close(answered[0])
+        os.environ.pop("WANDB_API_KEY", None)
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
@@ -81,7 +84,7 @@ def warm_up():
     """Find out what each would anew, as the options of all classes and fonts, and Lightning of its own classes."""
     import train
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.suppress(SystemExit):
         train.main(["fit", "--config", "quickstart.yaml", "--config", "debug.yaml", "--pictures=png", *QUIET])
 
 
