@@ -6,6 +6,8 @@ this file too.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -36,7 +38,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_sessionstart(session):
     """Fork what `start` asks before any test has run, in the processes that run tests."""
     if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", 0):
-        session.config.servers = prefork.servers()
+        with contextlib.redirect_stderr(io.StringIO()):  # what Lightning logs is read from `caplog`
+            session.config.servers = prefork.servers()
 
 
 @pytest.fixture(autouse=True)
