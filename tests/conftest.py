@@ -1,35 +1,45 @@
-"""What several tests share: the real command line, one real run, and the data beside the checkout where it is there."""
+"""What several tests share: the real command line, one real run, and the data beside the checkout where it is there.
 
+What takes long to import is imported where it is used: a third process of pytest, which only hands tests out, reads
+this file too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import prefork
 import pytest
-import torch
 from filelock import FileLock
 from hub import Hub
-from huggingface_hub import HfFileSystem
 from PIL import Image
-from torch.distributed import TCPStore
 
-import train
-from lightning_modules.backbones.build import PretrainedCfgOverlay
-from lightning_modules.backbones.frozen import FrozenBackbone
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 # One thread in each of the tests' two processes, and in those that they start: more would wait for each other.
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_sessionstart(session):
+    """Fork what `start` asks before any test has run, in the processes that run tests."""
+    if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", 0):
+        with contextlib.redirect_stderr(io.StringIO()):  # what Lightning logs is read from `caplog`
+            session.config.servers = prefork.servers()
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +52,8 @@ def no_wandb_account(monkeypatch, tmp_path):
 @pytest.fixture
 def cli(monkeypatch, tmp_path, capfd, caplog):
     """Run the command line in this process, in an empty folder; return its exit status and what it printed."""
+    import train
+
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
@@ -57,14 +69,6 @@ def cli(monkeypatch, tmp_path, capfd, caplog):
         return status, printed.out, said + printed.err
 
     return run
-
-
-def launch(*args, cwd, launcher=(sys.executable,)):
-    """Run train.py as a process of its own, as a user does."""
-    environment = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"}
-    environment |= {"NETRC": str(Path(cwd) / "no-netrc"), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / "train.py"), *args]
-    return subprocess.run(command, cwd=cwd, env=environment, timeout=300, check=False, capture_output=True, text=True)
 
 
 class Done(NamedTuple):
@@ -89,25 +93,18 @@ class Process:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """Start train.py as one or several processes of their own that have imported everything already."""
+def start(pytestconfig, tmp_path_factory):
+    """Start train.py as one or several processes of their own that have imported everything already.
+
+    Or another `program`, where this project is not to be found, that has imported the `libraries` or `torch` alone.
+    """
+    from torch.distributed import TCPStore
+
     folder = tmp_path_factory.mktemp("output")
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("prefork.py"))],
-        env={key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"} | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
     count = 0
     stores = []
 
-    def ask(command):
-        server.stdin.write(json.dumps(command) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    def run(*args, cwd, processes=1, nodes=1, **variables):
+    def run(*args, cwd, processes=1, nodes=1, torchrun=0, program=None, has="project", **variables):
         nonlocal count
         if processes > 1:  # where torchrun's processes meet, as long as it lives
             stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
@@ -123,15 +120,12 @@ def start(tmp_path_factory):
                 environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(here)}
             out, err = folder / f"{count}.out", folder / f"{count}.err"
             command = {"args": args, "cwd": str(cwd), "environment": environment, "out": str(out), "err": str(err)}
+            command |= {"torchrun": torchrun, "program": program and str(program)}
+            ask = pytestconfig.servers[has]
             started.append(Process(ask(command), ask, out, err))
         return started
 
-    yield run
-    server.stdin.close()
-    server.wait(timeout=10)
-
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +162,8 @@ def quickstart(once, start):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Let a server of this process be the Hub, with a cache of its own; its `files` are those of every repository."""
+    from huggingface_hub import HfFileSystem
+
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -234,6 +230,10 @@ def real_features(once):
     weights = SHARED / "weights" / "mobilenetv2_100.imagenet1k.safetensors"
     if not weights.exists():
         pytest.skip("The shared weights are not beside this checkout.")
+    import torch
+
+    from lightning_modules.backbones.build import PretrainedCfgOverlay
+    from lightning_modules.backbones.frozen import FrozenBackbone
 
     def extract(folder):
         backbone = FrozenBackbone(
@@ -250,6 +250,8 @@ def real_features(once):
 
 def represented(backbone, split, each):
     """Return the representations of the first images of each class of flowers, and their labels."""
+    import torch
+
     with tarfile.open(SHARED / "data" / f"flowers12_{split}.tar") as tar:
         names = sorted(name for name in tar.getnames() if name.endswith(".jpg"))
         classes = sorted({name.split("/")[0] for name in names})

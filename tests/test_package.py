@@ -1,6 +1,5 @@
 """The wheel: the command that it installs, far from the checkout."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ for words in (["--version"], ["--help"], asked):
 """  # what an installer writes, for three command lines in one process
 
 
-def test_an_installed_command_does_what_train_py_does(tmp_path):
+def test_an_installed_command_does_what_train_py_does(start, tmp_path):
     source, site, script, elsewhere = (tmp_path / name for name in ("source", "site", "bin", "elsewhere"))
     ignored = shutil.ignore_patterns(".*", "__pycache__", "tests", "data", "runs", "wandb", "build", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignored)
@@ -37,14 +36,8 @@ def test_an_installed_command_does_what_train_py_does(tmp_path):
     (script / "diffused-redundancy").write_text(COMMAND)
     (elsewhere / "my_solvers.py").write_text("from lightning_modules.probes import SGD\n\nclass Mine(SGD): pass\n")
     asked = ("fit", "--config=quickstart.yaml", "--config=debug.yaml", "--model.solver=my_solvers.Mine", "--name=far")
-    done = subprocess.run(
-        [sys.executable, script / "diffused-redundancy", *asked],
-        cwd=elsewhere,
-        env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    command = {"program": script / "diffused-redundancy", "has": "libraries"}
+    done = start(*asked, cwd=elsewhere, **command, PYTHONPATH=str(site))[0].wait()
     assert done.returncode == 0, done.stderr
     version, usage = done.stdout.splitlines()[:2]
     assert version == f"diffused-redundancy {wheel.name.split('-')[1]}"

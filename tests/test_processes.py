@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TORCHRUN, launch
 from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import load_file
@@ -47,8 +46,8 @@ def assert_the_same_within_sampling_error(one, other):
     assert shards(one) == shards(other)
 
 
-def test_torchrun_fits_on_as_many_processes_as_it_starts(one, tmp_path):
-    done = launch(*SHORT, "--name=run", "--pictures=png", cwd=tmp_path, launcher=(*TORCHRUN, "2"))
+def test_torchrun_fits_on_as_many_processes_as_it_starts(one, start, tmp_path):
+    done = start(*SHORT, "--name=run", "--pictures=png", cwd=tmp_path, torchrun=2)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "Starting with 2 processes" in done.stderr
     assert done.stdout.count("To keep 90 % of the accuracy") == 1

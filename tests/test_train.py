@@ -385,7 +385,7 @@ def test_a_real_backbone_on_real_flowers(start, tmp_path):
         *("fit", "--config", "image_folder.yaml", "--data.root=flowers12", "--model.backbone.name=mobilenetv2_100"),
         *(f"--model.backbone.weights={weights}", "--model.backbone.kwargs={pad_type: same}", "--trainer.logger=false"),
         *("--model.backbone.pretrained_cfg_overlay={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",),
-        *("--trainer.max_epochs=40", "--pictures=[]"),
+        *("--model.fractions=[0.01,0.2]", "--model.measures=[]", "--trainer.max_epochs=40", "--pictures=[]"),
         cwd=tmp_path,
     )
     done = process.wait()

@@ -170,7 +170,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Let Lightning load the checkpoint that is meant; that of a fit is known once its folder is held."""
-        self.dumped = self.parser.dump(self.config, skip_none=False)
+        self.dumped = self.parser.dump(self.config, skip_none=False, skip_validation=True)  # parsed, so valid
         if self.verb not in ("extract", "fit"):
             checkpoint = self.folder.checkpoint(self.settings["ckpt_path"], self.verb)
             self.config_init[self.subcommand]["ckpt_path"] = checkpoint

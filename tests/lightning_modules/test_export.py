@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from typing import NamedTuple
 
@@ -104,15 +102,15 @@ def run(tmp_path_factory):
     return Run(folder / "digits", predictions, folder / "inputs.pt", features)
 
 
-def use(inputs, *folders):
-    """Run `USE` where this project is not to be found."""
-    command = [sys.executable, "-I", "-c", USE, str(inputs), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=inputs.parent)
+def run_apart(start, folder, program, *args, **given):
+    """Run a program where this project is not to be found; return what it prints."""
+    (folder / "program.py").write_text(program)
+    done = start(*map(str, args), cwd=folder, program=folder / "program.py", **given)[0].wait()
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
-def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_project(run, cli, tmp_path):
+def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_project(run, cli, start, tmp_path):
     wanted = {"random/0.1/1": "neurons", "random_projection/0.1/1": "projection"}
     wanted |= {"random_4bit/0.5/1": "few_bits", "pca_4bit/0.5/0": "components_in_few_bits"}
     for column, name in wanted.items():
@@ -124,7 +122,8 @@ def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_
         assert out.split() == [
             f"{name}/{file}" for file in ("subset.safetensors", "card.json", "recipe.py", "backbone.pt2")
         ]
-    found = use(run.inputs, *(tmp_path / name for name in wanted.values()))
+    folders = [tmp_path / name for name in wanted.values()]
+    found = json.loads(run_apart(start, tmp_path, USE, run.inputs, *folders, has="torch"))
     assert found["ours"] == []
     results = pd.read_csv(run.folder / "results.csv")
     for column, name in wanted.items():
@@ -148,7 +147,7 @@ def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_
         assert card["preprocessing"]["crop_mode"] == "squash"
 
 
-def test_every_form_gives_the_vectors_of_the_run_in_a_process_without_this_project(cli, papers, tmp_path):
+def test_every_form_gives_the_vectors_of_the_run_in_a_process_without_this_project(cli, papers, start, tmp_path):
     corpus, order = np.load(papers / "corpus.npz")["vectors"], torch.randperm(20, generator=torch.manual_seed(1))[:10]
     directions = np.linalg.eigh(np.cov(corpus.T.astype(float)))[1][:, :-11:-1]
     directions *= np.sign(directions[abs(directions).argmax(0), range(10)])
@@ -184,9 +183,7 @@ def test_every_form_gives_the_vectors_of_the_run_in_a_process_without_this_proje
             kept = quantised(kept, kept, bits) if bits < 32 else kept
             wanted[folder] = kept / np.linalg.norm(kept, axis=1, keepdims=True) if similarity == "cosine" else kept
     variables = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", FORMS, *map(str, wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_apart(start, tmp_path, FORMS, *wanted, has="libraries", **variables)
     for folder, kept in wanted.items():
         told, card = dict(np.load(folder / "told.npz")), json.loads((folder / "card.json").read_text())
         cosine, exact = folder.name.startswith("cosine"), card["bits"] == 32 or folder.name.startswith("l2")

@@ -120,6 +120,7 @@ def test_trained_to_the_optimum_probes_agree_with_scikit_learn(tmp_path):
         build(standardise=True, solver=SGD(0.05, weight_decay=decay, keep="last", step_size=1000)),
         epochs=400,
         data={"batch_size": 538},
+        check_val_every_n_epoch=400,
     )
     parts = {}
     for split in ("train", "test"):
