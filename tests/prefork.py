@@ -129,6 +129,9 @@ def speak():
         for handler in getattr(logger, "handlers", []):
             if isinstance(handler, logging.StreamHandler) and handler.stream in before:
                 handler.setStream(sys.stderr)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # as they are where pytest did not listen first
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [logging.StreamHandler()], False
 
 
 def main(args):
