@@ -258,6 +258,6 @@ def represented(backbone, split, each):
         chosen = [name for label in classes for name in [n for n in names if n.startswith(f"{label}/")][:each]]
         images = [np.asarray(Image.open(tar.extractfile(name)).convert("RGB")) for name in chosen]
     inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)  # of the network's size
-    with torch.inference_mode():
-        features = torch.cat([backbone(batch) for batch in inputs.split(32)]).clone()
+    with backbone.inference():
+        features = torch.cat([backbone(batch) for batch in inputs.split(32)])
     return features, torch.tensor([classes.index(name.split("/")[0]) for name in chosen])

@@ -24,12 +24,15 @@ class Algebra:
         self.runs = [(block.weights, stack.probes[:, block.probe :]) for stack in bank.stacks for block in stack.blocks]
         self.runs.append((slice(count, count + bank.bias.numel()), torch.arange(len(bank.probes))))
         self.runs = [(part, owners.flatten().to(device)) for part, owners in self.runs]
+        self._owner = torch.empty(count + bank.bias.numel(), dtype=torch.int64, device=device)
+        for part, owners in self.runs:
+            self._owner[part].view(len(owners), -1).copy_(owners.unsqueeze(1))
 
     def part(self, which: Tensor) -> tuple[Algebra, Tensor]:
         """Return the algebra of some probes, which keep their weights, and where their numbers lie in vectors here."""
         bank = ProbeBank([self.bank.probes[index] for index in which], self.bank.classes).to(self.bank.weight)
+        here = torch.arange(len(self._owner), device=which.device)
         count = self.bank.weight.numel()
-        here = torch.arange(count + self.bank.bias.numel(), device=which.device)
         places = here.new_empty(bank.weight.numel())
         for place, index in enumerate(which.tolist()):
             of_probe = torch.cat([piece for piece, _ in self.bank.pieces(here[:count], index)], 1)
@@ -50,9 +53,9 @@ class Algebra:
         self.bank.bias.copy_(vector[self.bank.weight.numel() :].view_as(self.bank.bias))
         return self.bank
 
-    def scale(self, values: Tensor, vector: Tensor) -> Tensor:
-        """Return a vector times one value for each probe, shape (P,)."""
-        return self.combine(values.unsqueeze(1), vector.unsqueeze(0))
+    def spread(self, values: Tensor) -> Tensor:
+        """Return one value per probe, shape (P,), at every place that is the probe's."""
+        return values[self._owner]
 
     def inner(self, ones: Tensor, others: Tensor) -> Tensor:
         """Return each probe's inner products, shape (P, a, b), float64, of a and b vectors."""
@@ -88,7 +91,7 @@ class State:
 
     def part(self, which: Tensor, places: Tensor) -> State:
         """Return the state of some probes, whose numbers lie at these places of the vectors."""
-        vectors = {name: getattr(self, name).index_select(-1, places) for name in ("here", "memory", "direction")}
+        vectors = {name: getattr(self, name)[..., places] for name in ("here", "memory", "direction")}
         mine = ("products", "values", "excess", "slopes", "lengths", "scales")
         return replace(self, **vectors, **{name: getattr(self, name)[which] for name in mine})
 
@@ -119,17 +122,17 @@ def advance(evaluate: Evaluate, algebra: Algebra, state: State, tolerance: float
         moving = state.excess > tolerance
         if not moving.any():
             break
-        step = algebra.scale(state.lengths * moving, state.direction)
+        step = algebra.spread((state.lengths * moving).to(state.here.dtype)) * state.direction
         values, excess, gradients = evaluate(state.here + step)
         ends = algebra.inner(state.direction[None], gradients[None])[:, 0, 0]
         # By convexity, a step that goes down even at its end has gone down all the way, whatever rounding says.
         enough = values <= state.values + DESCENT * state.lengths * state.slopes
         taken = ~moving | (ends <= 0) | enough
-        memory, slot = state.memory, state.count % m
-        memory[slot] = algebra.scale(taken, step)
-        memory[m + slot] = algebra.scale(taken, gradients - memory[-1])
-        memory[-1] = algebra.scale(taken, gradients) + algebra.scale(~taken, memory[-1])
-        state.here = state.here + memory[slot]
+        everywhere, memory, slot = algebra.spread(taken), state.memory, state.count % m
+        memory[slot] = torch.where(everywhere, step, 0)
+        memory[m + slot] = torch.where(everywhere, gradients - memory[-1], 0)
+        memory[-1] = torch.where(everywhere, gradients, memory[-1])
+        state.here = torch.where(everywhere, state.here + step, state.here)
         state.values = torch.where(taken, values, state.values)
         state.excess = torch.where(moving & taken, excess, state.excess)
         # Where the slope would vanish, as a share of the length.
@@ -139,8 +142,8 @@ def advance(evaluate: Evaluate, algebra: Algebra, state: State, tolerance: float
         state.products[:, :, changed] = fresh = algebra.inner(memory, memory[changed])
         state.products[:, changed] = fresh.transpose(1, 2)
         coefficients, state.scales = _direction(state.products, slot, state.scales)
-        state.direction = algebra.combine(coefficients, memory)
-        state.slopes = (coefficients * state.products[:, -1]).sum(1)
+        state.direction = torch.where(everywhere, algebra.combine(coefficients, memory), state.direction)
+        state.slopes = torch.where(taken, (coefficients * state.products[:, -1]).sum(1), state.slopes)
         state.count += 1
 
 

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 ROWS = 2048  # in a batch from memory, at least, so that small batches cost no more than large ones
 KEPT = 0.25  # share of the free memory that features may fill; more are read again in every pass
-ROUND = 5  # steps after which probes that have converged may be left out
-WORTH = 0.8  # share of the weights that remains at most when they are
-LOOSE = 100  # times the tolerance, to which full layers are solved before all others start from them
+ROUND = 5  # steps after which probes that have converged are left out
 NEARLY_NONE = 1e-6  # curvature of a loss that is at least assumed
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -45,7 +43,7 @@ class Objective:
     def minimise(self, bank: ProbeBank, penalty: float, active: Tensor, tolerance: float, limit: int) -> Tensor:
         """Move the active probes of a bank, boolean of shape (P,), to their optima from where they are.
 
-        Those of full layers go ahead, and the others start from as far on as least squares lets them follow.
+        Those of full layers go first, and the others start from as far on as least squares lets them follow.
 
         Returns:
             By what share of its value each objective exceeds its optimum at most, shape (P,).
@@ -54,42 +52,46 @@ class Objective:
         full, before = torch.zeros_like(active), self._full(bank)
         full[references(bank.probes)] = True
         with torch.no_grad():
-            for chosen, enough in ((active & full, LOOSE * tolerance), (active, tolerance)):
-                members = chosen.nonzero().squeeze(1)
+            for members in ((active & full).nonzero().squeeze(1), (active & ~full).nonzero().squeeze(1)):
                 if len(members):
                     part = _Whitened(self, Algebra(bank).part(members)[0], penalty, self._curvatures(bank))
-                    if enough == tolerance:
+                    if not full[members].any():
                         now = self._full(bank)
-                        changes = {layer: (now[layer][0] - w, now[layer][1] - b) for layer, (w, b) in before.items()}
-                        part.follow(changes, ~full[members])
-                    excess[members] = self._solve(part, bank, members, enough, limit)
+                        part.follow({layer: (now[layer][0] - w, now[layer][1] - b) for layer, (w, b) in before.items()})
+                    excess[members] = self._solve(part, bank, members, tolerance, limit)
         return excess
 
     def _solve(self, part: _Whitened, bank: ProbeBank, members: Tensor, tolerance: float, limit: int) -> Tensor:
         """Move the members of a bank, a part of it, to their optima, and return their excess.
 
-        After every so many steps, those that have converged are left out, once that makes passes much shorter.
+        After every so many steps, those that have converged are left out.
         """
         excess = torch.full(members.shape, math.inf, dtype=torch.float64, device=members.device)
         places = torch.arange(len(members), device=members.device)
-        sizes = torch.tensor([bank.probes[index].neurons for index in members.tolist()], device=members.device)
         state = lbfgs.begin(part.evaluate, part.algebra)
         for done in range(0, limit, ROUND):
             lbfgs.advance(part.evaluate, part.algebra, state, tolerance, min(ROUND, limit - done))
-            ended = (state.excess <= tolerance) | (done + ROUND >= limit)
-            part.give(bank, members[places], ended & (excess[places] > tolerance), state.here)
             excess[places] = state.excess
+            for index, probe in zip(members[places].tolist(), part.probes(state.here), strict=True):
+                bank.set_probe(index, *probe)
             going = (state.excess > tolerance).nonzero().squeeze(1)
             if not len(going):
                 break
-            if sizes[places[going]].sum() <= WORTH * sizes[places].sum():
+            if len(going) < len(places):
                 places, state = places[going], state.part(going, part.narrow(going))
         return excess
 
-    def centred(self, rows: Tensor, centre: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what probe groups see less its mean, shape (R, B), and the labels."""
-        for inputs, labels in self.batches():
-            yield self.model.coordinates.spaces(inputs).index_select(0, rows).sub_(centre), labels
+    def centred(self, rows: Tensor, centre: Tensor) -> Batches:
+        """Return what reads in every pass what probe groups see less its mean, shape (R, B), and the labels."""
+
+        def read() -> Iterator[tuple[Tensor, Tensor]]:
+            for inputs, labels in self.batches():
+                yield self.model.coordinates.spaces(inputs).index_select(0, rows) - centre, labels
+
+        if not _fits(self.model, self.images, len(rows)):
+            return read
+        kept = list(read())
+        return lambda: kept
 
     def _full(self, bank: ProbeBank) -> dict[str, tuple[Tensor, Tensor]]:
         """Return weights and bias of the full probe of each layer, which every bank has.
@@ -125,7 +127,7 @@ class _Whitened:
     def __init__(self, objective: Objective, algebra: Algebra, penalty: float, curvatures: Mapping[str, float]) -> None:
         self.objective, self.penalty, self.curvatures = objective, penalty, curvatures
         self.inverses: dict[tuple[Any, ...], Tensor] = {}
-        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        self.rows = torch.empty(0)
         coordinates = objective.model.coordinates
         for group in itertools.chain(*probe_groups(algebra.bank.probes)):
             scatter = objective.scatters[coordinates.source(group)]
@@ -134,8 +136,6 @@ class _Whitened:
             factor, identity = torch.linalg.cholesky(system).float(), torch.eye(len(system), device=system.device)
             self.inverses[group.key] = torch.linalg.solve_triangular(factor, identity, upper=False)
         self._take(algebra)
-        if _fits(objective.model, objective.images, len(self.rows)):
-            self.kept = list(self.batches())
         bank = algebra.bank
         bank.bias.copy_(bank(self.centre).squeeze(-1))  # of centred coordinates
         self.start = algebra.get()
@@ -156,7 +156,9 @@ class _Whitened:
             for group in groups
         ]
         self.centre = torch.cat(centres, 1).float().t()  # (R, 1)
-        self.rows = coordinates.rows_of(groups)
+        rows = coordinates.rows_of(groups)
+        if not torch.equal(rows, self.rows):
+            self.rows, self.batches = rows, self.objective.centred(rows, self.centre)
         scales = [(self.curvatures[probe.layer] * self.objective.images) ** -0.5 for probe in self.bank.probes]
         self.scale = torch.tensor(scales).to(self.bank.bias).repeat_interleave(self.bank.classes)  # of biases
 
@@ -164,35 +166,23 @@ class _Whitened:
         """Go on with these probes alone, and return where their numbers lie in vectors of before."""
         part, places = self.algebra.part(which)
         self.start = self.start[places]
-        lengths = [len(factor) for factor in self.inverses.values()]
-        rows = dict(zip(self.inverses, torch.arange(len(self.rows), device=which.device).split(lengths), strict=True))
         self._take(part)
-        if self.kept is not None:
-            left = torch.cat([rows[key][: len(factor)] for key, factor in self.inverses.items()])
-            self.kept = [(seen.index_select(0, left), labels) for seen, labels in self.kept]
         return places
 
-    def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return what the probes see less its mean, shape (R, B), and the labels, from memory where that holds it."""
-        return self.objective.centred(self.rows, self.centre) if self.kept is None else self.kept
+    def probes(self, step: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return weights and bias of every probe after a step."""
+        bank = self.algebra.set(self.start + self._weights(step))
+        bank.bias.copy_(2 * bank.bias - bank(self.centre).squeeze(-1))
+        return [bank.get_probe(index) for index in range(len(bank.probes))]
 
-    def give(self, bank: ProbeBank, members: Tensor, which: Tensor, step: Tensor) -> None:
-        """Give a bank's members, which these probes are, where they are after a step: those of a mask of shape (P,)."""
-        if which.any():
-            mine = self.algebra.set(self.start + self._weights(step))
-            mine.bias.copy_(2 * mine.bias - mine(self.centre).squeeze(-1))
-            for place in which.nonzero().squeeze(1).tolist():
-                bank.set_probe(int(members[place]), *mine.get_probe(place))
-
-    def follow(self, changes: Mapping[str, tuple[Tensor, Tensor]], which: Tensor) -> None:
-        """Move the start of some probes, a mask of shape (P,), as least squares makes of the changes of full layers."""
+    def follow(self, changes: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Move the start of every probe so that its logits change as least squares makes of those of its full layer."""
         gradient = torch.zeros_like(self.start)
         for (inputs, _), (seen, _) in zip(self.objective.batches(), self.batches(), strict=True):
             changed = self.objective.logits(changes, inputs)
             wanted = torch.stack([changed[probe.layer] * self.curvatures[probe.layer] for probe in self.bank.probes])
             gradient += self._slopes(partial(torch.mul, wanted), seen)[1]
-        change = self._weights(self._gradient(self.objective.model.stream.reduce(gradient)))
-        self.start += self.algebra.scale(which, change)
+        self.start += self._weights(self._gradient(self.objective.model.stream.reduce(gradient)))
 
     def evaluate(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the objective of every probe, its excess, both of shape (P,), float64, and its gradient, shape (N,).
