@@ -135,7 +135,7 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str, tuple[int
         runs[module] += 1
         seen.update(id(each) for each in inputs)
         alive.extend([inputs, output])
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and inputs:
             made[id(output)], sizes[module] = module, tuple(inputs[0].shape[2:])
         if type(module) in NORMS and inputs and module.running_mean is not None:
             entered[module] = id(inputs[0])

@@ -106,13 +106,15 @@ class Shared(nn.Module):
         self.bn = nn.BatchNorm2d(3, track_running_stats=kind != "statistics of the batch")
 
     def forward(self, x):
-        seen = self.conv(x)
+        seen = self.conv(input=x) if self.kind == "an input by name" else self.conv(x)
         if self.kind == "two passes":
             return self.bn(seen) + self.conv(seen)
         return self.bn(seen) + (seen if self.kind == "a sum" else self.bn.eps)
 
 
-@pytest.mark.parametrize("kind", ["a sum", "two passes", "statistics of the batch", "the norm's own numbers"])
+@pytest.mark.parametrize(
+    "kind", ["a sum", "two passes", "statistics of the batch", "the norm's own numbers", "an input by name"]
+)
 def test_a_batch_norm_that_cannot_be_folded_stays(kind):
     network = shaken(Shared(kind))
     assert fold(network, "") is network or norms(fold(network, "")) == ["bn"]
