@@ -442,7 +442,7 @@ def rivals(bench: Bench) -> list[Figure]:
         probes = [LogisticRegression(tol=tolerances[name], max_iter=10_000) for _ in columns]
         subsets, fits = [each.numpy() for each in columns], list[LogisticRegression]()
         with threadpool_limits(1), Parallel(n_jobs=torch.get_num_threads()) as pool:
-            pool(delayed(probe.fit)(x[:50], y[:50]) for probe in probes)  # its processes are there before
+            pool(delayed(probe.fit)(x[::20], y[::20]) for probe in probes)  # its processes are there before
             tasks = (delayed(probe.fit)(x[:, subset], y) for probe, subset in zip(probes, subsets, strict=True))
             seconds = timed(lambda: fits.extend(pool(tasks)))
         scores = [probe.score(x_test[:, subset], y_test) for probe, subset in zip(fits, subsets, strict=True)]
