@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import prefork
 import pytest
+import yaml
 from filelock import FileLock
 from hub import Hub
 from PIL import Image
@@ -144,6 +145,19 @@ def once(tmp_path_factory):
         return folder / name
 
     return made
+
+
+@pytest.fixture(scope="session")
+def short(once):
+    """The words of a short fit of the quickstart that draws and logs nothing, from one file: flags take longer."""
+
+    def write(folder):
+        settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+        settings["trainer"] |= {"max_epochs": 3, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        settings["model"] |= {"fractions": [0.1, 0.5], "seeds": 2, "measures": []}
+        (folder / "short.yaml").write_text(yaml.safe_dump(settings | {"pictures": []}))
+
+    return "fit", f"--config={once('short', write) / 'short.yaml'}"
 
 
 @pytest.fixture(scope="session")

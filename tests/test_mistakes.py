@@ -29,9 +29,6 @@ from lightning_modules.measures import Neighbours
 from lightning_modules.objectives import Adversarial
 from lightning_modules.probes import KNN, SGD, Logistic, Ridge
 
-QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
-SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2", "--model.measures=[]")
-SHORT += ("--pictures=[]",)
 WEIGHTS = CONFIGS / "digits_0to4.safetensors"
 OVERLAY = "model.backbone.pretrained_cfg_overlay"
 PRETRAINING = ("--model=Pretraining", "--model.name=test_resnet", "--model.output=out.safetensors")
@@ -243,10 +240,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_that_names_it_and_what_would_be_right(cli, tmp_path, mistake):
+def test_a_mistake_ends_in_one_line_that_names_it_and_what_would_be_right(cli, short, tmp_path, mistake):
     (tmp_path / "file").write_text("not a folder")
     arguments, *said = MISTAKES[mistake]
-    error = error_of(cli(*SHORT, *arguments))
+    error = error_of(cli(*short, *arguments))
     for part in said:
         assert part in error
     assert len(error) < 500
@@ -393,10 +390,10 @@ def test_a_task_that_a_configuration_does_not_name_is_asked_for(cli, tmp_path):
 
 
 @pytest.mark.parametrize("mistake", YAMLS)
-def test_a_configuration_with_a_mistake_is_named_and_nothing_in_it_is_run(cli, tmp_path, mistake):
+def test_a_configuration_with_a_mistake_is_named_and_nothing_in_it_is_run(cli, short, tmp_path, mistake):
     written, *said = YAMLS[mistake]
     (tmp_path / "own.yaml").write_bytes(written)
-    error = error_of(cli(*SHORT, "--config=own.yaml"))
+    error = error_of(cli(*short, "--config=own.yaml"))
     for part in said:
         assert part in error
     assert not (tmp_path / "runs").exists()
@@ -466,10 +463,10 @@ BAD_WEIGHTS = {
 
 
 @pytest.mark.parametrize("mistake", BAD_WEIGHTS)
-def test_weights_that_cannot_be_are_named_and_no_code_in_them_is_run(cli, tmp_path, mistake):
+def test_weights_that_cannot_be_are_named_and_no_code_in_them_is_run(cli, short, tmp_path, mistake):
     name, write, *said = BAD_WEIGHTS[mistake]
     write(tmp_path / name)
-    error = error_of(cli(*SHORT, f"--model.backbone.weights={name}"))
+    error = error_of(cli(*short, f"--model.backbone.weights={name}"))
     for part in said:
         assert part in error
     assert not list(tmp_path.rglob("results.csv"))
@@ -518,14 +515,14 @@ OWN = {
 
 
 @pytest.mark.parametrize("mistake", OWN)
-def test_a_network_of_ones_own_that_cannot_be_probed_is_named(cli, tmp_path, monkeypatch, mistake):
+def test_a_network_of_ones_own_that_cannot_be_probed_is_named(cli, short, tmp_path, monkeypatch, mistake):
     (tmp_path / "own_networks.py").write_text(NETWORKS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_networks", raising=False)
     (name, layer), *said = OWN[mistake]
     backbone = [f"--model.backbone.name=own_networks.{name}", f"--model.backbone.layer={layer}"]
     error = error_of(
-        cli(*SHORT, *backbone, "--model.backbone.weights=random", "--model.backbone.kwargs={}", ANY_CALLABLE)
+        cli(*short, *backbone, "--model.backbone.weights=random", "--model.backbone.kwargs={}", ANY_CALLABLE)
     )
     for part in said:
         assert part in error
@@ -552,11 +549,11 @@ class Bug(SGD):
 
 
 @pytest.fixture
-def own_solvers(cli, tmp_path, monkeypatch):
+def own_solvers(cli, short, tmp_path, monkeypatch):
     """The command line, with solvers that fail in the folder that it runs in."""
     monkeypatch.delitem(sys.modules, "own_solvers", raising=False)
     (tmp_path / "own_solvers.py").write_text(SOLVERS)
-    return lambda name, *more: cli(*SHORT, f"--model.solver=own_solvers.{name}", *more)
+    return lambda name, *more: cli(*short, f"--model.solver=own_solvers.{name}", *more)
 
 
 @pytest.mark.parametrize(
@@ -715,7 +712,11 @@ def test_overwriting_together_with_a_mistake_destroys_nothing(cli, finished, tmp
 
 # ------------------------------------------------------------------------------------------------------------- images
 
-FOLDER = (*SHORT, "--data=ImageFolder", "--data.root=pets", "--data.num_workers=0")
+
+@pytest.fixture
+def folder(short, image_folder):
+    """The words of a short fit on a folder of images."""
+    return *short, "--data=ImageFolder", f"--data.root={image_folder.name}", "--data.num_workers=0"
 
 
 def noise(path, size=(32, 32), mode="RGB"):
@@ -765,10 +766,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("mistake", LAYOUTS)
-def test_a_folder_that_is_laid_out_otherwise_says_where(cli, image_folder, mistake):
+def test_a_folder_that_is_laid_out_otherwise_says_where(cli, folder, image_folder, mistake):
     change, *said = LAYOUTS[mistake]
     change(image_folder)
-    error = error_of(cli(*FOLDER))
+    error = error_of(cli(*folder))
     for part in said:
         assert part in error
 
@@ -782,22 +783,22 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("damage", "ending"), zip(BROKEN, ["png", "jpg", "png", "jpg"], strict=True))
-def test_a_file_that_is_no_image_is_named_by_its_path(cli, image_folder, damage, ending):
+def test_a_file_that_is_no_image_is_named_by_its_path(cli, folder, image_folder, damage, ending):
     broken = image_folder / "train" / "cat" / f"x.{ending}"
     noise(broken)
     BROKEN[damage](broken)
-    error = error_of(cli(*FOLDER))
+    error = error_of(cli(*folder))
     assert error.startswith(f"error: pets/train/cat/x.{ending} is not a readable image (")
 
 
 @pytest.mark.parametrize("features", ["clean", "off"])
-def test_a_corrupt_image_is_named_by_its_path_from_a_worker_process(cli, image_folder, features):
+def test_a_corrupt_image_is_named_by_its_path_from_a_worker_process(cli, folder, image_folder, features):
     BROKEN["truncated"](image_folder / "train" / "cat" / "3.png")
-    error = error_of(cli(*FOLDER, "--data.num_workers=1", f"--model.features={features}"))
+    error = error_of(cli(*folder, "--data.num_workers=1", f"--model.features={features}"))
     assert error.startswith("error: pets/train/cat/3.png is not a readable image (")
 
 
-def test_unusual_images_and_files_that_are_none_are_taken_as_they_are_meant(cli, image_folder):
+def test_unusual_images_and_files_that_are_none_are_taken_as_they_are_meant(cli, folder, image_folder):
     cat = image_folder / "train" / "cat"
     for name, mode in (("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("grey.png", "L"), ("bits.png", "1")):
         noise(cat / name, mode=mode)
@@ -812,7 +813,7 @@ def test_unusual_images_and_files_that_are_none_are_taken_as_they_are_meant(cli,
         (cat / name).write_bytes(b"\x00\x05\x16\x07 no image")
     (cat / "folder.png").mkdir()
     (image_folder / "train" / ".Trashes").mkdir()
-    status, _, err = cli(*FOLDER)
+    status, _, err = cli(*folder)
     assert status == 0, err
     results = pd.read_csv("runs/quickstart/results.csv")
     shares = {split: int(rows["images"].iloc[0]) for split, rows in results.groupby("split")}
@@ -820,11 +821,11 @@ def test_unusual_images_and_files_that_are_none_are_taken_as_they_are_meant(cli,
     assert "Features of train, clean view: 30 x" in err
 
 
-def test_features_that_are_not_finite_are_named_with_layer_and_image(cli, image_folder, tmp_path):
+def test_features_that_are_not_finite_are_named_with_layer_and_image(cli, folder, tmp_path):
     state = load_file(WEIGHTS)
     state["layer4.0.bn3.bias"] = torch.full_like(state["layer4.0.bn3.bias"], float("inf"))
     save_file(state, tmp_path / "infinite.safetensors")
-    error = error_of(cli(*FOLDER, "--model.backbone.weights=infinite.safetensors", "--model.backbone.layer=layer4"))
+    error = error_of(cli(*folder, "--model.backbone.weights=infinite.safetensors", "--model.backbone.layer=layer4"))
     assert "Layer 'layer4' of" in error
     assert "is not finite for cat/" in error
     assert "check the weights and trainer.precision" in error
@@ -925,15 +926,15 @@ def read_only(tmp_path):
     folder.chmod(0o755)
 
 
-def test_a_folder_that_must_not_be_written_is_named_before_any_image_is_seen(cli, read_only):
-    error = error_of(answer := cli(*SHORT, f"--trainer.default_root_dir={read_only}"))
+def test_a_folder_that_must_not_be_written_is_named_before_any_image_is_seen(cli, short, read_only):
+    error = error_of(answer := cli(*short, f"--trainer.default_root_dir={read_only}"))
     assert f"{read_only}/quickstart cannot be written (Permission denied)" in error
     assert "--trainer.default_root_dir" in error
     assert "Features of" not in answer[2]
 
 
-def test_a_cache_that_must_not_be_written_is_named(cli, read_only):
-    error = error_of(cli(*SHORT, f"--model.cache_dir={read_only}"))
+def test_a_cache_that_must_not_be_written_is_named(cli, short, read_only):
+    error = error_of(cli(*short, f"--model.cache_dir={read_only}"))
     assert f"{read_only}/" in error
     assert "cannot be written (Permission denied); name another folder with --model.cache_dir" in error
 
@@ -951,34 +952,34 @@ def said_by(processes):
     return [line for lines in said for line in lines]
 
 
-def test_a_mistake_in_a_process_of_its_own_is_one_line_and_nothing_else(start, tmp_path):
-    done = start(*SHORT, "--model.fractions=0", cwd=tmp_path)[0].wait()
+def test_a_mistake_in_a_process_of_its_own_is_one_line_and_nothing_else(start, short, tmp_path):
+    done = start(*short, "--model.fractions=0", cwd=tmp_path)[0].wait()
     assert done == (2, "", "error: model.fractions has 0; a fraction must be in (0, 1].\n")
 
 
-def test_a_mistake_of_all_processes_is_told_by_each_with_its_rank(start, tmp_path):
-    said = said_by(start(*SHORT, "--model.fractions=0", cwd=tmp_path, processes=2))
+def test_a_mistake_of_all_processes_is_told_by_each_with_its_rank(start, short, tmp_path):
+    said = said_by(start(*short, "--model.fractions=0", cwd=tmp_path, processes=2))
     mistake = "model.fractions has 0; a fraction must be in (0, 1]."
     assert said == [f"error (process 1 of 2): {mistake}", f"error (process 2 of 2): {mistake}"]
 
 
 @pytest.mark.parametrize(("broken", "process"), [("cat/0.png", 0), ("dog/9.png", 1)])
-def test_a_mistake_that_one_process_meets_ends_all(start, image_folder, tmp_path, broken, process):
+def test_a_mistake_that_one_process_meets_ends_all(start, folder, image_folder, tmp_path, broken, process):
     for split in ("val", "test"):  # train then has 40 images: 32 for the first process, 8 for the second
         for name in ("cat", "dog"):
             noise(image_folder / split / name / "a.png")
     BROKEN["truncated"](image_folder / "train" / broken)
-    said = said_by(start(*FOLDER, cwd=tmp_path, processes=2))
+    said = said_by(start(*folder, cwd=tmp_path, processes=2))
     assert f"error (process {process + 1} of 2): pets/train/{broken} is not a readable image" in said[process]
     assert "Another process of this run is gone" in said[1 - process]
     assert not list(tmp_path.rglob("results.csv"))
 
 
-def test_fewer_images_than_processes_are_told(start, image_folder, tmp_path):
+def test_fewer_images_than_processes_are_told(start, folder, image_folder, tmp_path):
     for split in ("val", "test"):
         for name in ("cat", "dog"):
             noise(image_folder / split / name / "a.png")
-    said = said_by(start(*FOLDER, cwd=tmp_path, processes=3))
+    said = said_by(start(*folder, cwd=tmp_path, processes=3))
     mistake = "The val split of pets has 2 images, fewer than the 3 processes; use at most 2 devices."
     assert said == [f"error (process {place} of 3): {mistake}" for place in (1, 2, 3)]
 

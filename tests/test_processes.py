@@ -17,9 +17,6 @@ from datamodules import Digits
 from lightning_modules import FrozenBackbone, RedundancyProbe
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--pictures=[]")
-SHORT = ("fit", "--config", "quickstart.yaml", *QUIET, "--trainer.max_epochs=3", "--model.seeds=2")
-SHORT += ("--model.fractions=[0.1,0.5]", "--data.batch_size=50", "--trainer.logger=false")
-SHORT += ("--model.refit=true", "--model.measures=[]")
 
 
 def shards(folder):
@@ -27,10 +24,16 @@ def shards(folder):
 
 
 @pytest.fixture(scope="module")
-def one(start, tmp_path_factory):
+def run(short):
+    """The words of a short fit with batches that processes share unevenly."""
+    return *short, "--name=run", "--data.batch_size=50", "--model.refit=true"
+
+
+@pytest.fixture(scope="module")
+def one(run, start, tmp_path_factory):
     """The folder of a run on one process."""
     folder = tmp_path_factory.mktemp("one")
-    done = start(*SHORT, "--name=run", cwd=folder)[0].wait()
+    done = start(*run, cwd=folder)[0].wait()
     assert done.returncode == 0, done.stderr
     return folder / "runs"
 
@@ -46,8 +49,8 @@ def assert_the_same_within_sampling_error(one, other):
     assert shards(one) == shards(other)
 
 
-def test_torchrun_fits_on_as_many_processes_as_it_starts(one, start, tmp_path):
-    done = start(*SHORT, "--name=run", "--pictures=png", cwd=tmp_path, torchrun=2)[0].wait()
+def test_torchrun_fits_on_as_many_processes_as_it_starts(one, run, start, tmp_path):
+    done = start(*run, "--pictures=png", cwd=tmp_path, torchrun=2)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "Starting with 2 processes" in done.stderr
     assert done.stdout.count("To keep 90 % of the accuracy") == 1
@@ -55,16 +58,16 @@ def test_torchrun_fits_on_as_many_processes_as_it_starts(one, start, tmp_path):
     assert (tmp_path / "runs" / "run" / "curve.png").is_file()
 
 
-def test_lightnings_own_launcher_fits_on_several_devices(one, start, tmp_path):
-    done = start(*SHORT, "--name=run", "--trainer.devices=2", cwd=tmp_path)[0].wait()
+def test_lightnings_own_launcher_fits_on_several_devices(one, run, start, tmp_path):
+    done = start(*run, "--trainer.devices=2", cwd=tmp_path)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "Starting with 2 processes" in done.stderr
     assert done.stdout.count("To keep 90 % of the accuracy") == 1
     assert_the_same_within_sampling_error(one, tmp_path / "runs")
 
 
-def test_two_nodes_fit_together(one, start, tmp_path):
-    said = [process.wait() for process in start(*SHORT, "--name=run", cwd=tmp_path, processes=2, nodes=2)]
+def test_two_nodes_fit_together(one, run, start, tmp_path):
+    said = [process.wait() for process in start(*run, cwd=tmp_path, processes=2, nodes=2)]
     assert [each.returncode for each in said] == [0, 0], said
     assert sum("Starting with 2 processes" in each.stderr for each in said) == 1
     assert_the_same_within_sampling_error(one, tmp_path / "runs")
@@ -90,9 +93,9 @@ def test_a_checkpoint_counts_the_same_on_any_number_of_processes(quickstart, sta
     np.testing.assert_allclose(np.array(correct) / len(predicted), stored["accuracy"], atol=1e-12)
 
 
-def test_only_the_first_of_several_processes_speaks_and_logs(start, tmp_path):
-    command = [argument for argument in SHORT if "logger" not in argument]
-    first, second = (process.wait() for process in start(*command, "--name=run", cwd=tmp_path, processes=2))
+def test_only_the_first_of_several_processes_speaks_and_logs(run, start, tmp_path):
+    command = (*run, "--trainer.logger=true")
+    first, second = (process.wait() for process in start(*command, cwd=tmp_path, processes=2))
     assert (first.returncode, second.returncode) == (0, 0), second.stderr
     assert "To keep 90 %" in first.stdout
     assert second.stdout == ""
@@ -117,14 +120,13 @@ def test_a_step_sends_no_buffer_and_no_weight_of_the_backbone(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_leave_the_files_of_one(start, tmp_path):
+def test_two_processes_leave_the_files_of_one(run, start, tmp_path):
     measures = ("--model.solver=Ridge", "--model.selection=[random,pca,greedy]")
     attacked = "eps: 0.1, steps: 1, restarts: 1, images: 9, fractions: 0.1, seeds: 1"
     neighbours = "{class_path: Neighbours, init_args: {neighbours: 5}}"
     given = f"--model.measures=[CKA, Inequality, {neighbours}, Ensembles, Neurons, "
     given += f"{{class_path: Robustness, init_args: {{{attacked}}}}}]"
-    command = (*SHORT, *measures, given, "--model.backbone.layer=[layer2,penultimate]", "--name=run")
-    command += ("--model.fractions=0.1",)
+    command = (*run, *measures, given, "--model.backbone.layer=[layer2,penultimate]", "--model.fractions=0.1")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         for process in start(*command, cwd=tmp_path / str(processes), processes=processes):
@@ -144,8 +146,8 @@ VOTES = ("--model.solver=KNN", "--model.solver.neighbours=[5,20]", "--model.refi
 
 
 @pytest.mark.parametrize(("solver", "chosen"), [(OPTIMA, "penalty"), (VOTES, "voters")])
-def test_two_processes_find_the_probes_of_one(one, start, tmp_path, solver, chosen):
-    command = (*SHORT, *solver, "--name=run", f"--model.cache_dir={one / 'feature_cache'}")
+def test_two_processes_find_the_probes_of_one(one, run, start, tmp_path, solver, chosen):
+    command = (*run, *solver, f"--model.cache_dir={one / 'feature_cache'}")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         for process in start(*command, cwd=tmp_path / str(processes), processes=processes):

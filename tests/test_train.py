@@ -23,8 +23,6 @@ from lightning_modules.cli.run import run_name
 SWEEP = "sweep_wandb.yaml"
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 QUICK = ("fit", "--config", "quickstart.yaml", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
-SHORT = (*QUICK, "--trainer.max_epochs=3", "--model.fractions=[0.1,0.5]", "--model.seeds=2", "--model.measures=[]")
-SHORT += ("--pictures=[]",)
 COLUMNS = (
     *("task", "backbone", "layer", "selection", "fraction", "neurons", "width", "bits", "bytes", "seed", "split"),
     *("images", "accuracy", "loss", "solver", "augmentation", "view", "features", "epoch"),
@@ -301,10 +299,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_shows_one_bar_for_all_epochs(cli, monkeypatch):
+def test_a_terminal_shows_one_bar_for_all_epochs(cli, short, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    status, _, err = cli(*SHORT, "--trainer.enable_progress_bar=true", "--trainer.num_sanity_val_steps=0")
+    status, _, err = cli(*short, "--trainer.enable_progress_bar=true", "--trainer.num_sanity_val_steps=0")
     assert status == 0, err
     bars = [line.split("\r")[-1] for line in terminal.getvalue().split("\n") if "%|" in line]
     names = [line.partition(":")[0] for line in bars]
@@ -312,12 +310,12 @@ def test_a_terminal_shows_one_bar_for_all_epochs(cli, monkeypatch):
     assert re.match(r"Training: 100%\|#+\| 27/27 \[", bars[-1])  # 3 epochs of 538 images, in batches of 64
 
 
-def test_a_run_is_not_lost_to_a_character(cli, image_folder, monkeypatch):
+def test_a_run_is_not_lost_to_a_character(cli, short, image_folder, monkeypatch):
     (image_folder / "train" / "cat").rename(image_folder / "train" / "chät")
     ascii_alone = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_alone)
     monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")  # of files
-    status, _, err = cli(*SHORT, "--data=ImageFolder", "--data.root=pets", "--data.num_workers=0", "--name=chäts")
+    status, _, err = cli(*short, "--data=ImageFolder", "--data.root=pets", "--data.num_workers=0", "--name=chäts")
     assert status == 0, err
     ascii_alone.seek(0)
     assert re.search(
@@ -342,10 +340,10 @@ def test_a_name_that_is_too_long_for_a_folder_is_cut_and_stays_apart():
     assert run_name(None, "pets_net_random") == "pets_net_random"
 
 
-def test_a_bare_off_in_yaml_means_off(cli, tmp_path):
+def test_a_bare_off_in_yaml_means_off(cli, short, tmp_path):
     (tmp_path / "off.yaml").write_text("model:\n  features: off\n")
     arguments = ("--config", "off.yaml", "--name=off", "--trainer.max_epochs=1")
-    status, _, err = cli(*SHORT, *arguments)
+    status, _, err = cli(*short, *arguments)
     assert status == 0, err
     assert pd.read_csv(tmp_path / "runs" / "off" / "results.csv")["features"].unique().tolist() == ["off"]
     assert not (tmp_path / "runs" / "feature_cache").exists()

@@ -15,8 +15,11 @@ from wandb.proto import wandb_internal_pb2
 
 from lightning_modules.reporting.dashboard import wandb_logger
 
-SHORT = ("fit", "--config", "quickstart.yaml", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=2")
-SHORT += ("--model.fractions=[0.1,0.5]", "--model.seeds=2", "--model.measures=[]", "--pictures=[]")
+
+@pytest.fixture(scope="module")
+def logging(short):
+    """The words of a short fit that logs to W&B."""
+    return *short, "--trainer.logger=true"
 
 
 class Logged:
@@ -133,9 +136,9 @@ def test_tables_pictures_the_report_and_the_answer_are_logged(quickstart, logged
     assert logged.summary["full_accuracy"] == layer["full_accuracy"]
 
 
-def test_two_runs_in_one_process_do_not_collide(cli, tmp_path):
+def test_two_runs_in_one_process_do_not_collide(cli, logging, tmp_path):
     for name, digits in (("one", "[0,1]"), ("two", "[2,3,4]")):
-        status, _, err = cli(*SHORT, f"--name={name}", f"--data.digits={digits}")
+        status, _, err = cli(*logging, f"--name={name}", f"--data.digits={digits}")
         assert status == 0, err
     for name, digits in (("one", [0, 1]), ("two", [2, 3, 4])):
         logged = Logged(tmp_path / "runs" / name)
@@ -146,10 +149,10 @@ def test_two_runs_in_one_process_do_not_collide(cli, tmp_path):
         assert sum("test/accuracy/random/0.5" in row for row in logged.history) == 1
 
 
-def test_a_run_after_one_that_failed_has_a_run_of_its_own(cli, tmp_path):
-    status, _, err = cli(*SHORT, "--name=failed", "--trainer.gradient_clip_val=1")
+def test_a_run_after_one_that_failed_has_a_run_of_its_own(cli, logging, tmp_path):
+    status, _, err = cli(*logging, "--name=failed", "--trainer.gradient_clip_val=1")
     assert status == 2, err
-    status, _, err = cli(*SHORT, "--name=fine")
+    status, _, err = cli(*logging, "--name=fine")
     assert status == 0, err
     assert Logged(tmp_path / "runs" / "fine").name == "fine"
     assert "test/accuracy/random/0.5" not in Logged(tmp_path / "runs" / "failed").summary
@@ -163,10 +166,10 @@ def test_without_credentials_it_logs_offline_and_says_how_to_sync(quickstart):
     assert list(folder.parents[1].glob(pattern))
 
 
-def test_with_an_unreachable_server_or_home_it_logs_offline_and_says_so(start, tmp_path):
+def test_with_an_unreachable_server_or_home_it_logs_offline_and_says_so(start, logging, tmp_path):
     account = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     (tmp_path / "file").touch()  # nor can anything be written at home
-    done = start(*SHORT, "--name=alone", cwd=tmp_path, HOME=str(tmp_path / "file"), **account)[0].wait()
+    done = start(*logging, "--name=alone", cwd=tmp_path, HOME=str(tmp_path / "file"), **account)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "http://127.0.0.1:9 cannot be reached: logging offline; `wandb sync" in done.stderr
     logged = Logged(tmp_path / "runs" / "alone")
@@ -175,7 +178,7 @@ def test_with_an_unreachable_server_or_home_it_logs_offline_and_says_so(start, t
     pd.testing.assert_frame_equal(logged.table("probes"), written, check_dtype=False)
 
 
-def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, tmp_path):
+def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, logging, tmp_path):
     class Refusal(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -194,7 +197,7 @@ def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         account = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
-        done = start(*SHORT, "--name=refused", cwd=tmp_path, **account)[0].wait()
+        done = start(*logging, "--name=refused", cwd=tmp_path, **account)[0].wait()
         server.shutdown()
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
@@ -204,25 +207,25 @@ def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, 
     assert not (tmp_path / "runs" / "feature_cache").exists()
 
 
-def test_a_login_that_wandb_wrote_counts_as_credentials(start, tmp_path):
+def test_a_login_that_wandb_wrote_counts_as_credentials(start, logging, tmp_path):
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9\n  login user\n  password {'0' * 40}\n")
     account = {"NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = start(*SHORT, "--name=login", cwd=tmp_path, **account)[0].wait()
+    done = start(*logging, "--name=login", cwd=tmp_path, **account)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "http://127.0.0.1:9 cannot be reached" in done.stderr
     assert "No W&B credentials" not in done.stderr
 
 
-def test_the_logger_can_be_switched_off(cli, tmp_path):
-    status, _, err = cli(*SHORT, "--name=silent", "--trainer.logger=false")
+def test_the_logger_can_be_switched_off(cli, short, tmp_path):
+    status, _, err = cli(*short, "--name=silent")
     assert status == 0, err
     assert "W&B" not in err
     assert not list(tmp_path.rglob("wandb"))
 
 
-def test_another_logger_gets_the_configuration_too(cli, tmp_path):
+def test_another_logger_gets_the_configuration_too(cli, short, tmp_path):
     logger = "--trainer.logger={class_path: CSVLogger, init_args: {save_dir: logs}}"
-    status, _, err = cli(*SHORT, "--name=csv", logger)
+    status, _, err = cli(*short, "--name=csv", logger)
     assert status == 0, err
     (parameters,) = tmp_path.glob("logs/**/hparams.yaml")
     assert yaml.safe_load(parameters.read_text())["model"]["init_args"]["fractions"] == [0.1, 0.5]
@@ -237,9 +240,9 @@ def test_a_resumed_run_continues_what_it_logged_online(tmp_path, resumed, versio
     assert wandb_logger("run", tmp_path, resumed).version == version
 
 
-def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, tmp_path):
+def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, logging, tmp_path):
     status, _, err = cli(
-        *(*SHORT, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=Ridge"),
+        *(*logging, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=Ridge"),
         "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles]",
         "--pictures=png",
     )
@@ -294,10 +297,10 @@ class Confidence(Measure):
 """
 
 
-def test_a_measure_of_ones_own_is_in_the_results_the_report_and_on_wandb(cli, tmp_path, monkeypatch):
+def test_a_measure_of_ones_own_is_in_the_results_the_report_and_on_wandb(cli, logging, tmp_path, monkeypatch):
     (tmp_path / "confidence.py").write_text(MY_MEASURES)
     monkeypatch.syspath_prepend(tmp_path)
-    status, _, err = cli(*SHORT, "--name=own", "--model.measures=[confidence.Confidence]", "--pictures=svg")
+    status, _, err = cli(*logging, "--name=own", "--model.measures=[confidence.Confidence]", "--pictures=svg")
     assert status == 0, err
     folder = tmp_path / "runs" / "own"
     results = pd.read_csv(folder / "results.csv")
