@@ -178,6 +178,7 @@ def hub(tmp_path, monkeypatch):
     """Let a server of this process be the Hub, with a cache of its own; its `files` are those of every repository."""
     from huggingface_hub import HfFileSystem
 
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 128)  # the sixth at once would wait for a second
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}"

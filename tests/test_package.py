@@ -36,6 +36,7 @@ def test_an_installed_command_does_what_train_py_does(start, tmp_path):
     (script / "diffused-redundancy").write_text(COMMAND)
     (elsewhere / "my_solvers.py").write_text("from lightning_modules.probes import SGD\n\nclass Mine(SGD): pass\n")
     asked = ("fit", "--config=quickstart.yaml", "--config=debug.yaml", "--model.solver=my_solvers.Mine", "--name=far")
+    asked += ("--pictures=png",)
     command = {"program": script / "diffused-redundancy", "has": "libraries"}
     done = start(*asked, cwd=elsewhere, **command, PYTHONPATH=str(site))[0].wait()
     assert done.returncode == 0, done.stderr

@@ -3,25 +3,39 @@
 import json
 import random
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from lightning_modules.checkpoints import PAUSE, AtomicCheckpointIO
 
 PLAIN = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--data.num_workers=0", "--pictures=[]")
-# Larger images than the network was made for, so that extraction takes a while too.
-SLOW = ("fit", "--config", "quickstart.yaml", *PLAIN, "--model.backbone.pretrained_cfg_overlay.input_size=[3,64,64]")
-SLOW += ("--model.features=2", "--data.augmentation=paper", "--data.digits=[5,6,7]", "--trainer.max_epochs=20")
-SLOW += ("--model.fractions=[0.02,0.1,0.5]", "--model.seeds=2", "--model.measures=[]")
+
+
+@pytest.fixture(scope="module")
+def slow(short, tmp_path_factory):
+    """The words of a fit that takes a while, and its extraction too: its images are larger than the network's."""
+    verb, config = short
+    settings = yaml.safe_load(Path(config.partition("=")[2]).read_text())
+    settings["trainer"]["max_epochs"] = 20
+    settings["model"] |= {"features": 2, "fractions": [0.02, 0.1, 0.5]}
+    settings["model"]["backbone"]["pretrained_cfg_overlay"]["input_size"] = [3, 64, 64]
+    settings["data"]["init_args"] |= {"augmentation": "paper", "digits": [5, 6, 7], "num_workers": 0}
+    file = tmp_path_factory.mktemp("slow") / "slow.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return verb, f"--config={file}"
 
 
 @pytest.mark.parametrize(
     ("processes", "kills"), [(1, ["extraction"] + ["training"] * 2), (2, ["extraction", "training"])]
 )
-def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_one_that_was_not(start, tmp_path, processes, kills):
+def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_one_that_was_not(
+    slow, start, tmp_path, processes, kills
+):
     def fit(name):
-        command = (*SLOW, f"--name={name}", f"--model.cache_dir={tmp_path / name}-features", "--ckpt_path=last")
+        command = (*slow, f"--name={name}", f"--model.cache_dir={tmp_path / name}-features", "--ckpt_path=last")
         return start(*command, cwd=tmp_path, processes=processes)
 
     def progress(phase):
@@ -54,10 +68,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_one_that_was_no
         assert (tmp_path / "runs/killed" / name).read_bytes() == (tmp_path / "runs/whole" / name).read_bytes()
 
 
-def test_any_number_of_processes_extract_together_and_go_on_where_one_is_killed(start, tmp_path):
+def test_any_number_of_processes_extract_together_and_go_on_where_one_is_killed(slow, start, tmp_path):
     def run(verb, cache):
-        command = [each for each in SLOW if each not in ("fit", "--model.features=2", "--trainer.max_epochs=20")]
-        return start(verb, *command, "--trainer.max_epochs=1", f"--model.cache_dir={cache}", cwd=tmp_path)[0]
+        command = (*slow[1:], "--model.features=clean", "--trainer.max_epochs=1")
+        return start(verb, *command, f"--model.cache_dir={cache}", cwd=tmp_path)[0]
 
     def made(cache):
         return {path.relative_to(tmp_path / cache): path.read_bytes() for path in (tmp_path / cache).glob("*/*")}
@@ -101,7 +115,7 @@ def test_checkpoints_are_small_and_seldom_written(cli, tmp_path, monkeypatch):
         AtomicCheckpointIO, "save_checkpoint", lambda *given, **more: (writes.append(1), save(*given, **more))
     )
     command = ("fit", "--config", "quickstart.yaml", *PLAIN, "--name=run", "--model.measures=[]")
-    status, _, err = cli(*command, "--trainer.max_epochs=30")
+    status, _, err = cli(*command, "--trainer.max_epochs=12")
     assert status == 0, err
     folder = tmp_path / "runs" / "run"
     seconds = json.loads((folder / "summary.json").read_text())["seconds"]["fit"]

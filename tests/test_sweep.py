@@ -55,14 +55,19 @@ def network(works: bool = True) -> nn.Module:
         raise OSError("no such host")
     return nn.Sequential(nn.Conv2d(3, 16, 5, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
 """
-PREPROCESSING = '{"input_size": [3, 32, 32], "mean": [0, 0, 0], "std": [1, 1, 1]}'
-SWEEP = (
-    *("sweep", "--output=compared", "--vary.data=[sweep_tasks.Low, sweep_tasks.High]"),
-    *("--model.backbone.name=sweep_networks.network", "--model.backbone.weights=random", "--model.seeds=2"),
-    *(f"--model.backbone.pretrained_cfg_overlay={PREPROCESSING}", "--model.fractions=[0.25,0.5]"),
-    *("--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--trainer.logger=false"),
-    *("--trainer.accelerator=cpu", "--model.measures=[]", "--pictures=[]"),
-)
+RUN = """
+trainer: {max_epochs: 2, enable_progress_bar: false, logger: false, accelerator: cpu}
+model:
+  backbone:
+    name: sweep_networks.network
+    weights: random
+    pretrained_cfg_overlay: {input_size: [3, 32, 32], mean: [0, 0, 0], std: [1, 1, 1]}
+  fractions: [0.25, 0.5]
+  measures: []
+pictures: []
+"""
+SWEEP = ("sweep", "--output=compared", "--vary.data=[sweep_tasks.Low, sweep_tasks.High]", "--configs=run.yaml")
+SWEEP += ("--model.seeds=2",)
 NAMES = [f"{task}_sweep_networks.network-random_random" for task in ("low", "high")]
 
 
@@ -77,6 +82,7 @@ def sweep(cli, tmp_path, monkeypatch):
 def write_modules(folder):
     (folder / "sweep_tasks.py").write_text(TASKS)
     (folder / "sweep_networks.py").write_text(NETWORK)
+    (folder / "run.yaml").write_text(RUN)
 
 
 def runs(folder):
@@ -317,12 +323,12 @@ def test_pre_trainings_are_swept_then_what_they_made_is_and_compared_with_traini
     assert len(lines(err, "is kept")) == 2
 
     probes = ("--data=Digits", "--model.solver=Ridge", "--model.fractions=0.5", "--model.seeds=1", *common)
-    probes += ("--model.measures=[]", "--trainer.logger=false", "--output=probed")
+    probes += ("--model.measures=[]", "--trainer.logger=false", "--output=probed", "--pictures=[]")
     status, _, err = cli("sweep", "--vary.model.backbone.weights=made_*.safetensors", *probes)
     assert status == 0, err
     table = pd.read_csv(tmp_path / "probed" / "dr_table.csv")
     assert table["backbone"].tolist() == [f"resnet26-{name}" for name in names]
-    status, out, err = cli("compare", "runs/*")
+    status, out, err = cli("compare", "runs/*", "--pictures=svg")
     assert status == 0, err
     assert "Networks trained as a whole, on test" in out
     drawn = (tmp_path / "compare" / "curves.svg").read_text()

@@ -14,7 +14,6 @@ import timm
 import torch
 import yaml
 from conftest import ROOT, SHARED
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from datamodules import Digits
 from lightning_modules import RedundancyProbe
@@ -63,6 +62,8 @@ def test_every_key_of_a_shipped_configuration_is_commented(name):
 
 def sweep_commands():
     """Command lines of the shipped sweep without the interpreter, as W&B's agents make them; all combinations."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
     sweep = yaml.safe_load((ROOT / "configs" / SWEEP).read_text())
     assert (sweep["method"], sweep["program"]) == ("grid", "train.py")
     names, values = zip(*((name, each["values"]) for name, each in sweep["parameters"].items()), strict=True)

@@ -379,7 +379,7 @@ def hub(replica, repository, labels, size=None, splits=("train", "test")):
     for split in splits:
         files = {}
         for i, label in enumerate(labels):
-            files[f"s{i:07d}.webp"] = replica.image("WEBP", size, lossless=True)
+            files[f"s{i:07d}.webp"] = replica.image("WEBP", size, lossless=True, quality=0, method=0)
             files[f"s{i:07d}.cls"] = str(label).encode()
         replica.write({f"{repository}/{split}/0.tar": packed("0.tar", files)})
         replica.write({f"{repository}/{split}/nshards.txt": b"1\n"})

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import tarfile
 import threading
 import time
@@ -19,6 +20,8 @@ import datamodules
 KINDS = ("CIFAR10", "Flowers102", "OxfordIIITPet", "Caltech101", "Places365")
 """One archive with known contents; an archive and files; two archives; an archive in a zip; one without a folder."""
 TAR = KINDS[:3]
+PAUSE = 0.0
+"""Seconds before a server answers."""
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def some(*names):
 
 @pytest.fixture
 def server(replica):
-    """Serve the archives, slowly enough for two downloads to meet; return the paths that were asked for."""
+    """Serve the archives; return the paths that were asked for."""
     asked = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -41,7 +44,7 @@ def server(replica):
             with contextlib.suppress(ConnectionError):
                 if not self.headers.get("Method"):  # torchvision first asks, so marked, for redirections
                     asked.append(self.path)
-                    time.sleep(0.1)
+                    time.sleep(PAUSE)
                 super().do_GET()
 
         def log_message(self, *args):
@@ -121,7 +124,8 @@ def test_only_what_is_missing_is_downloaded(replica, server, lost, published):
 
 
 @some(*KINDS[:3])
-def test_two_processes_may_download_into_one_folder_at_once(replica, server):
+def test_two_processes_may_download_into_one_folder_at_once(replica, server, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PAUSE", 0.1)
     shutil.rmtree(replica.root)
     context = multiprocessing.get_context("fork")
     together = context.Barrier(2)

@@ -162,7 +162,8 @@ def test_a_tar_is_read_once_for_its_labels_and_once_for_each_split(hub, tmp_path
 
 RUN = ("--config", "image_folder.yaml", "--config", "debug.yaml", "--data", "HuggingFaceImages", "--data.root", "data")
 RUN += ("--model.backbone.name", "test_resnet", "--model.backbone.weights=random", "--trainer.accelerator=cpu")
-RUN += ("--model.fractions=0.5", "--model.seeds=1", "--model.measures=[]")
+RUN += ("--model.fractions=0.5", "--model.seeds=1", "--model.measures=[]", "--pictures=[]")
+RUN += ("--model.backbone.pretrained_cfg_overlay.input_size=[3,32,32]",)
 RUN += ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--model.cache_dir=features")
 
 

@@ -145,6 +145,9 @@ def test_exported_files_predict_what_the_run_predicted_and_need_nothing_of_this_
         assert card["accuracy"]["test"] == pytest.approx(right, abs=1e-12)
         assert card["preprocessing"]["input_size"] == [3, 32, 32]
         assert card["preprocessing"]["crop_mode"] == "squash"
+    subset, order = load_file(tmp_path / "neurons" / "subset.safetensors"), torch.Generator().manual_seed(1)
+    assert torch.equal(subset["indices"], torch.randperm(384, generator=order)[:38])  # as in the paper's code
+    assert (subset["weight"].shape, subset["bias"].shape) == ((5, 38), (5,))
 
 
 def test_every_form_gives_the_vectors_of_the_run_in_a_process_without_this_project(cli, papers, start, tmp_path):
@@ -210,17 +213,6 @@ def test_a_form_whose_library_is_not_there_is_refused_before_anything_is_written
     assert status == 2
     assert "--formats faiss needs faiss, which is not installed; `pip install 'diffused-redundancy[faiss]'`" in err
     assert not (tmp_path / "out").exists()
-
-
-def test_exported_neurons_are_the_papers_for_that_seed(run, cli, tmp_path):
-    cli(
-        *("export", "--run", str(run.folder), "--selection", "random", "--fraction", "0.1", "--seed", "1"),
-        *("--bits", "32", "--output", "o"),
-    )
-    subset = load_file(tmp_path / "o" / "subset.safetensors")
-    assert torch.equal(subset["indices"], torch.randperm(384, generator=torch.Generator().manual_seed(1))[:38])
-    assert subset["weight"].shape == (5, 38)
-    assert subset["bias"].shape == (5,)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def fit(folder, model, epochs=3, data=None, **trainer):
 def test_the_backbone_is_bit_identical_after_a_fit(tmp_path, features):
     model = build(features=features)
     before = copy.deepcopy(model.backbone.state_dict())
-    fit(tmp_path, model, data={"augmentation": "paper"})
+    fit(tmp_path, model, data={"augmentation": "paper"}, epochs=2)
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
     assert not any(module.training for module in model.backbone.modules())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.backbone.parameters())
@@ -70,8 +70,10 @@ def test_the_backbone_is_bit_identical_after_a_fit(tmp_path, features):
 
 
 def test_without_augmentation_features_kept_give_what_features_off_does(tmp_path):
-    once, _, _ = fit(tmp_path / "once", build(cache_dir=None), data={"augmentation": "none"})
-    always, _, _ = fit(tmp_path / "always", build(cache_dir=None, features="off"), data={"augmentation": "none"})
+    once, _, _ = fit(tmp_path / "once", build(cache_dir=None), data={"augmentation": "none"}, epochs=2)
+    always, _, _ = fit(
+        tmp_path / "always", build(cache_dir=None, features="off"), data={"augmentation": "none"}, epochs=2
+    )
     torch.testing.assert_close(once.grid.banks[0].weight, always.grid.banks[0].weight, atol=1e-3, rtol=1e-3)
     assert (tmp_path / "once" / "feature_cache").is_dir()
     assert not (tmp_path / "always" / "feature_cache").exists()

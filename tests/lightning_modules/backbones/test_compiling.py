@@ -4,7 +4,6 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from networks import PLAIN, images, path_of, random_net
-from torch._inductor import config, cpp_builder
 from torch.testing import assert_close
 
 from lightning_modules.backbones.frozen import FrozenBackbone
@@ -16,6 +15,8 @@ def backbone(layers=("penultimate", "bn"), compile="default"):
 
 
 def test_without_a_compiler_it_ends_in_one_line_before_any_image():
+    from torch._inductor import config  # a second to import
+
     network = backbone()
     with (
         config.patch({"cpp.cxx": (None, "no-such-compiler")}),
@@ -27,6 +28,8 @@ def test_without_a_compiler_it_ends_in_one_line_before_any_image():
 
 
 def test_compiled_layers_are_those_of_the_network_as_it_is():
+    from torch._inductor import cpp_builder
+
     try:
         cpp_builder.get_cpp_compiler()
     except RuntimeError:

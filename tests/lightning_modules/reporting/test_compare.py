@@ -200,7 +200,7 @@ def test_solvers_are_compared_where_that_is_asked_for(cli, tmp_path):
         table = write(tmp_path / name, solver=solver)
         rows = table["fraction"] == 0.1
         table.assign(accuracy=table["accuracy"] + more * rows).to_csv(tmp_path / name / "results.csv", index=False)
-    status, out, err = cli("compare", "a", "b", "c", "--solvers=true")
+    status, out, err = cli("compare", "a", "b", "c", "--solvers=true", "--pictures=svg")
     assert status == 0, err
     table = pd.read_csv(tmp_path / "compare" / "dr_table.csv")
     assert table[["backbone", "solver"]].to_numpy().tolist() == [["net", "sgd"], ["net", "ridge"]]
@@ -233,7 +233,7 @@ def test_the_metric_is_what_the_runs_say_and_must_agree(cli, tmp_path):
         table = write(tmp_path / name, task=name)
         table.rename(columns={"accuracy": "map"}).to_csv(tmp_path / name / "results.csv", index=False)
         (tmp_path / name / "summary.json").write_text(json.dumps({"target": target}))
-    status, _, err = cli("compare", "a", "b")
+    status, _, err = cli("compare", "a", "b", "--pictures=svg")
     assert status == 0, err
     assert "<!-- test mean average precision -->" in (tmp_path / "compare" / "curves.svg").read_text()
     write(tmp_path / "c", task="c")

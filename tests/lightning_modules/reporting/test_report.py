@@ -139,7 +139,7 @@ def test_where_bits_differ_bytes_are_drawn_and_shown(written, tmp_path):
     measured = CURVE | {"random_4bit": {0.5: [0.84, 0.86, 0.85], 1.0: [0.87, 0.87, 0.87]}, "first_1bit": {1.0: [0.8]}}
     found = tables(measured, measured)
     results = Results(found, [Accuracy()], ACCURACY, per_image(found))
-    text = report(tmp_path, results, [], {})
+    text = report(tmp_path, results, [], {}, "png")
     line = next(line for line in text.splitlines() if line.startswith("random_4bit") and line.split()[1] == "0.5")
     assert line.split()[2:5] == ["50", "25", "85.0"]
     assert (tmp_path / "bytes.png").exists()
@@ -159,7 +159,7 @@ def test_where_bits_differ_bytes_are_drawn_and_shown(written, tmp_path):
 def test_text_and_pictures_call_the_metric_what_the_target_calls_it(tmp_path):
     found = {"results": tables(CURVE, CURVE)["results"].rename(columns={"accuracy": "map"})}
     target = SimpleNamespace(metric="map", label="mean average precision", unit="", chance=0.05, items="images")
-    printed = report(tmp_path, Results(found, [], target), [], {})
+    printed = report(tmp_path, Results(found, [], target), [], {}, "svg")
     assert "net: test mean average precision on 1,000 images" in printed
     assert re.search(r"^random +0\.2 +20 +0\.820 ± 0\.024 +91\.1 %", printed, re.MULTILINE)
     assert "To keep 90 % of the mean average precision, by the means on 1,000 validation images: keep 20 of" in printed

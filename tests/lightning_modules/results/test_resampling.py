@@ -39,8 +39,8 @@ def test_graded_values_vary_as_their_paired_means_do():
 def test_subsets_vary_as_the_mean_of_a_few_normal_values_does(seeds):
     table = probes(seeds)
     shares = np.random.default_rng(0).uniform(0.3, 0.7, len(table))
-    images = np.random.default_rng(1).permutation(100_000)  # so many that they hardly matter
-    draws = resample(images < 100_000 * shares[:, None], table)
+    images = np.random.default_rng(1).permutation(20_000)  # so many that they hardly matter
+    draws = resample(images < 20_000 * shares[:, None], table)
     for fraction in (0.1, 0.5):
         values = shares[(table["fraction"] == fraction).to_numpy()]
         expected = stats.t.interval(0.8, seeds - 1, values.mean(), stats.sem(values))
