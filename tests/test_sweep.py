@@ -64,10 +64,9 @@ model:
     pretrained_cfg_overlay: {input_size: [3, 32, 32], mean: [0, 0, 0], std: [1, 1, 1]}
   fractions: [0.25, 0.5]
   measures: []
-pictures: []
 """
 SWEEP = ("sweep", "--output=compared", "--vary.data=[sweep_tasks.Low, sweep_tasks.High]", "--configs=run.yaml")
-SWEEP += ("--model.seeds=2",)
+SWEEP += ("--model.seeds=2", "--pictures=[]")
 NAMES = [f"{task}_sweep_networks.network-random_random" for task in ("low", "high")]
 
 
