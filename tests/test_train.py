@@ -163,10 +163,10 @@ def test_a_run_begins_with_what_it_will_do_as_resolved(cli, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     overlay = ("--config=debug.yaml", "--model.backbone.name=resnet18", "--model.backbone.weights=random")
     overlay += ("--model.backbone.kwargs.stem_width=4", "--trainer.callbacks=own_callbacks.Silent", "--pictures=[]")
-    status, _, err = cli(*QUICK, *overlay, "--model.backbone.kwargs={}")
+    status, _, err = cli(*QUICK, *overlay, "--model.backbone.kwargs={}", "--data.digits=[5,6]")
     assert status == 0, err
     block = dict(re.findall(r"^([a-z ]+?)  +(\S.*)$", err, re.MULTILINE))
-    assert block["task"].startswith("digits: 538 train, 179 val (cut from train), 179 test (cut")
+    assert block["task"].startswith("digits: 219 train, 72 val (cut from train), 72 test (cut")
     assert block["backbone"].startswith("resnet18, random weights, layer penultimate (512 neurons), 3 x 32 x 32")
     assert block["features"] == "clean view, extracted once"
     assert block["solver"].startswith("SGD (learning_rate 0.1, ")

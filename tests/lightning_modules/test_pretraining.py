@@ -289,15 +289,24 @@ def test_a_killed_training_goes_on_as_one_that_was_not(tmp_path, objective):
 
 @pytest.mark.parametrize("objective", ["DeCov, init_args: {alpha: 1}", "Adversarial, init_args: {eps: 1}"])
 def test_two_processes_train_as_one(start, tmp_path, objective):
-    command = ("fit", "--model=Pretraining", "--model.name=test_vit", "--model.kwargs={img_size: 32}")
-    command += ("--model.pretrained_cfg_overlay.input_size=[3,32,32]", f"--model.objective={{class_path: {objective}}}")
-    command += ("--data=Digits", "--data.digits=[0,1]", "--data.batch_size=51", "--data.num_workers=0")
-    command += ("--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.logger=false", "--name=run")
-    command += ("--model.optimizer=SGD", "--model.learning_rate=0.1")  # AdamW makes steps of rounding errors, too
-    found = []
+    (tmp_path / "run.yaml").write_text(f"""
+trainer: {{accelerator: cpu, max_epochs: 1, logger: false}}
+model:
+  class_path: Pretraining
+  init_args:
+    name: test_vit
+    kwargs: {{img_size: 32}}
+    pretrained_cfg_overlay: {{input_size: [3, 32, 32]}}
+    objective: {{class_path: {objective}}}
+    optimizer: SGD  # AdamW makes steps of rounding errors, too
+    learning_rate: 0.1
+    output: out.safetensors
+data: {{class_path: Digits, init_args: {{digits: [0, 1], batch_size: 51, num_workers: 0}}}}
+""")
+    command, found = ("fit", f"--config={tmp_path / 'run.yaml'}", "--name=run"), []
     for processes in (1, 2):
         (folder := tmp_path / str(processes)).mkdir()
-        for process in start(*command, "--model.output=out.safetensors", cwd=folder, processes=processes):
+        for process in start(*command, cwd=folder, processes=processes):
             done = process.wait()
             assert done.returncode == 0, done.stderr
         found.append(load_file(folder / "out.safetensors"))
