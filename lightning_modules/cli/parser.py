@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
@@ -65,6 +65,26 @@ class Parser(LightningArgumentParser):
 
     options = Options({})
     """Those of which the nearest is named to one who mistypes one, where the parser has not all of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.found_defaults: dict[tuple[int, bool], Namespace] = {}
+        super().__init__(*args, **kwargs)
+
+    def get_defaults(self, skip_validation: bool = False, **kwargs: Any) -> Namespace:
+        """Return the defaults of all options.
+
+        They are found once for as many options as there are: jsonargparse asks several times in every parse, which
+        takes a quarter of it, as the options of each class that a default names are looked for.
+        """
+        key = len(self._actions), skip_validation
+        if key not in self.found_defaults:
+            self.found_defaults[key] = super().get_defaults(skip_validation, **kwargs)
+        return self.found_defaults[key].clone()
+
+    def set_defaults(self, *args: dict[str, Any], **kwargs: Any) -> None:
+        """Set the defaults of options."""
+        self.found_defaults.clear()
+        super().set_defaults(*args, **kwargs)
 
     def add_config_option(self) -> None:
         """Add `--config`, which also finds the shipped configurations."""
