@@ -46,7 +46,7 @@ def column_subset(layer: "Layer", seed: int) -> Tensor:
 
 
 def harmless(layer: "Layer", seed: int) -> Tensor:
-    """Order neurons by what each is worth to a ridge probe on the full layer, most first, so that those that harm are last.
+    """Order neurons by what each is worth to a ridge probe on the full layer: the most useful first, harmful ones last.
 
     The worth of a neuron is the rise of the error that generalised cross-validation foretells (Golub, Heath and Wahba,
     1979) when it alone is dropped: |Y - X W|_F^2 / (1 - f / n)^2 over the n images of train, with f the degrees of

@@ -17,7 +17,7 @@ from lightning_modules.reporting.dashboard import wandb_logger
 
 
 @pytest.fixture(scope="module")
-def logging(short):
+def to_wandb(short):
     """The words of a short fit that logs to W&B."""
     return *short, "--trainer.logger=true"
 
@@ -136,11 +136,11 @@ def test_tables_pictures_the_report_and_the_answer_are_logged(quickstart, logged
     assert logged.summary["full_accuracy"] == layer["full_accuracy"]
 
 
-def test_runs_in_one_process_do_not_collide_nor_with_one_that_failed(cli, logging, tmp_path):
-    status, _, err = cli(*logging, "--name=failed", "--trainer.gradient_clip_val=1")
+def test_runs_in_one_process_do_not_collide_nor_with_one_that_failed(cli, to_wandb, tmp_path):
+    status, _, err = cli(*to_wandb, "--name=failed", "--trainer.gradient_clip_val=1")
     assert status == 2, err
     for name, digits in (("one", "[0,1]"), ("two", "[2,3,4]")):
-        status, _, err = cli(*logging, f"--name={name}", f"--data.digits={digits}")
+        status, _, err = cli(*to_wandb, f"--name={name}", f"--data.digits={digits}")
         assert status == 0, err
     for name, digits in (("one", [0, 1]), ("two", [2, 3, 4])):
         logged = Logged(tmp_path / "runs" / name)
@@ -160,11 +160,11 @@ def test_without_credentials_it_logs_offline_and_says_how_to_sync(quickstart):
     assert list(folder.parents[1].glob(pattern))
 
 
-def test_with_an_unreachable_server_or_home_it_logs_offline_and_says_so(start, logging, tmp_path):
+def test_with_an_unreachable_server_or_home_it_logs_offline_and_says_so(start, to_wandb, tmp_path):
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9\n  login user\n  password {'0' * 40}\n")  # as wandb writes it
     account = {"NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
     (tmp_path / "file").touch()  # nor can anything be written at home
-    done = start(*logging, "--name=alone", cwd=tmp_path, HOME=str(tmp_path / "file"), **account)[0].wait()
+    done = start(*to_wandb, "--name=alone", cwd=tmp_path, HOME=str(tmp_path / "file"), **account)[0].wait()
     assert done.returncode == 0, done.stderr
     assert "http://127.0.0.1:9 cannot be reached: logging offline; `wandb sync" in done.stderr
     assert "No W&B credentials" not in done.stderr
@@ -174,7 +174,7 @@ def test_with_an_unreachable_server_or_home_it_logs_offline_and_says_so(start, l
     pd.testing.assert_frame_equal(logged.table("probes"), written, check_dtype=False)
 
 
-def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, logging, tmp_path):
+def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, to_wandb, tmp_path):
     class Refusal(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -193,7 +193,7 @@ def test_a_server_that_refuses_the_key_ends_in_one_line_before_long_work(start, 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         account = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
-        done = start(*logging, "--name=refused", cwd=tmp_path, **account)[0].wait()
+        done = start(*to_wandb, "--name=refused", cwd=tmp_path, **account)[0].wait()
         server.shutdown()
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
@@ -227,9 +227,9 @@ def test_a_resumed_run_continues_what_it_logged_online(tmp_path, resumed, versio
     assert wandb_logger("run", tmp_path, resumed).version == version
 
 
-def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, logging, tmp_path):
+def test_layers_ensembles_and_neighbours_are_charts_and_tables_too(cli, to_wandb, tmp_path):
     status, _, err = cli(
-        *(*logging, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=Ridge"),
+        *(*to_wandb, "--name=all", "--model.backbone.layer=[layer3.0,penultimate]", "--model.solver=Ridge"),
         "--model.measures=[CKA, Inequality, {class_path: Neighbours, init_args: {neighbours: 5}}, Ensembles]",
         "--pictures=png",
     )
@@ -284,10 +284,10 @@ class Confidence(Measure):
 """
 
 
-def test_a_measure_of_ones_own_is_in_the_results_the_report_and_on_wandb(cli, logging, tmp_path, monkeypatch):
+def test_a_measure_of_ones_own_is_in_the_results_the_report_and_on_wandb(cli, to_wandb, tmp_path, monkeypatch):
     (tmp_path / "confidence.py").write_text(MY_MEASURES)
     monkeypatch.syspath_prepend(tmp_path)
-    status, _, err = cli(*logging, "--name=own", "--model.measures=[confidence.Confidence]", "--pictures=svg")
+    status, _, err = cli(*to_wandb, "--name=own", "--model.measures=[confidence.Confidence]", "--pictures=svg")
     assert status == 0, err
     folder = tmp_path / "runs" / "own"
     results = pd.read_csv(folder / "results.csv")
