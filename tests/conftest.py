@@ -157,7 +157,7 @@ def short(once):
         settings["model"] |= {"fractions": [0.1, 0.5], "seeds": 2, "measures": []}
         (folder / "short.yaml").write_text(yaml.safe_dump(settings | {"pictures": []}))
 
-    return "fit", f"--config={once('short', write) / 'short.yaml'}"
+    return "fit", "--config", str(once("short", write) / "short.yaml")
 
 
 @pytest.fixture(scope="session")

@@ -11,21 +11,19 @@ import yaml
 
 from lightning_modules.checkpoints import PAUSE, AtomicCheckpointIO
 
-PLAIN = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--data.num_workers=0", "--pictures=[]")
-
 
 @pytest.fixture(scope="module")
 def slow(short, tmp_path_factory):
     """The words of a fit that takes a while, and its extraction too: its images are larger than the network's."""
-    verb, config = short
-    settings = yaml.safe_load(Path(config.partition("=")[2]).read_text())
+    *words, config = short
+    settings = yaml.safe_load(Path(config).read_text())
     settings["trainer"]["max_epochs"] = 20
     settings["model"] |= {"features": 2, "fractions": [0.02, 0.1, 0.5]}
     settings["model"]["backbone"]["pretrained_cfg_overlay"]["input_size"] = [3, 64, 64]
     settings["data"]["init_args"] |= {"augmentation": "paper", "digits": [5, 6, 7], "num_workers": 0}
     file = tmp_path_factory.mktemp("slow") / "slow.yaml"
     file.write_text(yaml.safe_dump(settings))
-    return verb, f"--config={file}"
+    return *words, str(file)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +118,9 @@ def test_checkpoints_are_small_and_seldom_written(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(
         AtomicCheckpointIO, "save_checkpoint", lambda *given, **more: (writes.append(1), save(*given, **more))
     )
-    command = ("fit", "--config", "quickstart.yaml", *PLAIN, "--name=run", "--model.measures=[]")
-    status, _, err = cli(*command, "--trainer.max_epochs=12")
+    command = ("fit", "--config", "quickstart.yaml", "--name=run", "--trainer.max_epochs=12", "--trainer.logger=false")
+    command += ("--trainer.enable_progress_bar=false", "--data.num_workers=0", "--pictures=[]", "--model.measures=[]")
+    status, _, err = cli(*command)
     assert status == 0, err
     folder = tmp_path / "runs" / "run"
     seconds = json.loads((folder / "summary.json").read_text())["seconds"]["fit"]
